@@ -1,0 +1,73 @@
+"""The command ``scratch-gpt VERB``: finds the verb, reads its settings, runs it, and turns its end into an exit code.
+
+0 done; 2 the user's mistake, one message; 75 stopped on request after saving; anything else is a bug and shows its
+traceback. Each verb imports what it needs when it runs.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from scratch_gpt import __version__, config
+from scratch_gpt.errors import StoppedOnRequest, UserError
+
+# verb: (its settings, the function that runs it as "module:function")
+VERBS: dict[str, tuple[type, str]] = {
+    "quickstart": (config.QuickstartSettings, "scratch_gpt.quickstart:quickstart"),
+    "tokenizer train": (config.TokenizerTrainSettings, "scratch_gpt.data.tokenizer:train_command"),
+    "data prepare": (config.DataPrepareSettings, "scratch_gpt.data.prepare:prepare_command"),
+    "data inspect": (config.DataInspectSettings, "scratch_gpt.data.inspect:inspect_command"),
+    "pretrain": (config.PretrainSettings, "scratch_gpt.training.pretrain:pretrain_command"),
+    "evaluate": (config.EvaluateSettings, "scratch_gpt.evaluation.evaluate:evaluate_command"),
+    "generate": (config.GenerateSettings, "scratch_gpt.serving.generate:generate_command"),
+}
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        print(f"scratch-gpt {__version__}")
+        return 0
+    try:
+        verb = find_verb(words)
+        settings_class, target = VERBS[verb]
+        settings = config.parse_settings(settings_class, words[len(verb.split()) :], f"scratch-gpt {verb}")
+        # Nothing here calls home, and progress bars of libraries would tear our own apart.
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        module, function = target.split(":")
+        getattr(importlib.import_module(module), function)(settings)
+    except UserError as error:
+        print(f"scratch-gpt: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except StoppedOnRequest as stop:
+        print(f"scratch-gpt: {stop}", file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("scratch-gpt: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        return EXIT_STOPPED
+    return 0
+
+
+def find_verb(words: Sequence[str]) -> str:
+    """The one- or two-word verb at the head of ``words``; `scratch-gpt data` alone lists what follows it."""
+    for length in (2, 1):
+        verb = " ".join(words[:length])
+        if verb in VERBS:
+            return verb
+    beginning = [verb for verb in VERBS if verb.split()[0] == words[0]]
+    if beginning:
+        raise UserError(f"'{words[0]}' needs a second word: " + ", ".join(f"scratch-gpt {verb}" for verb in beginning))
+    return config.nearest_or_refuse(words[0], list(VERBS))
+
+
+def overview() -> str:
+    lines = ["usage: scratch-gpt VERB [--config FILE.yaml] [--setting value ...]", "", "verbs:"]
+    lines += [f"  {verb:<16} {(settings.__doc__ or '').strip()}" for verb, (settings, _) in VERBS.items()]
+    lines += ["", "scratch-gpt VERB --help lists the settings of a verb."]
+    return "\n".join(lines)

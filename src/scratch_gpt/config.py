@@ -1,0 +1,320 @@
+"""The settings of every verb: typed dataclasses, filled from a YAML file and dotted command-line overrides.
+
+A verb's settings are one dataclass; the string under a field is its ``--help`` and its documentation. The order of
+precedence is default < ``--config FILE.yaml`` < ``--section.field value``. Unknown names are refused with the nearest
+valid one. Nothing here imports torch, so that ``--help`` answers at once.
+"""
+
+import dataclasses
+import difflib
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from scratch_gpt.errors import UserError
+
+# ------------------------------------------------------------------------------------------------ sections
+
+
+@dataclass
+class TextSettings:
+    """Which text, and what is held out of it."""
+
+    corpus: str | None = None
+    """Text file, folder of .txt files or glob; left out: the bundled corpus (three novels of Jane Austen)."""
+    validation_corpus: str | None = None
+    """Held-out text in a place of its own; left out: taken from the corpus, see validation_fraction."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out (by hash); of a corpus of under 20 documents, the end of each of them."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are not UTF-8: refuse the file, or put U+FFFD in their place."""
+
+
+@dataclass
+class TokenizerSettings:
+    """The byte-level BPE tokenizer."""
+
+    vocab_size: int = 2048
+    """Number of tokens: the special ones, the 256 bytes and the merges."""
+    max_characters: int = 200_000_000
+    """Train on at most this much of the corpus (memory grows with it)."""
+
+
+@dataclass
+class ModelSettings:
+    """The architecture: fields of ScratchGPTConfig. What is left out follows from the preset."""
+
+    preset: str = "modern-2m"
+    """modern-2m, gpt2, gpt2-medium, modern-30m, ...: see scratch_gpt.model.presets."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    num_hidden_layers: int | None = None
+    """Number of blocks."""
+    num_attention_heads: int | None = None
+    """Number of query heads."""
+    num_key_value_heads: int | None = None
+    """Number of key/value heads; fewer than query heads is grouped-query attention."""
+    intermediate_size: int | None = None
+    """Width of the MLP."""
+    max_position_embeddings: int | None = None
+    """Longest sequence the model takes; the context of training when training.context_length is left out."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Any other field of ScratchGPTConfig, for example --model.overrides.norm_type layernorm."""
+
+
+@dataclass
+class TrainingSettings:
+    """The pretraining loop."""
+
+    context_length: int | None = None
+    """Tokens per row; left out: the model's max_position_embeddings."""
+    total_batch_size: int = 8192
+    """Tokens per optimizer step, over all processes and micro-batches."""
+    device_batch_size: int | None = None
+    """Rows per forward pass of one process; left out: as many as total_batch_size asks, without accumulation."""
+    learning_rate: float = 4e-3
+    """Peak learning rate."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """Warm-up then stable then linear decay to zero, or warm-up then cosine to a tenth of the peak."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.4
+    """Share of the steps that the decay of the wsd schedule takes."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices of the blocks only."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW: decay of the second moment."""
+    max_grad_norm: float = 1.0
+    """The global gradient norm is clipped to this."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: measured at the start, the faster of the two on this machine."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each block; auto: only where it pays within the run, measured."""
+    log_every: int = 1
+    """Steps between two lines in metrics.jsonl."""
+    eval_every: int = 200
+    """Steps between two validations."""
+    save_every: int = 200
+    """Steps between two checkpoints."""
+    keep_last: int = 2
+    """Number of checkpoints to keep."""
+
+
+# ------------------------------------------------------------------------------------------------ verbs
+
+
+@dataclass
+class TokenizerTrainSettings(TextSettings):
+    """Train a byte-level BPE tokenizer on a corpus."""
+
+    output: str = "runs/tokenizer"
+    """Folder for the tokenizer, in the form that AutoTokenizer loads."""
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+
+
+@dataclass
+class DataPrepareSettings(TextSettings):
+    """Tokenize a corpus into shards, with a held-out validation split."""
+
+    tokenizer_path: str = "runs/tokenizer"
+    """Folder of a tokenizer, for example one made by `tokenizer train`."""
+    output: str = "runs/data"
+    """Folder for the shards and their manifest."""
+
+
+@dataclass
+class DataInspectSettings:
+    """Print the manifest of token shards, verify every checksum and decode a few rows."""
+
+    path: str = "runs/data"
+    """Folder of the shards."""
+    tokenizer_path: str | None = None
+    """Tokenizer to decode sample rows with."""
+    rows: int = 2
+    """Rows to decode."""
+
+
+@dataclass
+class PretrainSettings(TextSettings):
+    """Pretrain a model: text to tokenizer to shards to checkpoints. The same command goes on after an interruption."""
+
+    run_dir: str = "runs/pretrain"
+    """Folder for everything the run writes."""
+    max_steps: int = 600
+    """Optimizer steps of the whole run."""
+    seed: int = 1337
+    """Decides initialisation, data order and sampling."""
+    fresh: bool = False
+    """Delete what an earlier run left in run_dir and start over."""
+    tokenizer_path: str | None = None
+    """Take this tokenizer instead of training one."""
+    data_path: str | None = None
+    """Take these shards (of `data prepare`, with the same tokenizer_path) instead of making them from the corpus."""
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+@dataclass
+class QuickstartSettings(PretrainSettings):
+    """The whole way in a few minutes: tokenizer, shards, pretraining, samples, a reload elsewhere, benchmark, card."""
+
+    run_dir: str = "runs/quickstart"
+    """Folder for everything the run writes."""
+    max_steps: int | None = None  # type: ignore[assignment]
+    """Optimizer steps; left out: as many as fit into `minutes` on this machine, measured."""
+    minutes: float = 4.0
+    """Aim for this duration of the whole job on a quiet machine."""
+
+
+@dataclass
+class EvaluateSettings:
+    """Measure a saved model: validation bits per byte and a sentence benchmark through the lm-eval harness."""
+
+    model: str = "runs/quickstart/final"
+    """Folder of a saved model (or a name on the Hub)."""
+    text: str | None = None
+    """Text file to measure on; left out: the held-out part of the bundled corpus."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are not UTF-8."""
+    limit: int = 200
+    """Questions per task."""
+    seed: int = 1337
+    """Decides how the questions are drawn."""
+    output: str | None = None
+    """Write the results to this JSON file as well."""
+
+
+@dataclass
+class GenerateSettings:
+    """Continue a prompt."""
+
+    model: str = "runs/quickstart/final"
+    """Folder of a saved model (or a name on the Hub)."""
+    prompt: str = "It was"
+    """Text to continue."""
+    max_new_tokens: int = 120
+    """Length of each continuation, in tokens."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+    top_k: int = 50
+    """Sample from the k likeliest tokens only; 0: from all."""
+    num_return_sequences: int = 1
+    """How many continuations."""
+    seed: int = 1337
+    """Decides the samples."""
+
+
+# ------------------------------------------------------------------------------------------------ reading and writing
+
+Settings = TypeVar("Settings")
+
+
+def parse_settings(settings_class: type[Settings], arguments: Sequence[str], prog: str) -> Settings:
+    """Command-line words to a filled ``settings_class``; prints help and exits for ``--help``.
+
+    Raises:
+        UserError: an unknown name (with the nearest valid one), or a value of the wrong type.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    class Parser(jsonargparse.ArgumentParser):
+        def format_help(self) -> str:  # --run-dir and --section.field_name, as the documentation writes them
+            help_text: str = super().format_help()
+            return re.sub(r"--[a-z_]+(?![\w.])", lambda name: name.group().replace("_", "-"), help_text)
+
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE.yaml] [--setting value ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(settings_class)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the parser warns of its own future versions
+            parsed = parser.instantiate(parser.parse_args(_normalise(arguments, settings_class)))
+    except jsonargparse.ArgumentError as error:
+        raise UserError(_explain(str(error), _all_names(settings_class), prog)) from error
+    values = {f.name: parsed[f.name] for f in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    return settings_class(**values)
+
+
+def save_settings(settings: Any, path: Path) -> None:
+    """Write ``settings`` as a YAML file that ``--config`` takes."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), encoding="utf-8")
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """``{"training.learning_rate": 0.004, ...}``: every field by the name it has on the command line."""
+
+    def walk(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                flat |= walk(f"{prefix}{key}.", value)
+            else:
+                flat[prefix + key] = value
+        return flat
+
+    return walk("", settings if isinstance(settings, dict) else dataclasses.asdict(settings))
+
+
+def _normalise(arguments: Sequence[str], settings_class: Any) -> list[str]:
+    """``--run-dir`` and ``--run_dir`` are the same, and a switch may stand alone: ``--fresh`` is ``--fresh=true``."""
+    switches = {f"--{f.name}" for f in dataclasses.fields(settings_class) if f.type is bool}
+    words: list[str] = []
+    for position, word in enumerate(arguments):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+            following = arguments[position + 1 : position + 2]
+            if word in switches and (not following or following[0].startswith("--")):
+                word += "=true"
+        words.append(word)
+    return words
+
+
+def _all_names(settings_class: Any) -> list[str]:
+    names = ["config", "help"]
+    for f in dataclasses.fields(settings_class):
+        names.append(f.name)
+        if dataclasses.is_dataclass(f.type):
+            names += [f"{f.name}.{name}" for name in _all_names(f.type)[2:]]
+    return names
+
+
+def _explain(message: str, names: list[str], prog: str) -> str:
+    """The parser's complaint, with the nearest valid name where a name is unknown."""
+    message = re.sub(r"^Parser key \"(.+?)\":\s*", r"--\1: ", message.strip())
+    message = re.sub(r"typing\.|<class '(\w+)'>", r"\1", message)
+    optional = re.match(r"(--[\w.]+): .*?Subtypes: \[(\w+), NoneType\].*Given value: (.*)", message, flags=re.DOTALL)
+    if optional:
+        message = "{}: Expected a {}. Got value: {}".format(*optional.groups())
+    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|Option '([\w.]+)' is not accepted", message)
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if unknown:
+        name = unknown.group(1) or unknown.group(2)
+    elif in_group:
+        name = f"{in_group.group(1)}.{in_group.group(2)}"
+    else:
+        return f"{message}\nSee {prog} --help."
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown setting {name!r}.{hint} See {prog} --help."
+
+
+def nearest_or_refuse(name: str, valid: list[str]) -> str:
+    """Never returns a guess: raises a UserError that names the nearest of ``valid``."""
+    nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise UserError(f"unknown verb {name!r}.{hint} The verbs are: {', '.join(valid)}.")

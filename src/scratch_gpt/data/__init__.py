@@ -1,0 +1,1 @@
+"""Raw text to tokenizer to token shards to batches."""

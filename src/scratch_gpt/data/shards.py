@@ -1,0 +1,146 @@
+"""Token shards on disk, and one circular stream of tokens over them.
+
+A folder of shards holds, for each split, files ``{split}-00000.bin`` (little-endian token ids, uint16 or uint32) with
+``{split}-00000.docs`` (uint64: where each document begins in that file), and ``manifest.json``, written last, with the
+tokenizer's fingerprint, the counts and a SHA-256 of every file. Each document is its tokens and one end-of-text token.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scratch_gpt.errors import UserError
+from scratch_gpt.files import new_folder, sha256, write_json
+
+MANIFEST = "manifest.json"
+TOKENS_PER_SHARD = 50_000_000
+
+
+def token_dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+def write_shards(
+    folder: Path,
+    splits: dict[str, Iterable[tuple[list[int], int]]],
+    *,
+    vocab_size: int,
+    end_of_text: int,
+    description: dict[str, Any],
+    tokens_per_shard: int = TOKENS_PER_SHARD,
+) -> dict[str, Any]:
+    """Write each split's documents, given as (token ids, UTF-8 bytes), and return the manifest.
+
+    The whole folder appears under its name at once, so an interrupted call leaves nothing.
+    """
+    manifest: dict[str, Any] = {"format": "scratch_gpt.tokens/1", **description}
+    manifest |= {"dtype": token_dtype(vocab_size), "vocab_size": vocab_size, "end_of_text": end_of_text, "splits": {}}
+    with new_folder(folder) as temporary:
+        for split, documents in splits.items():
+            shards, num_bytes = [], 0
+            for number, (tokens, offsets, shard_bytes) in enumerate(_group(documents, end_of_text, tokens_per_shard)):
+                name = f"{split}-{number:05d}"
+                np.asarray(tokens, dtype=manifest["dtype"]).tofile(temporary / f"{name}.bin")
+                np.asarray(offsets, dtype="<u8").tofile(temporary / f"{name}.docs")
+                shards.append(
+                    {
+                        "name": name,
+                        "tokens": len(tokens),
+                        "documents": len(offsets),
+                        "sha256": {suffix: sha256(temporary / f"{name}.{suffix}") for suffix in ("bin", "docs")},
+                    }
+                )
+                num_bytes += shard_bytes
+            manifest["splits"][split] = {
+                "tokens": sum(shard["tokens"] for shard in shards),
+                "documents": sum(shard["documents"] for shard in shards),
+                "bytes": num_bytes,
+                "shards": shards,
+            }
+        write_json(temporary / MANIFEST, manifest)
+    return manifest
+
+
+def _group(
+    documents: Iterable[tuple[list[int], int]], end_of_text: int, tokens_per_shard: int
+) -> Iterator[tuple[list[int], list[int], int]]:
+    """Documents to (tokens, document offsets, bytes) of one shard at a time; a document is never cut."""
+    tokens: list[int] = []
+    offsets: list[int] = []
+    num_bytes = 0
+    for ids, document_bytes in documents:
+        offsets.append(len(tokens))
+        tokens += ids
+        tokens.append(end_of_text)
+        num_bytes += document_bytes
+        if len(tokens) >= tokens_per_shard:
+            yield tokens, offsets, num_bytes
+            tokens, offsets, num_bytes = [], [], 0
+    if tokens:
+        yield tokens, offsets, num_bytes
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, with every shard file present and of the right size.
+
+    Raises:
+        UserError: no shards here, or a file is missing or truncated (named).
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {MANIFEST}; `scratch-gpt data prepare --output {folder}` makes token shards")
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    itemsize = np.dtype(manifest["dtype"]).itemsize
+    for file, shard in _shard_files(folder, manifest):
+        expected = shard["tokens"] * itemsize if file.suffix == ".bin" else shard["documents"] * 8
+        actual = file.stat().st_size if file.is_file() else 0
+        if actual != expected:
+            raise UserError(f"{file} has {actual:,} bytes, the manifest says {expected:,}: prepare the data again")
+    return manifest
+
+
+def verify_checksums(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises a UserError that names the first file whose content is not what was written."""
+    for file, shard in _shard_files(folder, manifest):
+        if sha256(file) != shard["sha256"][file.suffix[1:]]:
+            raise UserError(f"{file}: its checksum is not the manifest's, the file is damaged: prepare the data again")
+
+
+def _shard_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            for suffix in ("bin", "docs"):
+                yield folder / f"{shard['name']}.{suffix}", shard
+
+
+class TokenStream:
+    """The tokens of one split as a ring: what follows the last token is the first.
+
+    Since every document ends with end-of-text, so does the ring, and the first document is preceded by one as well.
+    """
+
+    def __init__(self, folder: Path, split: str, manifest: dict[str, Any] | None = None):
+        manifest = manifest or read_manifest(folder)
+        shards = manifest["splits"][split]["shards"]
+        self.arrays = [np.memmap(folder / f"{s['name']}.bin", dtype=manifest["dtype"], mode="r") for s in shards]
+        self.starts = np.cumsum([0] + [len(array) for array in self.arrays])
+        self.num_bytes: int = manifest["splits"][split]["bytes"]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """``length`` tokens from position ``start`` (any integer) on, as int64."""
+        pieces = []
+        position = start % len(self)
+        while length > 0:
+            shard = int(np.searchsorted(self.starts, position, side="right")) - 1
+            offset = position - int(self.starts[shard])
+            piece = self.arrays[shard][offset : offset + length]
+            pieces.append(piece.astype(np.int64))
+            length -= len(piece)
+            position = (position + len(piece)) % len(self)
+        return np.concatenate(pieces)

@@ -1,0 +1,146 @@
+"""The byte-level BPE tokenizer: trained on a stream of text, saved so that ``AutoTokenizer`` loads it.
+
+Byte-level BPE (Sennrich et al., 2016, arXiv:1508.07909; bytes as in GPT-2, Radford et al., 2019) has a token for each
+of the 256 bytes, so any text is encoded and comes back exactly.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from scratch_gpt.config import TokenizerSettings, TokenizerTrainSettings
+from scratch_gpt.data.sources import split_documents
+from scratch_gpt.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = [END_OF_TEXT, PADDING, TURN_START, TURN_END]
+
+# Where words are cut before merging, in the manner of GPT-4's tokenizer: contractions, a word with one leading space or
+# sign, up to three digits, punctuation with its line breaks, white space.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# ChatML. The generation marks tell trainers which tokens are the assistant's; the end of its turn is one of them, or
+# the model would never learn to stop.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(documents: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
+    """Learn the merges from ``documents``.
+
+    Raises:
+        UserError: a vocabulary smaller than bytes + special tokens, or larger than the text supports.
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if settings.vocab_size < smallest:
+        raise UserError(
+            f"--tokenizer.vocab_size is {settings.vocab_size}; bytes and special tokens alone need {smallest}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_lines(documents, settings.max_characters), trainer)
+    if tokenizer.get_vocab_size() < settings.vocab_size:
+        raise UserError(
+            f"--tokenizer.vocab_size is {settings.vocab_size}, but the corpus supports only "
+            f"{tokenizer.get_vocab_size()} tokens: ask for fewer, or give more text"
+        )
+    return tokenizer
+
+
+def _lines(documents: Iterable[str], max_characters: int) -> Iterator[str]:
+    """Short pieces, so that the trainer's queue stays small, until the cap."""
+    seen = 0
+    for document in documents:
+        for line in document.splitlines(keepends=True):
+            yield line
+            seen += len(line)
+            if seen >= max_characters:
+                return
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int | None = None) -> None:
+    """Write ``folder`` so that ``AutoTokenizer.from_pretrained(folder)`` gives this tokenizer and its chat template."""
+    from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,  # the document separator: what scoring an empty context starts from
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        extra_special_tokens=[TURN_START, TURN_END],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,  # or decoding would move spaces before punctuation
+        **({"model_max_length": model_max_length} if model_max_length else {}),
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(folder)
+
+
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+    """A saved tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise UserError(f"{folder} holds no tokenizer.json; `scratch-gpt tokenizer train --output {folder}` makes one")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 of a tokenizer's vocabulary, merges and rules: shards carry it, so that ids are never misread."""
+    return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def train_command(settings: TokenizerTrainSettings) -> None:
+    """`scratch-gpt tokenizer train`."""
+    output = Path(settings.output)
+    if output.exists() and any(output.iterdir()) and not (output / "tokenizer.json").is_file():
+        raise UserError(f"{output} holds files that are not a tokenizer; choose another --output")
+    train, valid, _ = split_documents(settings)
+    tokenizer = train_tokenizer(train, settings.tokenizer)
+    save_tokenizer(tokenizer, output)
+    print(f"{output}: {tokenizer.get_vocab_size():,} tokens, {bytes_per_token(tokenizer, valid):.2f} held-out bytes each")
+
+
+def bytes_per_token(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
+    """Mean UTF-8 bytes that one token stands for in ``documents``."""
+    num_bytes = num_tokens = 0
+    for document in documents:
+        num_bytes += len(document.encode("utf-8"))
+        num_tokens += len(tokenizer.encode(document, add_special_tokens=False))
+    return num_bytes / max(num_tokens, 1)

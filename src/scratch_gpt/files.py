@@ -1,0 +1,77 @@
+"""Writing files so that a crash at any moment leaves either the old state or the new one."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scratch_gpt.errors import UserError
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling to fill; flushed to disk and renamed to ``target`` when the block ends well, else removed."""
+    temporary = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            flush(file)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        flush(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(target: Path, text: str) -> None:
+    """Replace ``target`` in one step."""
+    temporary = target.with_name(f".{target.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
+        temporary.replace(target)
+        flush(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(target: Path, value: Any) -> None:
+    write_text(target, json.dumps(value, indent=2) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Ask the operating system to put a file or folder entry on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one message; ``what`` is what was being written and what is safe."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors reports operating-system errors as text
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, OSError) or "Os {" in reason or "os error" in reason.lower():
+            raise UserError(f"could not write {what}: {reason}. Free some space or choose another folder.") from error
+        raise

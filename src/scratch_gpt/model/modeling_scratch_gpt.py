@@ -1,0 +1,759 @@
+"""ScratchGPT: decoder-only language models from GPT-2 to Qwen3 in one file, as a first-class model of transformers.
+
+Read it top to bottom: norm, rotary positions, attention, MLP and block; then the backbone (`ScratchGPTModel`), the
+heads on it, and at the end the cross-entropy that never holds all logits. `configuration_scratch_gpt.py` beside it says
+what every switch means. The two files depend on torch and transformers only and travel with every saved model.
+
+Shapes are written (batch, seq, ...), where `seq` counts the tokens of this call and `kv_seq` those and the cached ones.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto import modeling_auto
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_scratch_gpt import AUTO_MAP, ScratchGPTConfig
+
+
+class ScratchGPTRMSNorm(nn.RMSNorm):
+    """Divide each vector by its root mean square and scale it by a learned weight (Zhang & Sennrich 2019)."""
+
+
+def build_norm(config: ScratchGPTConfig, size: int) -> nn.Module:
+    """The norm that the config asks for, over a last dimension of `size`."""
+    if config.norm_type == "rmsnorm":
+        return ScratchGPTRMSNorm(size, eps=config.layer_norm_epsilon)
+    return nn.LayerNorm(size, eps=config.layer_norm_epsilon, bias=config.norm_bias)
+
+
+class ScratchGPTRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary positions (Su et al. 2021), for every `rope_type` of transformers."""
+
+    def __init__(self, config: ScratchGPTConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: ScratchGPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies theta^(-2i/head_dim), shape (head_dim / 2,), and the scaling factor 1."""
+        base, dim = config.rope_parameters["rope_theta"], config.head_dim
+        return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines in the dtype of `x`, each (batch or 1, 1, seq, head_dim / 2): one axis to spread over heads."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def apply_rotary_positions(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (x[i], x[i + head_dim/2]) of `x` (batch, heads, seq, head_dim) by their angles."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def repeat_kv(hidden_states: torch.Tensor, repeats: int) -> torch.Tensor:
+    """(batch, kv_heads, kv_seq, head_dim) to (batch, kv_heads * repeats, kv_seq, head_dim), neighbours alike."""
+    if repeats == 1:
+        return hidden_states
+    batch, kv_heads, kv_seq, head_dim = hidden_states.shape
+    hidden_states = hidden_states[:, :, None].expand(batch, kv_heads, repeats, kv_seq, head_dim)
+    return hidden_states.reshape(batch, kv_heads * repeats, kv_seq, head_dim)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by its definition (Vaswani et al. 2017, eq. 1), softmax in float32, with the weights as second output."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (batch, heads, seq, kv_seq)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights, value).transpose(1, 2).contiguous()  # (batch, seq, heads, head_dim)
+    return output, weights
+
+
+class ScratchGPTAttention(nn.Module):
+    """Causal multi-head attention; fewer key/value heads than query heads make it grouped-query attention."""
+
+    def __init__(self, config: ScratchGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.use_rope = config.position_embedding_type == "rope" and (
+            config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        )
+
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
+        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+        self.attn_dropout = nn.Dropout(config.attention_dropout)
+        self.resid_dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)  # -1: a tensor-parallel rank holds some of the heads
+        query = self.q_proj(hidden_states).view(head_shape)  # (batch, seq, heads, head_dim)
+        key = self.k_proj(hidden_states).view(head_shape)  # (batch, seq, kv_heads, head_dim)
+        value = self.v_proj(hidden_states).view(head_shape)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # heads before seq
+        if self.use_rope:
+            cos, sin = position_embeddings
+            query, key = apply_rotary_positions(query, cos, sin), apply_rotary_positions(key, cos, sin)
+        if query.dtype != value.dtype:  # autocast: norm and positions ran in float32
+            query, key = query.to(value.dtype), key.to(value.dtype)
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (batch, kv_heads, kv_seq, head_dim)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        output = self.o_proj(output.reshape(*input_shape, -1).contiguous())  # (batch, seq, hidden)
+        return self.resid_dropout(output), weights
+
+
+class ScratchGPTMLP(nn.Module):
+    """`down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))` (Shazeer 2020)."""
+
+    def __init__(self, config: ScratchGPTConfig):
+        super().__init__()
+        hidden_size, intermediate_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        gated = config.mlp_type == "gated"
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if gated else None
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.resid_dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            inner = self.act_fn(self.up_proj(hidden_states))  # (batch, seq, intermediate)
+        else:
+            inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        return self.resid_dropout(self.down_proj(inner))
+
+
+class ScratchGPTBlock(GradientCheckpointingLayer):
+    """One layer: attention and MLP, each on a normalised copy of the residual stream and added back to it."""
+
+    def __init__(self, config: ScratchGPTConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = build_norm(config, config.hidden_size)
+        self.attn = ScratchGPTAttention(config, layer_idx)
+        self.ln_2 = build_norm(config, config.hidden_size)
+        self.mlp = ScratchGPTMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class ScratchGPTPreTrainedModel(PreTrainedModel):
+    """What all ScratchGPT models share: capabilities, initialisation, and saving together with their code."""
+
+    config: ScratchGPTConfig
+    base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ScratchGPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": ScratchGPTBlock, "attentions": ScratchGPTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Normal weights; what writes into the residual stream is scaled down by the number of writers (GPT-2)."""
+        super()._init_weights(module)
+        std = self.config.initializer_range / math.sqrt(2 * max(1, self.config.num_hidden_layers))
+        if isinstance(module, ScratchGPTAttention):
+            init.normal_(module.o_proj.weight, mean=0.0, std=std)
+        elif isinstance(module, ScratchGPTMLP):
+            init.normal_(module.down_proj.weight, mean=0.0, std=std)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, with an `auto_map` that names every head, so that any Auto class loads the directory."""
+        if self.is_remote_code():
+            self.config.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class ScratchGPTModel(ScratchGPTPreTrainedModel):
+    """The backbone: embeddings, blocks and the final norm. It returns hidden states, not logits."""
+
+    def __init__(self, config: ScratchGPTConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_embedding_type == "learned":
+            self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.position_embedding_type == "rope":
+            self.rotary_emb = ScratchGPTRotaryEmbedding(config)
+        self.drop = nn.Dropout(config.embedding_dropout)
+        self.h = nn.ModuleList([ScratchGPTBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.ln_f = build_norm(config, config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids: Token ids (batch, seq). Exactly one of `input_ids` and `inputs_embeds` is needed.
+            attention_mask: 1 for real tokens and 0 for padding (batch, kv_seq); or a 4D mask; or one per layer type.
+            position_ids: Positions (batch or 1, seq). Without mask and cache, a position that does not follow its
+                neighbour starts a new document, and documents do not see each other (packed rows).
+            past_key_values: Keys and values of earlier calls.
+            inputs_embeds: Embeddings (batch, seq, hidden) in place of `input_ids`.
+            use_cache: Whether to return a cache. None is made while training or for packed rows.
+
+        Raises:
+            ValueError: Neither or both inputs; a token id outside the vocabulary or a position beyond the learned ones
+                (on CPU); a sequence longer than the learned positions; an attention mask of another shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed_tokens(input_ids)  # (batch, seq, hidden)
+        self._check_attention_mask(attention_mask, inputs_embeds, past_key_values)
+
+        if use_cache and past_key_values is None and not self.training and not _is_packed(position_ids, attention_mask):
+            past_key_values = DynamicCache(config=self.config)
+
+        # The mask helpers look for packed documents in positions; in ours there are none to be found.
+        given_position_ids = position_ids
+        if position_ids is None:
+            position_ids = self._default_position_ids(attention_mask, inputs_embeds, past_key_values)
+
+        causal_masks = attention_mask
+        if not isinstance(causal_masks, dict):  # `generate` may have prepared them
+            mask_kwargs = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": given_position_ids,
+            }
+            causal_masks = {"full_attention": create_causal_mask(**mask_kwargs)}
+            if "sliding_attention" in self.config.layer_types:
+                causal_masks["sliding_attention"] = create_sliding_window_causal_mask(**mask_kwargs)
+
+        hidden_states, position_embeddings = inputs_embeds, None
+        if self.config.position_embedding_type == "learned":
+            hidden_states = hidden_states + self._embed_positions(position_ids)
+        elif self.config.position_embedding_type == "rope":
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        hidden_states = self.drop(hidden_states)
+
+        for layer_idx, block in enumerate(self.h[: self.config.num_hidden_layers]):
+            hidden_states = block(
+                hidden_states,
+                attention_mask=causal_masks[self.config.layer_types[layer_idx]],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if is_tracing(input_ids):
+            return self.wte(input_ids)
+        try:  # asking first would cost a pass over the ids, and on CUDA a synchronisation
+            return self.wte(input_ids)
+        except IndexError:
+            low, high = input_ids.min().item(), input_ids.max().item()
+            raise ValueError(
+                f"input_ids range from {low} to {high}, but vocab_size={self.wte.num_embeddings}: "
+                f"ids must lie in [0, {self.wte.num_embeddings - 1}] (is this the tokenizer of another model?)"
+            ) from None
+
+    def _embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        if is_tracing(position_ids):
+            return self.wpe(position_ids)
+        try:
+            return self.wpe(position_ids)
+        except IndexError:
+            raise ValueError(self._too_long(position_ids.max().item() + 1)) from None
+
+    def _too_long(self, length: int) -> str:
+        return (
+            f"the sequence reaches a length of {length} tokens, but there are only max_position_embeddings="
+            f"{self.config.max_position_embeddings} learned positions: shorten it, or train with more positions"
+        )
+
+    def _default_position_ids(
+        self, attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """Positions (batch or 1, seq) that go on from the cache; learned ones count real tokens, not left padding."""
+        seq = inputs_embeds.shape[1]
+        if (
+            self.config.position_embedding_type == "learned"
+            and isinstance(attention_mask, torch.Tensor)
+            and attention_mask.ndim == 2
+        ):
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq:]
+            return positions.to(inputs_embeds.device)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0  # a tensor for static caches
+        if self.config.position_embedding_type == "learned" and isinstance(past, int) and not is_tracing(inputs_embeds):
+            if past + seq > self.config.max_position_embeddings:
+                raise ValueError(self._too_long(past + seq))
+        return (torch.arange(seq, device=inputs_embeds.device) + past).unsqueeze(0)
+
+    @staticmethod
+    def _check_attention_mask(attention_mask, inputs_embeds: torch.Tensor, past_key_values: Cache | None) -> None:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2 or past_key_values is not None:
+            return
+        if not is_tracing(inputs_embeds) and attention_mask.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, but the input has "
+                f"(batch, seq) = {tuple(inputs_embeds.shape[:2])}: give one 0 or 1 per token"
+            )
+
+
+def _is_packed(position_ids: torch.Tensor | None, attention_mask) -> bool:
+    """Whether positions restart inside a row. A cache would switch off the mask that keeps its documents apart."""
+    if position_ids is None or attention_mask is not None or position_ids.shape[-1] == 1 or is_tracing(position_ids):
+        return False
+    return find_packed_sequence_indices(position_ids) is not None
+
+
+class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
+    """The language model: the backbone and a linear head over the vocabulary, tied to the embedding by default."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ScratchGPTConfig):
+        super().__init__(config)
+        self.transformer = ScratchGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Logits (batch, seq, vocab) and, with labels, the mean next-token cross-entropy in nats.
+
+        Args:
+            labels: Token ids (batch, seq), shifted inside; -100 marks tokens without loss. `shift_labels=` gives labels
+                that are shifted already, `num_items_in_batch=` divides the sum of the losses in place of their count.
+            logits_to_keep: Compute logits for the last n positions only (0: all), or for the positions of a tensor.
+            skip_logits: Compute the loss without ever holding all logits, and return none. Default (`None`): when
+                training with labels. `False` gives both loss and logits.
+
+        The other arguments are those of `ScratchGPTModel`.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if skip_logits is None:
+            skip_logits = self.training and has_labels
+        logits, loss = None, None
+        if skip_logits and has_labels and self._head_is_plain():
+            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)  # (batch, seq, vocab)
+            if (cap := self.config.final_logit_softcapping) is not None:
+                logits = cap * torch.tanh(logits / cap)
+            if has_labels:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _head_is_plain(self) -> bool:
+        """Whether the head is one local matrix and the loss the standard one; if not, the logits are needed."""
+        return (
+            type(self.lm_head) is nn.Linear
+            and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor)
+            and not hasattr(self, "_loss_function")
+        )
+
+    def _loss_without_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        **kwargs,
+    ) -> torch.Tensor:
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # tokens < n predict token n
+        return linear_cross_entropy(
+            hidden_states.flatten(0, -2),
+            self.lm_head.weight,
+            shift_labels.flatten().to(hidden_states.device),
+            bias=self.lm_head.bias,
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index,
+            softcap=self.config.final_logit_softcapping,
+        )
+
+
+class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
+    """One vector of `num_labels` scores per sequence, read at its last token. With one label: a reward model."""
+
+    def __init__(self, config: ScratchGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = ScratchGPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores (batch, num_labels) and, with labels, the loss of `config.problem_type`.
+
+        The last token of a row is the last that its attention mask admits (so an end-of-text token counts even where
+        it is the padding token, too); without a mask, the last that is not `pad_token_id`.
+
+        Raises:
+            ValueError: Several rows, no attention mask and no `pad_token_id` to find their ends with.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)  # (batch, seq, num_labels)
+        batch, seq = logits.shape[:2]
+
+        real_tokens = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            real_tokens = attention_mask[:, -seq:] != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real_tokens = input_ids != self.config.pad_token_id
+        elif batch != 1 and input_ids is not None:
+            raise ValueError(
+                f"the batch has {batch} rows, but neither attention_mask nor config.pad_token_id says where they end"
+            )
+        if real_tokens is None:
+            pooled_logits = logits[:, -1]
+        else:
+            last_token = (real_tokens.to(logits.device) * torch.arange(seq, device=logits.device)).argmax(-1)
+            pooled_logits = logits[torch.arange(batch, device=logits.device), last_token]  # (batch, num_labels)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled_logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled_logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ScratchGPTForTokenClassification(ScratchGPTPreTrainedModel):
+    """`num_labels` scores for every token."""
+
+    def __init__(self, config: ScratchGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = ScratchGPTModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Scores (batch, seq, num_labels) and, with labels (batch, seq), their mean cross-entropy."""
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss without the logits
+#
+# A batch of 8 x 1,024 tokens over 50,257 words has 1.6 GB of float32 logits, and their gradient is as large. Both are
+# needed for a moment only: this function walks over the tokens in chunks and turns each chunk's logits into gradients
+# before it forgets them (as in Hsu et al. 2024, "Liger Kernel").
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOGITS_PER_CHUNK = 2**24  # 64 MB in float32
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """`cross_entropy(hidden @ weight.T + bias, labels)` that holds the logits of one chunk of tokens at a time.
+
+    Args:
+        hidden: (tokens, hidden).
+        weight: (vocab, hidden), and bias (vocab,).
+        labels: (tokens,); `ignore_index` marks tokens without loss.
+        num_items_in_batch: Divisor of the summed loss. Default: the number of labels that count.
+        softcap: `c` in `logits = c * tanh(logits / c)`.
+        chunk_size: Tokens per chunk. Default: as many as fit `LOGITS_PER_CHUNK`.
+
+    Returns:
+        The loss in nats, a float32 scalar. Softmax statistics are float32 whatever the dtype of the matrices, and under
+        autocast the matrix products run in autocast's dtype.
+    """
+    if num_items_in_batch is None:
+        divisor = (labels != ignore_index).sum()
+    else:
+        divisor = torch.as_tensor(num_items_in_batch, device=hidden.device)
+    if chunk_size is None:
+        chunk_size = max(64, LOGITS_PER_CHUNK // weight.shape[0])
+    return _LinearCrossEntropy.apply(
+        hidden, weight, bias, labels, divisor, ignore_index, softcap, chunk_size, torch.is_grad_enabled()
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, divisor, ignore_index, softcap, chunk_size, grad_enabled):
+        device_type = hidden.device.type
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = grad_bias = None
+        if need_bias:
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+
+        with torch.autocast(device_type, enabled=False):
+            matrix = weight.to(dtype)
+            scale = 1.0 / divisor.float()
+            for start in range(0, hidden.shape[0], chunk_size):
+                rows = slice(start, start + chunk_size)
+                chunk = hidden[rows].to(dtype)  # (chunk, hidden)
+                targets = labels[rows].unsqueeze(1)  # (chunk, 1)
+                counts = targets != ignore_index
+                targets = targets.masked_fill(~counts, 0)
+
+                logits = (chunk @ matrix.t()).float()  # (chunk, vocab)
+                if bias is not None:
+                    logits += bias.float()
+                if softcap is not None:
+                    squashed = torch.tanh_(logits.div_(softcap))
+                    logits = squashed * softcap
+                log_probs = torch.log_softmax(logits, dim=-1)
+                loss -= (log_probs.gather(1, targets) * counts).sum()
+                if not (need_hidden or need_weight or need_bias):
+                    continue
+
+                # d loss / d logits = (softmax - one_hot) / divisor, zero for ignored tokens
+                row_scale = counts * scale
+                grad_logits = log_probs.exp_().mul_(row_scale)
+                grad_logits.scatter_add_(1, targets, -row_scale)
+                if softcap is not None:
+                    grad_logits.mul_(1 - squashed * squashed)
+                if need_bias:
+                    grad_bias += grad_logits.sum(0)
+                grad_logits = grad_logits.to(dtype)
+                if need_hidden:
+                    grad_hidden[rows] = grad_logits @ matrix
+                if need_weight:
+                    if grad_weight is None:
+                        grad_weight = (grad_logits.t() @ chunk).float()
+                    elif dtype == torch.float32:
+                        grad_weight.addmm_(grad_logits.t(), chunk)
+                    else:
+                        grad_weight += grad_logits.t() @ chunk
+
+        ctx.grads = (
+            grad_hidden,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+            grad_bias.to(bias.dtype) if grad_bias is not None else None,
+        )
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grads = tuple(grad * grad_loss.to(grad.dtype) if grad is not None else None for grad in ctx.grads)
+        return *grads, None, None, None, None, None, None
+
+
+# `AutoModel.register` fills the lazy mappings but not these tables of names, which Trainer reads to know that a model
+# predicts the next token (label smoothing would otherwise forget the shift).
+for _names, _model_class in (
+    (modeling_auto.MODEL_MAPPING_NAMES, ScratchGPTModel),
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, ScratchGPTForCausalLM),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, ScratchGPTForSequenceClassification),
+    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, ScratchGPTForTokenClassification),
+):
+    _names.setdefault(ScratchGPTConfig.model_type, _model_class.__name__)
+
+
+__all__ = [
+    "ScratchGPTForCausalLM",
+    "ScratchGPTForSequenceClassification",
+    "ScratchGPTForTokenClassification",
+    "ScratchGPTModel",
+    "ScratchGPTPreTrainedModel",
+]

@@ -1,0 +1,43 @@
+"""From settings to a freshly initialised model that fits its tokenizer."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from accelerate.utils import set_seed
+
+from scratch_gpt.config import ModelSettings
+from scratch_gpt.errors import UserError
+from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
+from scratch_gpt.model.presets import preset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_config(settings: ModelSettings, tokenizer: "PreTrainedTokenizerBase") -> ScratchGPTConfig:
+    """The model's configuration: preset, then the fields given, then what the tokenizer decides.
+
+    Raises:
+        UserError: an unknown preset or field, or fields that contradict each other.
+    """
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+    name, overrides = given.pop("preset"), given.pop("overrides")
+    known = {f.name for f in dataclasses.fields(ScratchGPTConfig)} | set(ScratchGPTConfig.attribute_map)
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise UserError(f"--model.overrides: ScratchGPTConfig has no field {', '.join(unknown)}")
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        return preset(name, vocab_size=len(tokenizer), **ids, **{**given, **overrides})
+    except (ValueError, TypeError) as error:  # huggingface_hub's strict validation raises both
+        raise UserError(f"--model: {error}") from error
+
+
+def build_model(config: ScratchGPTConfig, seed: int) -> ScratchGPTForCausalLM:
+    """A new model in float32, the same for the same seed."""
+    set_seed(seed)
+    return ScratchGPTForCausalLM(config)

@@ -1,0 +1,129 @@
+"""Checkpoints: a Hugging Face model directory plus ``trainer_state/``, complete or absent.
+
+Everything is written to a temporary folder, flushed, renamed; then ``trainer_state/complete.json`` with a SHA-256 of
+every file is written last. Deleting removes that marker first. A folder without its marker, or whose files are not what
+the marker says, is not a checkpoint.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from scratch_gpt.files import disk_errors, flush, new_folder, sha256, write_json
+from scratch_gpt.training.optimizer import load_state_tensors, state_tensors
+
+STATE = "trainer_state"
+MARKER = "complete.json"
+
+
+@dataclass
+class TrainerState:
+    """What resume needs beside weights, optimizer and random numbers; the data cursor is the step."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens: int
+    """Target tokens consumed."""
+    precision: str
+    """bf16 or fp32, as chosen at the start of the run."""
+    compiled: bool
+    """Whether the blocks were compiled."""
+    record: dict[str, Any]
+    """The metrics of the last step, in case a crash comes before their line is written."""
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    run_dir: Path,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    keep_last: int,
+) -> Path:
+    """Write ``run_dir/checkpoint-{step}`` and then delete all but the newest ``keep_last``.
+
+    Raises:
+        UserError: it could not be written (a full disk); earlier checkpoints are untouched.
+    """
+    target = run_dir / f"checkpoint-{state.step}"
+    rng = accelerator.gather(torch.get_rng_state().unsqueeze(0).to(accelerator.device)).cpu()  # (processes, bytes)
+    if accelerator.is_main_process:
+        with disk_errors(f"{target} (earlier checkpoints are untouched)"), new_folder(target) as folder:
+            save_model(accelerator.unwrap_model(model), tokenizer, folder)
+            (folder / STATE).mkdir()
+            save_file(state_tensors(optimizer), folder / STATE / "optimizer.safetensors")
+            save_file({"cpu": rng}, folder / STATE / "rng.safetensors")
+            write_json(folder / STATE / "state.json", vars(state))
+        with disk_errors(f"{target} (earlier checkpoints are untouched)"):
+            write_json(target / STATE / MARKER, {"sha256": {n: sha256(target / n) for n in _file_names(target)}})
+            flush(target / STATE)
+        for old in list(_folders(run_dir))[keep_last:]:
+            (old / STATE / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A plain Hugging Face directory: weights, config, generation config, code, tokenizer, chat template."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint, and one sentence for each newer folder that is not one."""
+    problems = []
+    for folder in _folders(run_dir):
+        problem = _problem(folder)
+        if problem is None:
+            return folder, problems
+        problems.append(f"{folder.name} is not used: {problem}")
+    return None, problems
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, optimizer: torch.optim.Optimizer) -> TrainerState:
+    """Restore optimizer and random numbers; the weights were loaded with ``from_pretrained(folder)``."""
+    load_state_tensors(optimizer, load_file(folder / STATE / "optimizer.safetensors"))
+    rng = load_file(folder / STATE / "rng.safetensors")["cpu"]
+    if len(rng) == accelerator.num_processes:
+        torch.set_rng_state(rng[accelerator.process_index])
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> TrainerState:
+    return TrainerState(**json.loads((folder / STATE / "state.json").read_text()))
+
+
+def _folders(run_dir: Path) -> Iterator[Path]:
+    """checkpoint-{step} folders, newest first."""
+    found = [folder for folder in run_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
+    return iter(sorted(found, key=lambda folder: int(folder.name.split("-")[1]), reverse=True))
+
+
+def _file_names(folder: Path) -> list[str]:
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != MARKER)
+    return sorted(str(file.relative_to(folder)) for file in files)
+
+
+def _problem(folder: Path) -> str | None:
+    marker = folder / STATE / MARKER
+    if not marker.is_file():
+        return "it was not finished"
+    try:
+        checksums = json.loads(marker.read_text())["sha256"]
+    except (ValueError, KeyError):
+        return f"{STATE}/{MARKER} is damaged"
+    for name, expected in checksums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != expected:
+            return f"{name} is damaged (its checksum differs)"
+    return None

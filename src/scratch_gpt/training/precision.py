@@ -1,0 +1,105 @@
+"""Which arithmetic is fastest here: measured on the model and batch that will be trained, before the run starts.
+
+Not every CPU has bf16 instructions, and where they are emulated bf16 is slower than fp32; a compiled block saves
+element-wise passes over memory but takes half a minute to compile. So both are tried, and the choice is said.
+"""
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from scratch_gpt.config import TrainingSettings
+from scratch_gpt.data.batches import Batch
+from scratch_gpt.model import ScratchGPTForCausalLM
+
+COMPILE_WORTH_TRYING_SECONDS = 240.0
+"""Eager duration of a run from which on compiling is tried: below, the time to compile is not earned back."""
+
+
+@dataclass
+class Arithmetic:
+    precision: str
+    """bf16 (autocast, weights stay float32) or fp32."""
+    compiled: bool
+    seconds_per_step: float
+    """Measured forward + backward of one process's share of an optimizer step."""
+    reason: str
+
+
+def choose_arithmetic(
+    model: ScratchGPTForCausalLM, batch: Batch, micro_batches: int, settings: TrainingSettings, max_steps: int | None
+) -> Arithmetic:
+    """Measure forward + backward on ``batch`` and leave ``model`` as it was, compiled if that is the choice.
+
+    ``max_steps`` None means that the caller decides on the number of steps afterwards: compiling is not tried then.
+    """
+    rng = torch.get_rng_state()
+    seconds: dict[str, float] = {}
+    candidates = [settings.precision] if settings.precision != "auto" else _candidates(batch.input_ids.device)
+    for precision in candidates:
+        seconds[precision] = measure(model, batch, precision)
+    precision = min(seconds, key=seconds.__getitem__)
+    reason = "as asked" if settings.precision != "auto" else "the only choice"
+    if len(seconds) > 1:
+        slower = max(seconds, key=seconds.__getitem__)
+        reason = f"{seconds[slower] / seconds[precision]:.1f}x the speed of {slower} here"
+
+    compiled = settings.compile == "on"
+    eager_seconds = seconds[precision] * micro_batches
+    run_is_long = max_steps is not None and eager_seconds * max_steps > COMPILE_WORTH_TRYING_SECONDS
+    if compiled or (settings.compile == "auto" and run_is_long and _has_compiler()):
+        compile_blocks(model)
+        seconds["compiled"] = measure(model, batch, precision)
+        compiled = settings.compile == "on" or seconds["compiled"] < 0.95 * seconds[precision]
+        if compiled:
+            reason += f"; compiled blocks, {seconds[precision] / seconds['compiled']:.2f}x eager"
+            eager_seconds = seconds["compiled"] * micro_batches
+        else:
+            uncompile_blocks(model)
+    model.zero_grad(set_to_none=True)
+    torch.set_rng_state(rng)
+    return Arithmetic(precision, compiled, eager_seconds, reason)
+
+
+def measure(model: ScratchGPTForCausalLM, batch: Batch, precision: str, repeats: int = 3) -> float:
+    """Median seconds of one forward + backward, after a first one that is not counted."""
+    return statistics.median(_timed(lambda: _forward_backward(model, batch, precision)) for _ in range(repeats + 1))
+
+
+def _forward_backward(model: ScratchGPTForCausalLM, batch: Batch, precision: str) -> None:
+    device = batch.input_ids.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        model(input_ids=batch.input_ids, labels=batch.labels, shift_labels=batch.labels).loss.backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _timed(action: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _candidates(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        return ["bf16"] if torch.cuda.is_bf16_supported() else ["fp32"]
+    return ["bf16", "fp32"] if device.type == "cpu" else ["fp32"]
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++"))
+
+
+def compile_blocks(model: ScratchGPTForCausalLM) -> None:
+    """torch.compile each block in place: one graph for all of them, names in the state dict unchanged."""
+    for block in model.transformer.h:
+        block.compile()
+
+
+def uncompile_blocks(model: ScratchGPTForCausalLM) -> None:
+    for block in model.transformer.h:
+        block._compiled_call_impl = None

@@ -1,0 +1,308 @@
+"""Pretraining: text to tokenizer to shards to checkpoints to ``final/``.
+
+    scratch-gpt pretrain --run-dir runs/mine --corpus book.txt --max-steps 1000
+    accelerate launch --num_processes 8 -m scratch_gpt pretrain --config pretrain.yaml
+
+Accelerate brings device, launch and autocast. The loop owns the data order, the schedule and the checkpoints, because
+each of them must be a pure function of the step: then the same command after a crash writes the same losses.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from scratch_gpt.config import PretrainSettings
+from scratch_gpt.console import duration, progress_bar, say
+from scratch_gpt.data.batches import Batch, RowOrder, read_rows
+from scratch_gpt.data.prepare import prepare, summary
+from scratch_gpt.data.shards import TokenStream, read_manifest
+from scratch_gpt.data.sources import split_documents
+from scratch_gpt.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from scratch_gpt.errors import StoppedOnRequest, UserError
+from scratch_gpt.files import disk_errors, new_folder
+from scratch_gpt.model import ScratchGPTForCausalLM
+from scratch_gpt.training.build import build_config, build_model
+from scratch_gpt.training.checkpoint import (
+    TrainerState,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+    save_model,
+)
+from scratch_gpt.training.metrics import MetricsFile
+from scratch_gpt.training.optimizer import build_optimizer
+from scratch_gpt.training.precision import Arithmetic, choose_arithmetic, compile_blocks
+from scratch_gpt.training.run import record_settings, run_directory, stored_settings
+from scratch_gpt.training.schedule import learning_rate
+from scratch_gpt.training.stop import StopRequest
+from scratch_gpt.training.validation import validate
+
+
+def pretrain_command(settings: PretrainSettings) -> None:
+    """`scratch-gpt pretrain`."""
+    state = PartialState()
+    # One process looks at the run directory and holds its lock; the others wait until it is ready.
+    if state.is_main_process:
+        with run_directory(settings) as run_dir:
+            if (run_dir / "final").is_dir() and stored_settings(run_dir).get("max_steps") == settings.max_steps:
+                say(f"{run_dir}/final is finished ({settings.max_steps:,} steps). --fresh starts over.")
+                return
+            record_settings(run_dir, settings)
+            prepare_inputs(settings, run_dir)
+            state.wait_for_everyone()
+            Pretraining(settings, run_dir).run()
+    else:
+        state.wait_for_everyone()
+        Pretraining(settings, Path(settings.run_dir)).run()
+
+
+def prepare_inputs(settings: PretrainSettings, run_dir: Path) -> None:
+    """Make the tokenizer and the shards that the run directory does not have yet."""
+    tokenizer_path = tokenizer_folder(settings, run_dir)
+    if settings.tokenizer_path is None and not tokenizer_path.is_dir():
+        train, _, _ = split_documents(settings)
+        tokenizer = train_tokenizer(train, settings.tokenizer)
+        with disk_errors(str(tokenizer_path)), new_folder(tokenizer_path) as folder:
+            save_tokenizer(tokenizer, folder)
+    say(f"tokenizer  {tokenizer_path}: {len(load_tokenizer(tokenizer_path)):,} tokens")
+    if settings.data_path is None:
+        manifest = prepare(settings, tokenizer_path, data_folder(settings, run_dir))
+    else:
+        manifest = read_manifest(Path(settings.data_path))
+        if manifest["tokenizer"] != fingerprint(tokenizer_path):
+            raise UserError(f"{settings.data_path} was made with another tokenizer than {tokenizer_path}")
+    say(f"data       {summary(manifest)}")
+
+
+def tokenizer_folder(settings: PretrainSettings, run_dir: Path) -> Path:
+    return run_dir / "tokenizer" if settings.tokenizer_path is None else Path(settings.tokenizer_path)
+
+
+def data_folder(settings: PretrainSettings, run_dir: Path) -> Path:
+    return run_dir / "data" if settings.data_path is None else Path(settings.data_path)
+
+
+class Pretraining:
+    """One run: built from its settings, or from its newest valid checkpoint where there is one."""
+
+    def __init__(self, settings: PretrainSettings, run_dir: Path):
+        self.settings, self.run_dir = settings, run_dir
+        self.tokenizer = load_tokenizer(tokenizer_folder(settings, run_dir))
+        manifest = read_manifest(data_folder(settings, run_dir))
+        self.train_stream = TokenStream(data_folder(settings, run_dir), "train", manifest)
+        self.validation_stream = TokenStream(data_folder(settings, run_dir), "validation", manifest)
+
+        self.checkpoint, problems = find_checkpoint(run_dir)
+        for problem in problems:
+            say(problem)
+        if self.checkpoint is None:
+            self.model = build_model(build_config(settings.model, self.tokenizer), settings.seed)
+        else:
+            self.model = ScratchGPTForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+        self.model.train()
+
+        self.context_length = self._context_length()
+        self.order = RowOrder(len(self.train_stream), self.context_length, settings.seed)
+        world = PartialState().num_processes
+        self.rows_per_step, self.micro_batches = self._batch_shape(world)
+        self.arithmetic = self._choose_arithmetic(PartialState().device)
+        say(
+            f"model      {self.num_parameters:,} parameters, context {self.context_length}, "
+            f"{self.rows_per_step * self.context_length:,} tokens a step on {world} process(es)"
+        )
+        how = "compiled" if self.arithmetic.compiled else "eager"
+        say(f"arithmetic {self.arithmetic.precision}, {how}: {self.arithmetic.reason}")
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def run(self) -> None:
+        """Train to the last step and write ``final/``.
+
+        Raises:
+            StoppedOnRequest: a signal came; a checkpoint was saved.
+            UserError: a checkpoint could not be written; the previous one stays valid.
+        """
+        settings, training, max_steps = self.settings, self.settings.training, self.settings.max_steps
+        accelerator = Accelerator(mixed_precision="bf16" if self.arithmetic.precision == "bf16" else "no")
+        expected = int(os.environ.get("WORLD_SIZE", "1"))
+        if accelerator.num_processes != expected:
+            raise UserError(
+                f"the launcher started {expected} processes, but each would train a copy of its own. On CPUs launch "
+                "with ACCELERATE_USE_CPU=true and a configuration file whose distributed_type is MULTI_GPU."
+            )
+        model = accelerator.prepare_model(self.model)
+        optimizer = build_optimizer(self.model, training)
+        state = TrainerState(
+            step=0, tokens=0, precision=self.arithmetic.precision, compiled=self.arithmetic.compiled, record={}
+        )
+        if self.checkpoint is not None:
+            state = load_checkpoint(accelerator, self.checkpoint, optimizer)
+            say(f"resumed    {self.checkpoint.name}: {state.step:,} of {max_steps:,} steps are done")
+        metrics = MetricsFile(self.run_dir / "metrics.jsonl", keep_through=state.step, write=accelerator.is_main_process)
+        if state.record and metrics.last_step < state.step:  # killed between its checkpoint and its line
+            self._finish_record(accelerator, model, metrics, state.record, left="?")
+
+        clock = Clock()
+        with StopRequest() as stop, progress_bar("pretraining", max_steps, state.step) as bar:
+            while state.step < max_steps:
+                rate = learning_rate(state.step, max_steps, training)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+
+                rows = range(state.step * self.rows_per_step, (state.step + 1) * self.rows_per_step)
+                num_targets = self.order.num_targets(rows)
+                loss = torch.zeros((), device=accelerator.device)
+                for batch in self._micro_batches(rows, accelerator.process_index, accelerator.num_processes):
+                    with accelerator.autocast():
+                        micro_loss = model(
+                            input_ids=batch.input_ids.to(accelerator.device),
+                            labels=batch.labels.to(accelerator.device),
+                            shift_labels=batch.labels.to(accelerator.device),
+                            num_items_in_batch=num_targets,
+                        ).loss
+                    # Data parallelism averages gradients over processes; what we want is their sum.
+                    (micro_loss * accelerator.num_processes).backward()
+                    loss += micro_loss.detach()
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                state.step += 1
+                state.tokens += num_targets
+
+                shared = torch.stack([loss, torch.tensor(float(stop.requested), device=accelerator.device)])
+                step_loss, stop_votes = accelerator.reduce(shared, "sum").tolist()
+                seconds_per_step = clock.tick()
+                last = state.step == max_steps
+                state.record = {
+                    "step": state.step,
+                    "loss": step_loss,
+                    "learning_rate": rate,
+                    "grad_norm": float(grad_norm),
+                    "tokens": state.tokens,
+                    "tokens_per_second": round(num_targets / seconds_per_step, 1),
+                    "time": round(time.time(), 3),
+                }
+                left = duration((max_steps - state.step) * clock.mean)
+                bar.update(state.step, f"step {state.step}/{max_steps} loss {step_loss:.3f}")
+
+                if state.step % training.save_every == 0 or last or stop_votes:
+                    save_checkpoint(
+                        accelerator, self.run_dir, model, self.tokenizer, optimizer, state, training.keep_last
+                    )
+                self._finish_record(accelerator, model, metrics, state.record, left)
+                clock.skip()
+                if stop_votes and not last:
+                    raise StoppedOnRequest(
+                        f"stopped after step {state.step:,} of {max_steps:,}, saved in "
+                        f"{self.run_dir}/checkpoint-{state.step}. The same command goes on from there."
+                    )
+        self._save_final(accelerator)
+        accelerator.end_training()
+
+    def _finish_record(
+        self, accelerator: Accelerator, model: Any, metrics: MetricsFile, record: dict[str, Any], left: str
+    ) -> None:
+        """Validate if that is due, then write the step's line."""
+        step, training = record["step"], self.settings.training
+        if step % training.eval_every == 0 or step == self.settings.max_steps:
+            result = validate(accelerator, model, self.validation_stream, self.context_length)
+            record |= {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
+            say(
+                f"  step {step:>5,}  loss {record['loss']:.3f}  validation {result.bits_per_byte:.3f} bits per byte  "
+                f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
+            )
+        if step % training.log_every == 0 or "validation_loss" in record:
+            metrics.write(record)
+
+    def _micro_batches(self, rows: range, process: int, processes: int) -> list[Batch]:
+        """This process's share of a step's rows, a forward pass at a time."""
+        mine = [self.order.locate(row) for row in rows[process::processes]]
+        size = len(mine) // self.micro_batches
+        return [
+            read_rows(self.train_stream, mine[first : first + size], self.context_length)
+            for first in range(0, len(mine), size)
+        ]
+
+    def _save_final(self, accelerator: Accelerator) -> None:
+        target = self.run_dir / "final"
+        if accelerator.is_main_process:
+            with disk_errors(f"{target} (the checkpoints are untouched)"), new_folder(target) as folder:
+                save_model(accelerator.unwrap_model(self.model, keep_fp32_wrapper=False), self.tokenizer, folder)
+            say(f"saved      {target}")
+        accelerator.wait_for_everyone()
+
+    def _context_length(self) -> int:
+        longest = self.model.config.max_position_embeddings
+        context = self.settings.training.context_length or longest
+        if self.model.config.position_embedding_type == "learned" and context > longest:
+            raise UserError(f"--training.context_length is {context}, the model has {longest} learned positions")
+        for split, stream in (("training", self.train_stream), ("held-out", self.validation_stream)):
+            if len(stream) <= context and split == "training" or len(stream) < 2:
+                raise UserError(
+                    f"the {split} text has only {len(stream)} tokens, one row takes {context + 1}: give more text or "
+                    "a smaller --training.context_length"
+                )
+        return context
+
+    def _batch_shape(self, world: int) -> tuple[int, int]:
+        """(rows per optimizer step over all processes, forward passes per step and process)."""
+        training = self.settings.training
+        rows, remainder = divmod(training.total_batch_size, self.context_length)
+        if remainder or rows == 0 or rows % world:
+            raise UserError(
+                f"--training.total_batch_size is {training.total_batch_size} tokens; it must be a multiple of "
+                f"{self.context_length} (context) x {world} (processes)"
+            )
+        per_process = rows // world
+        device_rows = training.device_batch_size or per_process
+        if per_process % device_rows:
+            raise UserError(
+                f"--training.device_batch_size is {device_rows}; it must divide the {per_process} rows per process and step"
+            )
+        return rows, per_process // device_rows
+
+    def _choose_arithmetic(self, device: torch.device) -> Arithmetic:
+        """Measured at the start of a run; a resumed run keeps the choice, or its losses would not be the same."""
+        if self.checkpoint is not None:
+            state = read_state(self.checkpoint)
+            if state.compiled:
+                compile_blocks(self.model)
+            return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")
+        world = PartialState().num_processes
+        batch = self._micro_batches(range(self.rows_per_step), 0, world)[0]
+        self.model.to(device)
+        batch = Batch(batch.input_ids.to(device), batch.labels.to(device))
+        choice = choose_arithmetic(
+            self.model, batch, self.micro_batches, self.settings.training, self.settings.max_steps
+        )
+        shared = [choice]
+        broadcast_object_list(shared)
+        return shared[0]
+
+
+class Clock:
+    """Seconds per step, without what happens between steps."""
+
+    def __init__(self) -> None:
+        self.total, self.steps = 0.0, 0
+        self.start = time.perf_counter()
+
+    def tick(self) -> float:
+        seconds = time.perf_counter() - self.start
+        self.total, self.steps = self.total + seconds, self.steps + 1
+        return seconds
+
+    def skip(self) -> None:
+        self.start = time.perf_counter()
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.steps

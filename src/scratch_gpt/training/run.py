@@ -1,0 +1,87 @@
+"""A run directory: whose it is, whether the same command may go on in it, and its lock.
+
+    config.yaml  metrics.jsonl  tokenizer/  data/  checkpoint-{step}/  final/
+"""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scratch_gpt.config import PretrainSettings, flatten, save_settings
+from scratch_gpt.errors import UserError
+
+CONFIG = "config.yaml"
+LOCK = ".lock"
+# Settings that may differ between the calls that make up one run: they do not change what was already learnt.
+FREE = {"run_dir", "fresh", "max_steps", "minutes", "training.log_every", "training.eval_every"}
+FREE |= {"training.save_every", "training.keep_last"}
+
+
+@contextmanager
+def run_directory(settings: PretrainSettings) -> Iterator[Path]:
+    """Open ``settings.run_dir`` for one process at a time, new or with the same run in it.
+
+    Raises:
+        UserError: it holds other files, another run, or a run that is being written right now.
+    """
+    run_dir = Path(settings.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir} is a file")
+    has_run = (run_dir / CONFIG).is_file()
+    if run_dir.is_dir() and not has_run and any(file.name != LOCK for file in run_dir.iterdir()):
+        raise UserError(f"{run_dir} holds files that are not a run's: choose another --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is writing {run_dir}: wait for it or choose another --run-dir") from error
+        if has_run and settings.fresh:
+            _empty(run_dir)
+        elif has_run:
+            _check_same_run(run_dir, settings)
+        yield run_dir
+
+
+def stored_settings(run_dir: Path) -> dict[str, Any]:
+    """The settings of the run in ``run_dir`` by their command-line names; empty where there is none."""
+    path = run_dir / CONFIG
+    return flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def record_settings(run_dir: Path, settings: PretrainSettings) -> None:
+    save_settings(settings, run_dir / CONFIG)
+
+
+def has_trained(run_dir: Path) -> bool:
+    return (run_dir / "final").is_dir() or any(run_dir.glob("checkpoint-*"))
+
+
+def _check_same_run(run_dir: Path, settings: PretrainSettings) -> None:
+    stored, asked = stored_settings(run_dir), flatten(settings)
+    changed = [name for name in sorted(stored.keys() & asked.keys()) if name not in FREE and stored[name] != asked[name]]
+    if not changed:
+        return
+    if not has_trained(run_dir):
+        _empty(run_dir)  # nothing was learnt yet, so nothing is lost
+        return
+    differences = "; ".join(f"{name} is {stored[name]!r} there and {asked[name]!r} here" for name in changed)
+    raise UserError(
+        f"{run_dir} holds a run with other settings: {differences}. "
+        "Choose another --run-dir, or start over with --fresh (which deletes that run)."
+    )
+
+
+def _empty(run_dir: Path) -> None:
+    """Delete what runs write, and nothing else."""
+    for name in ("tokenizer", "data", "final", "evaluation"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for folder in run_dir.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    for name in (CONFIG, "metrics.jsonl"):
+        (run_dir / name).unlink(missing_ok=True)
