@@ -11,15 +11,15 @@ import wrapt
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "ScratchGPTConfig": "scratch_gpt.model",
-    "ScratchGPTModel": "scratch_gpt.model",
-    "ScratchGPTForCausalLM": "scratch_gpt.model",
-    "ScratchGPTForSequenceClassification": "scratch_gpt.model",
-    "ScratchGPTForTokenClassification": "scratch_gpt.model",
-    "ScratchGPTPreTrainedModel": "scratch_gpt.model",
-}
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "ScratchGPTConfig",
+    "ScratchGPTForCausalLM",
+    "ScratchGPTForSequenceClassification",
+    "ScratchGPTForTokenClassification",
+    "ScratchGPTModel",
+    "ScratchGPTPreTrainedModel",
+    "__version__",
+]
 
 
 def _register(_module: Any) -> None:
@@ -32,10 +32,10 @@ wrapt.register_post_import_hook(_register, "transformers.models.auto.modeling_au
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in __all__:
+        return getattr(importlib.import_module("scratch_gpt.model"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted({*globals(), *__all__})

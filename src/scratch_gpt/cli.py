@@ -4,6 +4,7 @@
 traceback. Each verb imports what it needs when it runs.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -37,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb = find_verb(words)
         settings_class, target = VERBS[verb]
-        settings = config.parse_settings(settings_class, words[len(verb.split()) :], f"scratch-gpt {verb}")
+        settings: object = config.parse_settings(settings_class, words[len(verb.split()) :], f"scratch-gpt {verb}")
         # Nothing here calls home, and progress bars of libraries would tear our own apart.
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
         module, function = target.split(":")
         getattr(importlib.import_module(module), function)(settings)
     except UserError as error:
@@ -51,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("scratch-gpt: interrupted; the same command goes on from what is finished", file=sys.stderr)
         return EXIT_STOPPED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"scratch-gpt: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        return EXIT_USER_ERROR
     return 0
 
 

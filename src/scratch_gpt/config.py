@@ -226,9 +226,12 @@ def parse_settings(settings_class: type[Settings], arguments: Sequence[str], pro
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
     class Parser(jsonargparse.ArgumentParser):
-        def format_help(self) -> str:  # --run-dir and --section.field_name, as the documentation writes them
-            help_text: str = super().format_help()
+        def format_help(
+            self, *args: Any, **kwargs: Any
+        ) -> str:  # --run-dir and --section.field_name, as the documentation writes them
+            help_text: str = super().format_help(*args, **kwargs)
             return re.sub(r"--[a-z_]+(?![\w.])", lambda name: name.group().replace("_", "-"), help_text)
 
     parser = Parser(

@@ -20,7 +20,12 @@ def say(text: str = "") -> None:
 @contextmanager
 def progress_bar(description: str, total: int, done: int = 0) -> Iterator["ProgressLine"]:
     """A bar with the time left, on a terminal only."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield ProgressLine(progress, progress.add_task(description, total=total, completed=done, status=""))
 

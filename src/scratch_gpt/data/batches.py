@@ -62,8 +62,6 @@ def read_rows(stream: TokenStream, rows: Sequence[tuple[int, int]], context_leng
 
 def evaluation_batches(stream: TokenStream, context_length: int, batch_size: int) -> Iterator[Batch]:
     """The whole stream in order, every token a target exactly once."""
-    rows = [
-        (first, min(context_length, len(stream) - first)) for first in range(0, len(stream), context_length)
-    ]
+    rows = [(first, min(context_length, len(stream) - first)) for first in range(0, len(stream), context_length)]
     for beginning in range(0, len(rows), batch_size):
         yield read_rows(stream, rows[beginning : beginning + batch_size], context_length)

@@ -27,7 +27,7 @@ def inspect_command(settings: DataInspectSettings) -> None:
     if fingerprint(settings.tokenizer_path) != manifest["tokenizer"]:
         raise UserError(f"{folder} was made with another tokenizer than {settings.tokenizer_path}")
     tokenizer = load_tokenizer(settings.tokenizer_path)
-    stream = TokenStream(folder, "train", manifest)
+    stream = TokenStream.open(folder, "train", manifest)
     for row in range(settings.rows):
         print(f"\ntrain, tokens {row * ROW_LENGTH} to {(row + 1) * ROW_LENGTH - 1}:")
         print(tokenizer.decode(stream.read(row * ROW_LENGTH, ROW_LENGTH)))

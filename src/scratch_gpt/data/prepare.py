@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from scratch_gpt.config import DataPrepareSettings, TextSettings
 from scratch_gpt.data.shards import MANIFEST, read_manifest, write_shards
-from scratch_gpt.data.sources import split_documents
+from scratch_gpt.data.sources import split_documents, text_fingerprint
 from scratch_gpt.data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors
@@ -24,7 +24,8 @@ def prepare(settings: TextSettings, tokenizer_path: str | Path, output: Path) ->
     """
     train, valid, held_out = split_documents(settings)
     description = {
-        "source": settings.corpus or "bundled: three novels of Jane Austen",
+        "source": "three novels of Jane Austen" if settings.corpus is None else Path(settings.corpus).name,
+        "text": text_fingerprint(settings),
         "held_out": held_out,
         "tokenizer": fingerprint(tokenizer_path),
     }
@@ -33,16 +34,19 @@ def prepare(settings: TextSettings, tokenizer_path: str | Path, output: Path) ->
         changed = [key for key, value in description.items() if existing.get(key) != value]
         if not changed:
             return existing
-        raise UserError(f"{output} holds shards with another {' and '.join(changed)}: choose another folder or delete it")
+        raise UserError(
+            f"{output} holds shards with another {' and '.join(changed)}: choose another folder or delete it"
+        )
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} holds other files: choose another folder")
-    backend: Tokenizer = load_tokenizer(tokenizer_path).backend_tokenizer  # type: ignore[attr-defined]
+    tokenizer = load_tokenizer(tokenizer_path)
+    backend: Tokenizer = tokenizer.backend_tokenizer
     with disk_errors(f"token shards in {output}"):
         manifest = write_shards(
             output,
             {"train": encode(train, backend), "validation": encode(valid, backend)},
             vocab_size=backend.get_vocab_size(),
-            end_of_text=backend.token_to_id(END_OF_TEXT),
+            end_of_text=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
             description=description,
         )
     return manifest

@@ -6,7 +6,7 @@ tokenizer's fingerprint, the counts and a SHA-256 of every file. Each document i
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def write_shards(
     manifest |= {"dtype": token_dtype(vocab_size), "vocab_size": vocab_size, "end_of_text": end_of_text, "splits": {}}
     with new_folder(folder) as temporary:
         for split, documents in splits.items():
-            shards, num_bytes = [], 0
+            shards: list[dict[str, Any]] = []
+            num_bytes = 0
             for number, (tokens, offsets, shard_bytes) in enumerate(_group(documents, end_of_text, tokens_per_shard)):
                 name = f"{split}-{number:05d}"
                 np.asarray(tokens, dtype=manifest["dtype"]).tofile(temporary / f"{name}.bin")
@@ -54,6 +55,8 @@ def write_shards(
                     }
                 )
                 num_bytes += shard_bytes
+            if not shards:
+                raise UserError(f"no text is left for the {split} split: give more text, or other text to hold out")
             manifest["splits"][split] = {
                 "tokens": sum(shard["tokens"] for shard in shards),
                 "documents": sum(shard["documents"] for shard in shards),
@@ -91,7 +94,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder} holds no {MANIFEST}; `scratch-gpt data prepare --output {folder}` makes token shards")
+        raise UserError(
+            f"{folder} holds no {MANIFEST}; `scratch-gpt data prepare --output {folder}` makes token shards"
+        )
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     itemsize = np.dtype(manifest["dtype"]).itemsize
     for file, shard in _shard_files(folder, manifest):
@@ -122,12 +127,23 @@ class TokenStream:
     Since every document ends with end-of-text, so does the ring, and the first document is preceded by one as well.
     """
 
-    def __init__(self, folder: Path, split: str, manifest: dict[str, Any] | None = None):
-        manifest = manifest or read_manifest(folder)
-        shards = manifest["splits"][split]["shards"]
-        self.arrays = [np.memmap(folder / f"{s['name']}.bin", dtype=manifest["dtype"], mode="r") for s in shards]
-        self.starts = np.cumsum([0] + [len(array) for array in self.arrays])
-        self.num_bytes: int = manifest["splits"][split]["bytes"]
+    def __init__(self, arrays: Sequence[np.ndarray], num_bytes: int):
+        self.arrays, self.num_bytes = arrays, num_bytes
+        self.starts = np.cumsum([0] + [len(array) for array in arrays])
+
+    @classmethod
+    def open(cls, folder: Path, split: str, manifest: dict[str, Any]) -> "TokenStream":
+        """One split of a folder of shards, memory-mapped."""
+        files = [folder / f"{shard['name']}.bin" for shard in manifest["splits"][split]["shards"]]
+        arrays = [np.memmap(file, dtype=manifest["dtype"], mode="r") for file in files]
+        return cls(arrays, manifest["splits"][split]["bytes"])
+
+    @classmethod
+    def of_documents(cls, documents: Iterable[tuple[list[int], int]], end_of_text: int) -> "TokenStream":
+        """Documents, given as (token ids, UTF-8 bytes), in memory."""
+        encoded = list(documents)
+        tokens = [token for ids, _ in encoded for token in (*ids, end_of_text)]
+        return cls([np.asarray(tokens)], sum(num_bytes for _, num_bytes in encoded))
 
     def __len__(self) -> int:
         return int(self.starts[-1])

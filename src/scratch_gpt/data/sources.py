@@ -14,6 +14,7 @@ from typing import Literal
 
 from scratch_gpt.config import TextSettings
 from scratch_gpt.errors import UserError
+from scratch_gpt.files import sha256
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 FEW_DOCUMENTS = 20
@@ -88,19 +89,30 @@ def split_documents(settings: TextSettings) -> tuple[Iterable[str], Iterable[str
     """
     if settings.corpus is None:
         train, valid = [bundled_corpus("train")], [bundled_corpus("valid")]
-        return _Documents(train), _Documents(valid), "the last 5% of each of the three novels"
+        return _Documents(train), _Documents(valid), "the last 5% of each document"
     paths = find_files(settings.corpus)
     documents = _Documents(paths, settings.errors)
     if settings.validation_corpus is not None:
         held_out = _Documents(find_files(settings.validation_corpus), settings.errors)
-        return documents, held_out, settings.validation_corpus
+        return documents, held_out, f"{Path(settings.validation_corpus).name}, held out"
     share = settings.validation_fraction
     if not 0 < share < 1:
         raise UserError(f"--validation-fraction is {share}; it must lie between 0 and 1")
     if len(list(itertools.islice(documents, FEW_DOCUMENTS))) < FEW_DOCUMENTS:
-        how = f"the last {share:.0%} of each document (the corpus has under {FEW_DOCUMENTS})"
+        how = f"the last {share:.0%} of each document"
         return _Parts(documents, share, "head"), _Parts(documents, share, "tail"), how
     return _Chosen(documents, share, False), _Chosen(documents, share, True), f"{share:.0%} of the documents, by hash"
+
+
+def text_fingerprint(settings: TextSettings) -> str:
+    """SHA-256 of the text's files and of how they are split: other shards are needed when it changes."""
+    paths = (
+        [bundled_corpus("train"), bundled_corpus("valid")] if settings.corpus is None else find_files(settings.corpus)
+    )
+    if settings.validation_corpus is not None:
+        paths += find_files(settings.validation_corpus)
+    digests = [sha256(path) for path in paths]
+    return hashlib.sha256(repr((digests, settings.validation_fraction, settings.errors)).encode()).hexdigest()
 
 
 class _Documents:

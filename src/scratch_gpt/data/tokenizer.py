@@ -134,7 +134,9 @@ def train_command(settings: TokenizerTrainSettings) -> None:
     train, valid, _ = split_documents(settings)
     tokenizer = train_tokenizer(train, settings.tokenizer)
     save_tokenizer(tokenizer, output)
-    print(f"{output}: {tokenizer.get_vocab_size():,} tokens, {bytes_per_token(tokenizer, valid):.2f} held-out bytes each")
+    print(
+        f"{output}: {tokenizer.get_vocab_size():,} tokens, {bytes_per_token(tokenizer, valid):.2f} held-out bytes each"
+    )
 
 
 def bytes_per_token(tokenizer: Tokenizer, documents: Iterable[str]) -> float:

@@ -80,7 +80,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint, and one sentence for each newer folder that is not one."""
-    problems = []
+    problems: list[str] = []
     for folder in _folders(run_dir):
         problem = _problem(folder)
         if problem is None:

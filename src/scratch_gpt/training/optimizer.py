@@ -11,7 +11,8 @@ EPSILON = 1e-8
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
     """Two groups: matrices of the blocks decay; embeddings (the tied head with them), norms and biases do not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and not name.startswith("lm_head")
         (decayed if is_matrix else others).append(parameter)

@@ -31,11 +31,16 @@ class Arithmetic:
 
 
 def choose_arithmetic(
-    model: ScratchGPTForCausalLM, batch: Batch, micro_batches: int, settings: TrainingSettings, max_steps: int | None
+    model: ScratchGPTForCausalLM,
+    batch: Batch,
+    micro_batches: int,
+    settings: TrainingSettings,
+    max_steps: int | None,
+    budget_seconds: float | None = None,
 ) -> Arithmetic:
     """Measure forward + backward on ``batch`` and leave ``model`` as it was, compiled if that is the choice.
 
-    ``max_steps`` None means that the caller decides on the number of steps afterwards: compiling is not tried then.
+    The length of the run, which decides whether compiling is tried, is ``max_steps``, else ``budget_seconds``.
     """
     rng = torch.get_rng_state()
     seconds: dict[str, float] = {}
@@ -50,8 +55,9 @@ def choose_arithmetic(
 
     compiled = settings.compile == "on"
     eager_seconds = seconds[precision] * micro_batches
-    run_is_long = max_steps is not None and eager_seconds * max_steps > COMPILE_WORTH_TRYING_SECONDS
-    if compiled or (settings.compile == "auto" and run_is_long and _has_compiler()):
+    run_seconds = eager_seconds * max_steps if max_steps is not None else budget_seconds or 0.0
+    worth_trying = run_seconds > COMPILE_WORTH_TRYING_SECONDS and _has_compiler()
+    if compiled or (settings.compile == "auto" and worth_trying):
         compile_blocks(model)
         seconds["compiled"] = measure(model, batch, precision)
         compiled = settings.compile == "on" or seconds["compiled"] < 0.95 * seconds[precision]

@@ -54,7 +54,8 @@ def pretrain_command(settings: PretrainSettings) -> None:
                 say(f"{run_dir}/final is finished ({settings.max_steps:,} steps). --fresh starts over.")
                 return
             record_settings(run_dir, settings)
-            prepare_inputs(settings, run_dir)
+            prepare_tokenizer(settings, run_dir)
+            prepare_data(settings, run_dir)
             state.wait_for_everyone()
             Pretraining(settings, run_dir).run()
     else:
@@ -62,15 +63,20 @@ def pretrain_command(settings: PretrainSettings) -> None:
         Pretraining(settings, Path(settings.run_dir)).run()
 
 
-def prepare_inputs(settings: PretrainSettings, run_dir: Path) -> None:
-    """Make the tokenizer and the shards that the run directory does not have yet."""
-    tokenizer_path = tokenizer_folder(settings, run_dir)
-    if settings.tokenizer_path is None and not tokenizer_path.is_dir():
+def prepare_tokenizer(settings: PretrainSettings, run_dir: Path) -> None:
+    """Train the tokenizer that the run directory does not have yet."""
+    path = tokenizer_folder(settings, run_dir)
+    if settings.tokenizer_path is None and not path.is_dir():
         train, _, _ = split_documents(settings)
         tokenizer = train_tokenizer(train, settings.tokenizer)
-        with disk_errors(str(tokenizer_path)), new_folder(tokenizer_path) as folder:
+        with disk_errors(str(path)), new_folder(path) as folder:
             save_tokenizer(tokenizer, folder)
-    say(f"tokenizer  {tokenizer_path}: {len(load_tokenizer(tokenizer_path)):,} tokens")
+    say(f"tokenizer  {len(load_tokenizer(path)):,} tokens in {path}")
+
+
+def prepare_data(settings: PretrainSettings, run_dir: Path) -> None:
+    """Make the shards that the run directory does not have yet."""
+    tokenizer_path = tokenizer_folder(settings, run_dir)
     if settings.data_path is None:
         manifest = prepare(settings, tokenizer_path, data_folder(settings, run_dir))
     else:
@@ -89,14 +95,17 @@ def data_folder(settings: PretrainSettings, run_dir: Path) -> Path:
 
 
 class Pretraining:
-    """One run: built from its settings, or from its newest valid checkpoint where there is one."""
+    """One run: built from its settings, or from its newest valid checkpoint where there is one.
 
-    def __init__(self, settings: PretrainSettings, run_dir: Path):
-        self.settings, self.run_dir = settings, run_dir
+    ``settings.max_steps`` may still be None here, with ``budget_seconds`` to say how long the run will be about.
+    """
+
+    def __init__(self, settings: PretrainSettings, run_dir: Path, budget_seconds: float | None = None):
+        self.settings, self.run_dir, self.budget_seconds = settings, run_dir, budget_seconds
         self.tokenizer = load_tokenizer(tokenizer_folder(settings, run_dir))
         manifest = read_manifest(data_folder(settings, run_dir))
-        self.train_stream = TokenStream(data_folder(settings, run_dir), "train", manifest)
-        self.validation_stream = TokenStream(data_folder(settings, run_dir), "validation", manifest)
+        self.train_stream = TokenStream.open(data_folder(settings, run_dir), "train", manifest)
+        self.validation_stream = TokenStream.open(data_folder(settings, run_dir), "validation", manifest)
 
         self.checkpoint, problems = find_checkpoint(run_dir)
         for problem in problems:
@@ -130,7 +139,7 @@ class Pretraining:
             StoppedOnRequest: a signal came; a checkpoint was saved.
             UserError: a checkpoint could not be written; the previous one stays valid.
         """
-        settings, training, max_steps = self.settings, self.settings.training, self.settings.max_steps
+        training, max_steps = self.settings.training, self.settings.max_steps
         accelerator = Accelerator(mixed_precision="bf16" if self.arithmetic.precision == "bf16" else "no")
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         if accelerator.num_processes != expected:
@@ -146,7 +155,9 @@ class Pretraining:
         if self.checkpoint is not None:
             state = load_checkpoint(accelerator, self.checkpoint, optimizer)
             say(f"resumed    {self.checkpoint.name}: {state.step:,} of {max_steps:,} steps are done")
-        metrics = MetricsFile(self.run_dir / "metrics.jsonl", keep_through=state.step, write=accelerator.is_main_process)
+        metrics = MetricsFile(
+            self.run_dir / "metrics.jsonl", keep_through=state.step, write=accelerator.is_main_process
+        )
         if state.record and metrics.last_step < state.step:  # killed between its checkpoint and its line
             self._finish_record(accelerator, model, metrics, state.record, left="?")
 
@@ -281,7 +292,7 @@ class Pretraining:
         self.model.to(device)
         batch = Batch(batch.input_ids.to(device), batch.labels.to(device))
         choice = choose_arithmetic(
-            self.model, batch, self.micro_batches, self.settings.training, self.settings.max_steps
+            self.model, batch, self.micro_batches, self.settings.training, self.settings.max_steps, self.budget_seconds
         )
         shared = [choice]
         broadcast_object_list(shared)

@@ -1,6 +1,6 @@
 """A run directory: whose it is, whether the same command may go on in it, and its lock.
 
-    config.yaml  metrics.jsonl  tokenizer/  data/  checkpoint-{step}/  final/
+config.yaml  metrics.jsonl  tokenizer/  data/  checkpoint-{step}/  final/
 """
 
 import fcntl
@@ -64,7 +64,9 @@ def has_trained(run_dir: Path) -> bool:
 
 def _check_same_run(run_dir: Path, settings: PretrainSettings) -> None:
     stored, asked = stored_settings(run_dir), flatten(settings)
-    changed = [name for name in sorted(stored.keys() & asked.keys()) if name not in FREE and stored[name] != asked[name]]
+    changed = [
+        name for name in sorted(stored.keys() & asked.keys()) if name not in FREE and stored[name] != asked[name]
+    ]
     if not changed:
         return
     if not has_trained(run_dir):

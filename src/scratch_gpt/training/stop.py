@@ -2,6 +2,7 @@
 
 import signal
 from types import FrameType
+from typing import Self
 
 
 class StopRequest:
@@ -10,7 +11,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

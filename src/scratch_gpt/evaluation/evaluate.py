@@ -1,0 +1,106 @@
+"""Everything measured of a saved model on one text: `scratch-gpt evaluate`."""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scratch_gpt.config import EvaluateSettings
+from scratch_gpt.console import say
+from scratch_gpt.data.sources import bundled_corpus, find_files, read_documents
+from scratch_gpt.errors import UserError
+from scratch_gpt.evaluation.harness import Score, run_tasks
+from scratch_gpt.evaluation.sentences import questions
+from scratch_gpt.files import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    bits_per_byte: float
+    loss: float
+    """Nats per token."""
+    scores: list[Score]
+    """Empty where the text is too short to make questions from."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Iterable[str],
+    *,
+    task_folder: Path,
+    limit: int,
+    seed: int,
+) -> Evaluation:
+    """Bits per byte of ``documents``, and the sentence benchmarks made from them.
+
+    Raises:
+        UserError: no text.
+    """
+    from scratch_gpt.data.prepare import encode
+    from scratch_gpt.data.shards import TokenStream
+    from scratch_gpt.training.validation import as_validation, sum_of_losses
+
+    texts = list(documents)
+    if not texts:
+        raise UserError("there is no text to evaluate on")
+    backend = tokenizer.backend_tokenizer
+    stream = TokenStream.of_documents(encode(texts, backend), tokenizer.eos_token_id)
+    backend.encode_special_tokens = False
+    context_length = min(1024, model.config.max_position_embeddings)
+    nats, targets = sum_of_losses(model, stream, context_length, model.config.vocab_size).tolist()
+    result = as_validation(nats, targets, stream)
+    tasks = questions(texts, limit, seed)
+    scores = run_tasks(model, tokenizer, tasks, task_folder) if tasks else []
+    return Evaluation(bits_per_byte=result.bits_per_byte, loss=result.loss, scores=scores)
+
+
+def describe(score: Score) -> str:
+    return (
+        f"{score.task} {score.value:.1%} ± {score.stderr:.1%} ({score.metric}, chance {score.chance:.0%}, "
+        f"{score.questions} questions)"
+    )
+
+
+def load_model(name_or_path: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A saved causal language model in float32 and its tokenizer.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(name_or_path)
+    except OSError as error:
+        if Path(name_or_path).exists():
+            raise UserError(f"{name_or_path} holds no complete model: {error}") from error
+        raise UserError(f"there is no model {name_or_path}: give a folder that holds a config.json") from error
+
+
+def evaluate_command(settings: EvaluateSettings) -> None:
+    """`scratch-gpt evaluate`."""
+    paths = [bundled_corpus("valid")] if settings.text is None else find_files(settings.text)
+    documents = list(read_documents(paths, settings.errors))
+    model, tokenizer = load_model(settings.model)
+    with tempfile.TemporaryDirectory() as folder:
+        evaluation = evaluate(
+            model, tokenizer, documents, task_folder=Path(folder), limit=settings.limit, seed=settings.seed
+        )
+    say(f"bits per byte {evaluation.bits_per_byte:.4f}, loss {evaluation.loss:.4f} nats per token")
+    for score in evaluation.scores:
+        say(describe(score))
+    if not evaluation.scores:
+        say("the text is too short to make questions from")
+    if settings.output is not None:
+        write_json(Path(settings.output), {"model": settings.model, **evaluation.as_dict()})

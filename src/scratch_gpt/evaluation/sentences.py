@@ -1,0 +1,59 @@
+"""Two small benchmarks made from held-out text, for models that are minutes old.
+
+next_sentence: which of four sentences comes next? The other three stand elsewhere in the text (chance: 25 %).
+word_order: which of two is the sentence, and which has its words shuffled? (chance: 50 %).
+"""
+
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SHORTEST, LONGEST = 30, 250
+"""Characters of a sentence that is asked about."""
+CONTEXT_SENTENCES = 3
+WRONG_CHOICES = 3
+FEWEST_QUESTIONS = 10
+"""With fewer than this, an accuracy says nothing."""
+
+# A sentence ends at . ! or ? (and closing quotes), or at the end of its line.
+_SENTENCE = re.compile(r"[^.!?\n]+(?:[.!?]+[\"'”’)]*|$)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Question:
+    context: str
+    choices: list[str]
+    answer: int
+    """Index of the true choice."""
+
+
+def sentences_of(documents: Iterable[str]) -> list[str]:
+    found = (match.group().strip() for document in documents for match in _SENTENCE.finditer(document))
+    return [sentence for sentence in found if sentence]
+
+
+def questions(documents: Iterable[str], limit: int, seed: int) -> dict[str, list[Question]]:
+    """Up to ``limit`` questions per task; none at all where the text is too short to ask :data:`FEWEST_QUESTIONS`."""
+    sentences = sentences_of(documents)
+    rng = random.Random(seed)
+    usable = [i for i, sentence in enumerate(sentences) if SHORTEST <= len(sentence) <= LONGEST and " " in sentence]
+    rng.shuffle(usable)
+    tasks: dict[str, list[Question]] = {"next_sentence": [], "word_order": []}
+    for index in usable:
+        context = " ".join(sentences[max(0, index - CONTEXT_SENTENCES) : index])
+        # Neighbours would be half right: the wrong sentences come from elsewhere.
+        elsewhere = [other for other in usable if abs(other - index) > 2 * CONTEXT_SENTENCES]
+        if context and len(elsewhere) >= WRONG_CHOICES and len(tasks["next_sentence"]) < limit:
+            wrong = [sentences[other] for other in rng.sample(elsewhere, WRONG_CHOICES)]
+            tasks["next_sentence"].append(_ask(context, sentences[index], wrong, rng))
+        words = sentences[index].split(" ")
+        shuffled = rng.sample(words, len(words))
+        if shuffled != words and len(tasks["word_order"]) < limit:
+            tasks["word_order"].append(_ask("", sentences[index], [" ".join(shuffled)], rng))
+    return {name: asked for name, asked in tasks.items() if len(asked) >= FEWEST_QUESTIONS}
+
+
+def _ask(context: str, true: str, wrong: list[str], rng: random.Random) -> Question:
+    answer = rng.randrange(len(wrong) + 1)
+    return Question(context, wrong[:answer] + [true] + wrong[answer:], answer)

@@ -1,0 +1,1 @@
+"""Checking, describing and publishing a saved model."""
