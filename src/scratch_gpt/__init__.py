@@ -1,13 +1,12 @@
 """scratch_gpt: from raw text to a GPT that is a Hugging Face model from the first step.
 
 ``import scratch_gpt`` is enough for ``AutoConfig``, ``AutoModel``, ``AutoModelForCausalLM``, ... to know the model type.
-Torch and transformers themselves are imported only when something needs them, so that ``--help`` answers at once.
 """
 
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
-
-import wrapt
 
 __version__ = "0.1.0"
 
@@ -22,15 +21,6 @@ __all__ = [
 ]
 
 
-def _register(_module: Any) -> None:
-    importlib.import_module("scratch_gpt.model")
-
-
-# Runs at once when transformers' Auto classes are loaded already, else in the moment in which they are.
-wrapt.register_post_import_hook(_register, "transformers.models.auto.configuration_auto")
-wrapt.register_post_import_hook(_register, "transformers.models.auto.modeling_auto")
-
-
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(importlib.import_module("scratch_gpt.model"), name)
@@ -39,3 +29,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# The command line answers --help at once: there, torch and transformers wait until a verb needs them. While a module
+# runs by `python -m`, its packages are imported with "-m" in this place.
+if Path(sys.argv[0] if sys.argv else "").name not in ("scratch-gpt", "-m"):
+    importlib.import_module("scratch_gpt.model")

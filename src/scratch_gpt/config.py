@@ -248,8 +248,37 @@ def parse_settings(settings_class: type[Settings], arguments: Sequence[str], pro
             parsed = parser.instantiate(parser.parse_args(_normalise(arguments, settings_class)))
     except jsonargparse.ArgumentError as error:
         raise UserError(_explain(str(error), _all_names(settings_class), prog)) from error
-    values = {f.name: parsed[f.name] for f in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
-    return settings_class(**values)
+    settings = settings_class(**{f.name: parsed[f.name] for f in dataclasses.fields(settings_class)})  # type: ignore[arg-type]
+    check_limits(settings)
+    return settings
+
+
+# Smallest value allowed, by field name; "more than 0" where 0 itself makes no sense.
+_AT_LEAST = {"warmup_steps": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "decay_fraction": 0, "temperature": 0}
+_AT_LEAST |= {"top_k": 0, "rows": 0, "seed": 0}
+_BELOW_ONE = {"beta1", "beta2", "validation_fraction"}
+_MORE_THAN_ZERO = {"max_steps", "minutes", "max_characters", "hidden_size", "num_hidden_layers", "num_attention_heads"}
+_MORE_THAN_ZERO |= {"num_key_value_heads", "intermediate_size", "max_position_embeddings", "context_length"}
+_MORE_THAN_ZERO |= {"total_batch_size", "device_batch_size", "learning_rate", "max_grad_norm", "log_every"}
+_MORE_THAN_ZERO |= {"eval_every", "save_every", "keep_last", "limit", "max_new_tokens", "num_return_sequences"}
+_MORE_THAN_ZERO |= {"validation_fraction"}
+
+
+def check_limits(settings: Any) -> None:
+    """Raises one UserError that names every number that is out of range."""
+    problems = []
+    for name, value in flatten(settings).items():
+        field_name = name.rsplit(".", 1)[-1]
+        if isinstance(value, bool) or not isinstance(value, int | float) or ".overrides." in name:
+            continue
+        if field_name in _MORE_THAN_ZERO and not value > 0:
+            problems.append(f"--{name} is {value}; it must be more than 0")
+        if field_name in _AT_LEAST and not value >= _AT_LEAST[field_name]:
+            problems.append(f"--{name} is {value}; it must be at least {_AT_LEAST[field_name]}")
+        if field_name in _BELOW_ONE and not value < 1:
+            problems.append(f"--{name} is {value}; it must be below 1")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def save_settings(settings: Any, path: Path) -> None:

@@ -20,7 +20,6 @@ from scratch_gpt.config import GenerateSettings, QuickstartSettings
 from scratch_gpt.console import console, duration, say
 from scratch_gpt.data.shards import read_manifest
 from scratch_gpt.data.sources import split_documents
-from scratch_gpt.errors import UserError
 from scratch_gpt.evaluation.sentences import sentences_of
 from scratch_gpt.files import write_json
 from scratch_gpt.training.run import record_settings, run_directory, stored_settings
@@ -42,8 +41,6 @@ STAGES = 6
 def quickstart(settings: QuickstartSettings) -> None:
     """`scratch-gpt quickstart`."""
     started = time.perf_counter()
-    if settings.minutes <= 0:
-        raise UserError(f"--minutes is {settings.minutes}; it must be positive")
     with run_directory(settings) as run_dir:
         stored_steps = stored_settings(run_dir).get("max_steps")
         if (run_dir / RESULTS).is_file() and settings.max_steps in (None, stored_steps):

@@ -2,8 +2,20 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 VOCABULARY, WIDTH, LAYERS, HEADS = 97, 48, 3, 4
 STOCK_SIZE = {
@@ -19,7 +31,7 @@ STOCK_SIZE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-OUR_SIZE = {key: value for key, value in STOCK_SIZE.items()}
+OUR_SIZE = STOCK_SIZE
 ROPE_TYPES = {
     "default": {"rope_type": "default", "rope_theta": 5000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
@@ -90,7 +102,7 @@ def assert_same_logits(ours, stock, attn):
             a, b = ours(ids, attention_mask=mask).logits, stock(ids, attention_mask=mask).logits
             if mask is not None:
                 a, b = a[mask.bool()], b[mask.bool()]
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-5)  # the logits reach 10
     assert b.std() > 0.5  # logits of a dead model would agree, too
 
 

@@ -50,7 +50,7 @@ def test_gpt2_names_are_accepted_and_derived_fields_follow_them():
         ({"attention_dropout": 1.5}, ["attention_dropout=1.5"]),
         ({"num_atention_heads": 8}, ["num_atention_heads", "'num_attention_heads'"]),
         ({"num_layers": 8}, ["num_layers", "num_hidden_layers"]),
-        ({"dropout": 0.1}, ["'dropout'", "hidden_dropout"]),
+        ({"dropout": 0.1}, ["'dropout'", "attention_dropout"]),
     ],
 )
 def test_contradictions_are_refused_with_field_value_and_mend(fields, words):

@@ -58,7 +58,8 @@ def evaluate(
     context_length = min(1024, model.config.max_position_embeddings)
     nats, targets = sum_of_losses(model, stream, context_length, model.config.vocab_size).tolist()
     result = as_validation(nats, targets, stream)
-    tasks = questions(texts, limit, seed)
+    longest = model.config.max_position_embeddings - 2  # room for the token before, and for a leading space
+    tasks = questions(texts, limit, seed, fits=lambda choice: len(backend.encode(choice)) <= longest)
     scores = run_tasks(model, tokenizer, tasks, task_folder) if tasks else []
     return Evaluation(bits_per_byte=result.bits_per_byte, loss=result.loss, scores=scores)
 
@@ -79,10 +80,12 @@ def load_model(name_or_path: str) -> "tuple[PreTrainedModel, PreTrainedTokenizer
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import scratch_gpt.model  # noqa: F401 (registers the model type)
+
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(name_or_path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a config.json is missing or of an unknown kind
         if Path(name_or_path).exists():
             raise UserError(f"{name_or_path} holds no complete model: {error}") from error
         raise UserError(f"there is no model {name_or_path}: give a folder that holds a config.json") from error

@@ -6,7 +6,7 @@ word_order: which of two is the sentence, and which has its words shuffled? (cha
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 SHORTEST, LONGEST = 30, 250
@@ -33,11 +33,20 @@ def sentences_of(documents: Iterable[str]) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
-def questions(documents: Iterable[str], limit: int, seed: int) -> dict[str, list[Question]]:
-    """Up to ``limit`` questions per task; none at all where the text is too short to ask :data:`FEWEST_QUESTIONS`."""
+def questions(
+    documents: Iterable[str], limit: int, seed: int, fits: Callable[[str], bool] = lambda choice: True
+) -> dict[str, list[Question]]:
+    """Up to ``limit`` questions per task; none at all where the text is too short to ask :data:`FEWEST_QUESTIONS`.
+
+    ``fits`` says whether a choice is short enough for the model.
+    """
     sentences = sentences_of(documents)
     rng = random.Random(seed)
-    usable = [i for i, sentence in enumerate(sentences) if SHORTEST <= len(sentence) <= LONGEST and " " in sentence]
+    usable = [
+        index
+        for index, sentence in enumerate(sentences)
+        if SHORTEST <= len(sentence) <= LONGEST and " " in sentence and fits(sentence)
+    ]
     rng.shuffle(usable)
     tasks: dict[str, list[Question]] = {"next_sentence": [], "word_order": []}
     for index in usable:
@@ -49,7 +58,7 @@ def questions(documents: Iterable[str], limit: int, seed: int) -> dict[str, list
             tasks["next_sentence"].append(_ask(context, sentences[index], wrong, rng))
         words = sentences[index].split(" ")
         shuffled = rng.sample(words, len(words))
-        if shuffled != words and len(tasks["word_order"]) < limit:
+        if shuffled != words and fits(" ".join(shuffled)) and len(tasks["word_order"]) < limit:
             tasks["word_order"].append(_ask("", sentences[index], [" ".join(shuffled)], rng))
     return {name: asked for name, asked in tasks.items() if len(asked) >= FEWEST_QUESTIONS}
 

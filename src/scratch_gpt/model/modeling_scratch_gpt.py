@@ -183,8 +183,8 @@ def _is_short_bf16(query: torch.Tensor) -> bool:
         query.dtype == torch.bfloat16
         and query.device.type == "cpu"
         and query.requires_grad
+        and not torch.compiler.is_exporting()
         and query.shape[2] <= 256
-        and not is_tracing(query)
     )
 
 
@@ -210,6 +210,7 @@ class ScratchGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
+        self.o_proj.writes_to_residual_stream = True
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else None
         self.attn_dropout = nn.Dropout(config.attention_dropout)
@@ -269,6 +270,7 @@ class ScratchGPTMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.down_proj.writes_to_residual_stream = True
         self.act_fn = ACT2FN[config.hidden_act]
         self.resid_dropout = nn.Dropout(config.hidden_dropout)
 
@@ -315,11 +317,11 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         """Normal weights; what writes into the residual stream is scaled down by the number of writers (GPT-2)."""
         super()._init_weights(module)
-        std = self.config.initializer_range / math.sqrt(2 * max(1, self.config.num_hidden_layers))
-        if isinstance(module, ScratchGPTAttention):
-            init.normal_(module.o_proj.weight, mean=0.0, std=std)
-        elif isinstance(module, ScratchGPTMLP):
-            init.normal_(module.down_proj.weight, mean=0.0, std=std)
+        # Asked of the projection itself: for code outside transformers, modules without own parameters (attention and
+        # MLP as a whole) are never handed to this method.
+        if getattr(module, "writes_to_residual_stream", False):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, with an `auto_map` that names every head, so that any Auto class loads the directory."""
@@ -460,9 +462,9 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq:]
             return positions.to(inputs_embeds.device)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0  # a tensor for static caches
-        if self.config.position_embedding_type == "learned" and isinstance(past, int) and not is_tracing(inputs_embeds):
-            if past + seq > self.config.max_position_embeddings:
-                raise ValueError(self._too_long(past + seq))
+        limited = self.config.position_embedding_type == "learned" and not is_tracing(inputs_embeds)
+        if limited and isinstance(past, int) and past + seq > self.config.max_position_embeddings:
+            raise ValueError(self._too_long(past + seq))
         return (torch.arange(seq, device=inputs_embeds.device) + past).unsqueeze(0)
 
     @staticmethod
@@ -806,7 +808,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         # A grad_loss other than 1 is a loss scaled by the caller (gradient accumulation, mixed objectives).
-        scaled = grad_loss.device.type != "cpu" or grad_loss.item() != 1.0
+        scaled = grad_loss.device.type != "cpu" or is_tracing(grad_loss) or grad_loss.item() != 1.0
         grads = ctx.saved_tensors
         if scaled:
             grads = tuple(grad * grad_loss.to(grad.dtype) if grad is not None else None for grad in grads)

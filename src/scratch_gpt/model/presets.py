@@ -14,6 +14,7 @@ Parameters, exactly, embeddings included and a tied matrix counted once:
 | gpt2-medium |   354,823,168 |     24 |  1024 |    16 (16) |  4096 |      50257 | GPT-2 medium                 |
 | gpt2-large  |   774,030,080 |     36 |  1280 |    20 (20) |  5120 |      50257 | GPT-2 large                  |
 | gpt2-xl     | 1,557,611,200 |     48 |  1600 |    25 (25) |  6400 |      50257 | GPT-2 XL                     |
+| modern-2m   |     2,607,808 |      5 |   192 |     3 (3)  |   512 |       2048 | ours, for CPU demonstrations |
 | modern-30m  |    31,468,416 |     12 |   384 |     6 (2)  |  1024 |      32768 | ours                         |
 | modern-135m |   134,518,848 |     30 |   576 |     9 (3)  |  1536 |      49152 | SmolLM2-135M with QK-norm    |
 | modern-360m |   361,825,216 |     32 |   960 |    15 (5)  |  2560 |      49152 | SmolLM2-360M with QK-norm    |

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+PROMPT = {"pad_token_id": 0, "max_new_tokens": 6}
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 5, "temperature": 0.7},
+        {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2},
+        {"num_beams": 3, "do_sample": False},
+        {"num_beams": 2, "do_sample": True},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "prompt_lookup_num_tokens": 2},
+    ],
+    ids=["greedy", "top-k", "top-p", "beam", "beam-sample", "no-cache", "prompt-lookup"],
+)
+def test_generation_modes(build, style, ids, mode):
+    model = build(style)
+    rows = 1 if "prompt_lookup_num_tokens" in mode else 2
+    out = model.generate(ids[:rows], **PROMPT, **mode)
+    assert out.shape == (rows * mode.get("num_return_sequences", 1), 18)
+    assert torch.equal(out[:: mode.get("num_return_sequences", 1), :12], ids[:rows])
+
+
+@torch.no_grad()
+def test_greedy_generation_is_the_argmax_of_uncached_logits(build, style, ids):
+    model = build(style)
+    expected = ids
+    for _ in range(6):
+        expected = torch.cat((expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(model.generate(ids, do_sample=False, **PROMPT), expected)
+
+
+def test_left_padded_generation_equals_generation_alone(build, style, ids):
+    model = build(style)
+    padding = torch.zeros(2, 3, dtype=torch.long)
+    mask = torch.cat((padding, torch.ones_like(ids)), 1)
+    padded = model.generate(torch.cat((padding, ids), 1), attention_mask=mask, do_sample=False, **PROMPT)
+    assert torch.equal(padded[:, 3:], model.generate(ids, do_sample=False, **PROMPT))
+
+
+def test_assisted_generation_equals_greedy(build, style, ids):
+    model, assistant = build(style), build(style, num_hidden_layers=1, **_one_layer(style))
+    greedy = model.generate(ids[:1], do_sample=False, **PROMPT)
+    assert torch.equal(model.generate(ids[:1], do_sample=False, assistant_model=assistant, **PROMPT), greedy)
+
+
+def _one_layer(style):
+    if style != "mixture":
+        return {}
+    return {"no_rope_layer_interval": None, "layer_types": ["full_attention"], "sliding_window": None}

@@ -1,0 +1,156 @@
+"""The loss that never holds all logits is the loss of the logits, in value and in gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from scratch_gpt.model.modeling_scratch_gpt import linear_cross_entropy
+
+TOKENS, WIDTH, VOCABULARY = 37, 16, 53
+
+
+def problem(dtype=torch.float32):
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_()
+    weight = torch.randn(VOCABULARY, WIDTH).to(dtype).requires_grad_()
+    bias = torch.randn(VOCABULARY).to(dtype).requires_grad_()
+    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    labels[[0, 5, 36]] = -100
+    labels[10:16] = -100  # a whole chunk of 5 without labels
+    return hidden, weight, bias, labels
+
+
+def reference(hidden, weight, bias, labels, num_items=None, softcap=None):
+    logits = F.linear(hidden, weight, bias).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if num_items is None:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="sum") / num_items
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 36, 37, 1000, None])
+@pytest.mark.parametrize("num_items", [None, 11, torch.tensor(20)])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_chunked_loss_and_gradients_equal_cross_entropy(chunk_size, num_items, softcap):
+    hidden, weight, bias, labels = problem()
+    ours = linear_cross_entropy(hidden, weight, labels, bias, num_items, softcap=softcap, chunk_size=chunk_size)
+    full = reference(hidden, weight, bias, labels, num_items, softcap)
+    torch.testing.assert_close(ours, full)
+    for a, b in zip(
+        torch.autograd.grad(3 * ours, (hidden, weight, bias)),
+        torch.autograd.grad(3 * full, (hidden, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_inputs_that_need_no_gradient_get_none(frozen):
+    hidden, weight, _, labels = problem()
+    full_grads = torch.autograd.grad(reference(hidden, weight, None, labels), (hidden, weight))
+    hidden.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "hidden")
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_size=8)
+    assert loss.requires_grad == (frozen != "both")
+    if frozen == "both":
+        return
+    loss.backward()
+    kept, expected = (hidden, full_grads[0]) if frozen == "weight" else (weight, full_grads[1])
+    torch.testing.assert_close(kept.grad, expected, rtol=1e-5, atol=1e-6)
+    assert (weight if frozen == "weight" else hidden).grad is None
+
+
+def test_backward_twice_accumulates():
+    hidden, weight, _, labels = problem()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_size=8)
+    (loss / 2).backward(retain_graph=True)
+    (loss / 2).backward()
+    expected = torch.autograd.grad(reference(hidden, weight, None, labels), (hidden, weight))
+    torch.testing.assert_close((hidden.grad, weight.grad), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_is_as_close_to_float32_as_the_full_logits_are():
+    hidden, weight, bias, labels = problem(torch.bfloat16)
+    exact = [t.detach().float().requires_grad_() for t in (hidden, weight, bias)]
+    truth = torch.autograd.grad(reference(*exact, labels), exact)
+    ours = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, bias, chunk_size=8), (hidden, weight, bias))
+    full = torch.autograd.grad(reference(hidden, weight, bias, labels), (hidden, weight, bias))
+    for a, b, t in zip(ours, full, truth, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.float() - t).norm() <= 1.2 * (b.float() - t).norm() + 1e-3 * t.norm()
+
+
+def test_a_wrong_number_of_labels_is_a_value_error():
+    hidden, weight, _, labels = problem()
+    with pytest.raises(ValueError, match="37 hidden states, but 36 labels"):
+        linear_cross_entropy(hidden, weight, labels[1:])
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"num_items_in_batch": torch.tensor(30)}, {"shift": True}])
+def test_the_models_loss_without_logits_equals_its_loss_with_logits(build, style, ids, kwargs, autocast):
+    model = build(style, initializer_range=0.05).train()
+    labels = ids.clone()
+    labels[0, :5] = -100
+    kwargs = dict(kwargs)
+    if kwargs.pop("shift", False):
+        kwargs["shift_labels"] = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+        labels = None
+    results = []
+    for skip_logits in (None, False):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(ids, labels=labels, skip_logits=skip_logits, **kwargs)
+        assert (out.logits is None) == (skip_logits is None)
+        out.loss.backward()
+        results.append((out.loss, gradients(model)))
+    tolerance = 1e-2 if autocast else 1e-5
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=tolerance, atol=tolerance)
+    grad, expected = (torch.cat([grad.flatten() for grad in result[1].values()]) for result in results)
+    assert (grad - expected).norm() <= tolerance * expected.norm()
+
+
+def test_evaluation_returns_logits_unless_told_otherwise(build, ids):
+    model = build()
+    with torch.no_grad():
+        full, skipped = model(ids, labels=ids), model(ids, labels=ids, skip_logits=True)
+    assert full.logits.shape == (2, 12, 97) and skipped.logits is None
+    torch.testing.assert_close(full.loss, skipped.loss)
+    torch.testing.assert_close(full.loss, ForCausalLMLoss(full.logits, ids, vocab_size=97))
+
+
+def test_gradient_accumulation_with_num_items_equals_one_batch(build, style, ids):
+    model = build(style).train()
+    labels = ids.clone()
+    labels[0, :7] = -100
+    items = (labels[:, 1:] != -100).sum()
+    model(ids, labels=labels).loss.backward()
+    whole = gradients(model)
+    model.zero_grad()
+    for row in range(2):
+        model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=items).loss.backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_custom_loss_function_is_not_bypassed(build, ids):
+    model = build().train()
+    model.loss_function = lambda logits, labels, **kwargs: logits.sum() * 0 + 42.0
+    assert model(ids, labels=ids).loss.item() == 42.0
+
+
+def test_a_head_that_is_no_plain_matrix_is_not_bypassed(build, ids):
+    from peft import LoraConfig, get_peft_model
+
+    model = build("modern", tie_word_embeddings=False)
+    lora = get_peft_model(model, LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)).train()
+    out = lora(input_ids=ids, labels=ids)
+    with torch.no_grad():
+        logits = lora(input_ids=ids).logits
+    torch.testing.assert_close(out.loss, ForCausalLMLoss(logits, ids, vocab_size=97))

@@ -1,0 +1,153 @@
+"""Schedule, optimizer, validation and gradient accumulation, each against its definition."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import get_wsd_schedule
+
+from scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
+from scratch_gpt.config import TrainingSettings
+from scratch_gpt.data.batches import RowOrder, read_rows
+from scratch_gpt.data.shards import TokenStream
+from scratch_gpt.training.optimizer import build_optimizer, load_state_tensors, state_tensors
+from scratch_gpt.training.schedule import learning_rate
+from scratch_gpt.training.validation import as_validation, sum_of_losses
+
+
+def tiny_model(**fields):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ScratchGPTForCausalLM(ScratchGPTConfig(**{**sizes, "max_position_embeddings": 16, **fields}))
+
+
+def random_stream(num_tokens=200):
+    return TokenStream([np.random.default_rng(0).integers(0, 50, num_tokens)], num_bytes=3 * num_tokens)
+
+
+def test_wsd_warms_up_stays_and_decays_linearly_to_zero():
+    settings = TrainingSettings(learning_rate=1.0, warmup_steps=4, decay_fraction=0.5)
+    rates = [learning_rate(step, 20, settings) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:10] == [1.0] * 5
+    assert np.diff(rates[10:]) == pytest.approx([-1 / 11] * 9)
+    assert learning_rate(20, 20, settings) == 0.0
+
+
+def test_wsd_follows_transformers_between_the_ends():
+    settings = TrainingSettings(learning_rate=1.0, warmup_steps=10, decay_fraction=0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    stock = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=10,
+        num_decay_steps=50,
+        num_training_steps=100,
+        decay_type="linear",
+        min_lr_ratio=0.0,
+    )
+    for step in range(100):
+        # ours never spends a step at rate zero, so it is one step ahead in warm-up and decay
+        assert learning_rate(step, 100, settings) == pytest.approx(stock.get_last_lr()[0], abs=0.1)
+        optimizer.step()
+        stock.step()
+
+
+def test_cosine_ends_at_a_tenth_of_the_peak():
+    settings = TrainingSettings(learning_rate=2.0, schedule="cosine", warmup_steps=0)
+    assert learning_rate(0, 10, settings) == 2.0
+    assert learning_rate(5, 10, settings) == pytest.approx(2.0 * 0.55)
+    assert learning_rate(10, 10, settings) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    "style", [{}, {"position_embedding_type": "learned", "norm_type": "layernorm", "qk_norm": False}]
+)
+def test_only_matrices_of_the_blocks_decay(style):
+    model = tiny_model(**style, attention_bias=True, mlp_bias=True)
+    decayed, others = (group["params"] for group in build_optimizer(model, TrainingSettings()).param_groups)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert all(names[id(p)].endswith("weight") for p in decayed)
+    assert len(decayed) + len(others) == len(names)
+
+
+def test_weight_decay_is_decoupled():
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, TrainingSettings(learning_rate=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.1 * 0.5 if name.endswith("_proj.weight") else 1.0
+        torch.testing.assert_close(parameter, before[name] * factor)
+
+
+def test_optimizer_state_survives_a_file(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def train(model, optimizer, steps):
+        for step in range(steps):
+            ids = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(step))
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = tiny_model()
+    optimizer = build_optimizer(model, TrainingSettings())
+    train(model, optimizer, 3)
+    save_file(state_tensors(optimizer), tmp_path / "optimizer.safetensors")
+    twin = tiny_model()
+    twin.load_state_dict(model.state_dict())
+    restored = build_optimizer(twin, TrainingSettings())
+    load_state_tensors(restored, load_file(tmp_path / "optimizer.safetensors"))
+    for m, o in ((model, optimizer), (twin, restored)):
+        train(m, o, 2)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_bits_per_byte_is_the_definition():
+    model, stream = tiny_model().eval(), random_stream(100)
+    result = as_validation(*sum_of_losses(model, stream, 16, 50).tolist(), stream)
+    nats = 0.0
+    for first in range(0, 100, 16):  # token by token, each predicted from the tokens of its row before it
+        row = stream.read(first - 1, min(16, 100 - first) + 1)
+        for position in range(1, len(row)):
+            with torch.no_grad():
+                logits = model(torch.from_numpy(row[None, :position])).logits[0, -1].double().numpy()
+            nats -= logits[row[position]] - np.log(np.exp(logits).sum())
+    assert result.loss == pytest.approx(nats / 100, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 300, rel=1e-5)
+
+
+def test_shares_of_a_validation_add_up():
+    model, stream = tiny_model().eval(), random_stream(2000)
+    whole = sum_of_losses(model, stream, 16, 50)
+    parts = sum(sum_of_losses(model, stream, 16, 50, share, 3) for share in range(3))
+    torch.testing.assert_close(parts, whole)
+    assert whole[1] == 2000
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    stream, order = random_stream(), RowOrder(200, 16, seed=0)  # 12.5 rows an epoch: one row is short
+    indices = range(13)
+    rows = [order.locate(index) for index in indices]
+    gradients = []
+    for size in (13, 3):
+        model = tiny_model().train()
+        for first in range(0, 13, size):
+            batch = read_rows(stream, rows[first : first + size], 16)
+            loss = model(
+                input_ids=batch.input_ids,
+                labels=batch.labels,
+                shift_labels=batch.labels,
+                num_items_in_batch=order.num_targets(indices),
+            ).loss
+            loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
