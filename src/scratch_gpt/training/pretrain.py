@@ -7,7 +7,6 @@ Accelerate brings device, launch and autocast. The loop owns the data order, the
 each of them must be a pure function of the step: then the same command after a crash writes the same losses.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from scratch_gpt.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from scratch_gpt.training.launch import launched_processes
 from scratch_gpt.training.metrics import MetricsFile
 from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.precision import Arithmetic, choose_arithmetic, compile_blocks
@@ -46,7 +46,7 @@ from scratch_gpt.training.validation import validate
 
 def pretrain_command(settings: PretrainSettings) -> None:
     """`scratch-gpt pretrain`."""
-    state = PartialState()
+    state = launched_processes()
     # One process looks at the run directory and holds its lock; the others wait until it is ready.
     if state.is_main_process:
         with run_directory(settings) as run_dir:
@@ -118,9 +118,10 @@ class Pretraining:
 
         self.context_length = self._context_length()
         self.order = RowOrder(len(self.train_stream), self.context_length, settings.seed)
-        world = PartialState().num_processes
+        processes = launched_processes()
+        world = processes.num_processes
         self.rows_per_step, self.micro_batches = self._batch_shape(world)
-        self.arithmetic = self._choose_arithmetic(PartialState().device)
+        self.arithmetic = self._choose_arithmetic(processes)
         say(
             f"model      {self.num_parameters:,} parameters, context {self.context_length}, "
             f"{self.rows_per_step * self.context_length:,} tokens a step on {world} process(es)"
@@ -141,12 +142,6 @@ class Pretraining:
         """
         training, max_steps = self.settings.training, self.settings.max_steps
         accelerator = Accelerator(mixed_precision="bf16" if self.arithmetic.precision == "bf16" else "no")
-        expected = int(os.environ.get("WORLD_SIZE", "1"))
-        if accelerator.num_processes != expected:
-            raise UserError(
-                f"the launcher started {expected} processes, but each would train a copy of its own. On CPUs launch "
-                "with ACCELERATE_USE_CPU=true and a configuration file whose distributed_type is MULTI_GPU."
-            )
         model = accelerator.prepare_model(self.model)
         optimizer = build_optimizer(self.model, training)
         state = TrainerState(
@@ -280,17 +275,16 @@ class Pretraining:
             )
         return rows, per_process // device_rows
 
-    def _choose_arithmetic(self, device: torch.device) -> Arithmetic:
+    def _choose_arithmetic(self, processes: PartialState) -> Arithmetic:
         """Measured at the start of a run; a resumed run keeps the choice, or its losses would not be the same."""
         if self.checkpoint is not None:
             state = read_state(self.checkpoint)
             if state.compiled:
                 compile_blocks(self.model)
             return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")
-        world = PartialState().num_processes
-        batch = self._micro_batches(range(self.rows_per_step), 0, world)[0]
-        self.model.to(device)
-        batch = Batch(batch.input_ids.to(device), batch.labels.to(device))
+        batch = self._micro_batches(range(self.rows_per_step), 0, processes.num_processes)[0]
+        self.model.to(processes.device)
+        batch = Batch(batch.input_ids.to(processes.device), batch.labels.to(processes.device))
         choice = choose_arithmetic(
             self.model, batch, self.micro_batches, self.settings.training, self.settings.max_steps, self.budget_seconds
         )
