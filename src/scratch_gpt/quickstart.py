@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scratch_gpt.config import GenerateSettings, QuickstartSettings
 from scratch_gpt.console import console, duration, say
@@ -24,15 +24,9 @@ from scratch_gpt.evaluation.sentences import sentences_of
 from scratch_gpt.files import write_json
 from scratch_gpt.training.run import record_settings, run_directory, stored_settings
 
-if TYPE_CHECKING:
-    from scratch_gpt.training.pretrain import Pretraining
-
 RESULTS = Path("evaluation") / "results.json"
 RESERVED_SECONDS = 45.0
 """For what comes after training: samples, the reload, the benchmark."""
-STEP_OVERHEAD = 1.2
-"""A whole step over its forward and backward pass: optimizer, validation, checkpoints."""
-FEWEST_STEPS = 30
 PROMPTS, PROMPT_WORDS, SAMPLE_TOKENS = 3, 6, 80
 QUESTIONS = 100
 STAGES = 6
@@ -96,7 +90,8 @@ def pretrain(settings: QuickstartSettings, run_dir: Path, prompts: list[str], st
         budget = settings.minutes * 60 - (time.perf_counter() - started) - RESERVED_SECONDS
         run = Pretraining(settings, run_dir, budget_seconds=budget)
         if settings.max_steps is None:
-            settings.max_steps = affordable_steps(run, settings.minutes * 60 - (time.perf_counter() - started))
+            seconds_left = settings.minutes * 60 - (time.perf_counter() - started) - RESERVED_SECONDS
+            settings.max_steps = run.steps_in(seconds_left)
             record_settings(run_dir, settings)
         if run.checkpoint is None:
             say("\nbefore training it continues like this:")
@@ -105,11 +100,6 @@ def pretrain(settings: QuickstartSettings, run_dir: Path, prompts: list[str], st
             run.model.train()
             say()
     run.run()
-
-
-def affordable_steps(run: "Pretraining", seconds_left: float) -> int:
-    seconds = max(seconds_left - RESERVED_SECONDS, 0.0)
-    return max(FEWEST_STEPS, int(seconds / (run.arithmetic.seconds_per_step * STEP_OVERHEAD)))
 
 
 def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> dict[str, Any]:

@@ -319,3 +319,19 @@ def test_a_copied_model_is_independent(build, ids):
         model.transformer.wte.weight.zero_()
     assert twin.lm_head.weight is twin.transformer.wte.weight
     assert twin(ids).logits.abs().max() > 0
+
+
+@torch.no_grad()
+def test_a_registered_attention_function_gets_the_window_of_each_layer_and_the_callers_arguments(build, ids):
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    seen = []
+
+    def recorder(module, query, key, value, attention_mask, **kwargs):
+        seen.append((module.layer_idx, kwargs["sliding_window"], kwargs["extra"], key.shape[1]))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("recorder", recorder)
+    build("mixture", attn="recorder")(ids, extra="seen", use_cache=False)
+    assert seen == [(0, 5, "seen", 1), (1, None, "seen", 1), (2, 5, "seen", 1)]

@@ -154,3 +154,27 @@ def test_a_head_that_is_no_plain_matrix_is_not_bypassed(build, ids):
     with torch.no_grad():
         logits = lora(input_ids=ids).logits
     torch.testing.assert_close(out.loss, ForCausalLMLoss(logits, ids, vocab_size=97))
+
+
+def test_a_training_step_never_makes_a_tensor_as_large_as_the_logits(build):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    vocabulary, tokens = 997, 16 * 64
+    model = build("modern", vocab_size=vocabulary).train()
+    ids = torch.randint(0, vocabulary, (16, 64))
+    with Largest() as skipped:
+        model(ids, labels=ids).loss.backward()
+    with Largest() as full:
+        model(ids, labels=ids, skip_logits=False).loss.backward()
+    assert full.elements == vocabulary * tokens
+    assert skipped.elements == vocabulary * tokens // 4  # four chunks of 256

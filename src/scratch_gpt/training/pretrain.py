@@ -94,6 +94,11 @@ def data_folder(settings: PretrainSettings, run_dir: Path) -> Path:
     return run_dir / "data" if settings.data_path is None else Path(settings.data_path)
 
 
+STEP_OVERHEAD = 1.2
+"""A whole step over its forward and backward pass: optimizer, validation, checkpoints."""
+FEWEST_STEPS = 30
+
+
 class Pretraining:
     """One run: built from its settings, or from its newest valid checkpoint where there is one.
 
@@ -133,6 +138,10 @@ class Pretraining:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def steps_in(self, seconds: float) -> int:
+        """How many optimizer steps fit into ``seconds``, as measured at the start; at least :data:`FEWEST_STEPS`."""
+        return max(FEWEST_STEPS, int(seconds / (self.arithmetic.seconds_per_step * STEP_OVERHEAD)))
+
     def run(self) -> None:
         """Train to the last step and write ``final/``.
 
@@ -166,7 +175,7 @@ class Pretraining:
                 rows = range(state.step * self.rows_per_step, (state.step + 1) * self.rows_per_step)
                 num_targets = self.order.num_targets(rows)
                 loss = torch.zeros((), device=accelerator.device)
-                for batch in self._micro_batches(rows, accelerator.process_index, accelerator.num_processes):
+                for batch in self._read_micro_batches(rows, accelerator.process_index, accelerator.num_processes):
                     with accelerator.autocast():
                         micro_loss = model(
                             input_ids=batch.input_ids.to(accelerator.device),
@@ -228,7 +237,7 @@ class Pretraining:
         if step % training.log_every == 0 or "validation_loss" in record:
             metrics.write(record)
 
-    def _micro_batches(self, rows: range, process: int, processes: int) -> list[Batch]:
+    def _read_micro_batches(self, rows: range, process: int, processes: int) -> list[Batch]:
         """This process's share of a step's rows, a forward pass at a time."""
         mine = [self.order.locate(row) for row in rows[process::processes]]
         size = len(mine) // self.micro_batches
@@ -282,7 +291,7 @@ class Pretraining:
             if state.compiled:
                 compile_blocks(self.model)
             return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")
-        batch = self._micro_batches(range(self.rows_per_step), 0, processes.num_processes)[0]
+        batch = self._read_micro_batches(range(self.rows_per_step), 0, processes.num_processes)[0]
         self.model.to(processes.device)
         batch = Batch(batch.input_ids.to(processes.device), batch.labels.to(processes.device))
         choice = choose_arithmetic(
