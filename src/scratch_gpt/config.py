@@ -73,11 +73,11 @@ class TrainingSettings:
 
     context_length: int | None = None
     """Tokens per row; left out: the model's max_position_embeddings."""
-    total_batch_size: int = 8192
+    total_batch_size: int = 1024
     """Tokens per optimizer step, over all processes and micro-batches."""
     device_batch_size: int | None = None
     """Rows per forward pass of one process; left out: as many as total_batch_size asks, without accumulation."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine"] = "wsd"
     """Warm-up then stable then linear decay to zero, or warm-up then cosine to a tenth of the peak."""

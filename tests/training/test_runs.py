@@ -234,6 +234,27 @@ def test_a_mended_command_goes_on_in_the_same_directory(corpus, tmp_path, capsys
     assert main([*arguments(run_dir, corpus), "--max-steps", "2"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("word " * 3, "no text is left for the validation split"),
+        ("some words that differ. " * 20, "the training text has only .* tokens, one row takes 33"),
+        ("", "empty, there is no text"),
+        ("   \n \n", "no text is left for the train split"),
+    ],
+)
+def test_too_little_text_is_refused(text, message, tokenizer_folder, tmp_path, capsys):
+    import re
+
+    corpus = tmp_path / "text.txt"
+    corpus.write_text(text)
+    run = arguments(tmp_path / "run", corpus, "--tokenizer-path", str(tokenizer_folder))
+    if "differ" in text:
+        run += ["--training.context_length", "256"]
+    assert main(run) == 2
+    assert re.search(message.replace("33", "257"), capsys.readouterr().err)
+
+
 def test_another_runs_directory_is_refused_until_fresh(finished, corpus, tmp_path, capsys):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)

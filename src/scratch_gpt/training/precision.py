@@ -71,9 +71,10 @@ def choose_arithmetic(
     return Arithmetic(precision, compiled, eager_seconds, reason)
 
 
-def measure(model: ScratchGPTForCausalLM, batch: Batch, precision: str, repeats: int = 3) -> float:
+def measure(model: ScratchGPTForCausalLM, batch: Batch, precision: str, repeats: int = 5) -> float:
     """Median seconds of one forward + backward, after a first one that is not counted."""
-    return statistics.median(_timed(lambda: _forward_backward(model, batch, precision)) for _ in range(repeats + 1))
+    seconds = [_timed(lambda: _forward_backward(model, batch, precision)) for _ in range(repeats + 1)]
+    return statistics.median(seconds[1:])
 
 
 def _forward_backward(model: ScratchGPTForCausalLM, batch: Batch, precision: str) -> None:

@@ -140,7 +140,8 @@ class Pretraining:
 
     def steps_in(self, seconds: float) -> int:
         """How many optimizer steps fit into ``seconds``, as measured at the start; at least :data:`FEWEST_STEPS`."""
-        return max(FEWEST_STEPS, int(seconds / (self.arithmetic.seconds_per_step * STEP_OVERHEAD)))
+        steps = int(seconds / (self.arithmetic.seconds_per_step * STEP_OVERHEAD))
+        return max(FEWEST_STEPS, steps // 10 * 10)
 
     def run(self) -> None:
         """Train to the last step and write ``final/``.
