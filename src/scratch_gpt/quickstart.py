@@ -20,6 +20,7 @@ from scratch_gpt.config import GenerateSettings, QuickstartSettings
 from scratch_gpt.console import console, duration, say
 from scratch_gpt.data.shards import read_manifest
 from scratch_gpt.data.sources import split_documents
+from scratch_gpt.errors import UserError
 from scratch_gpt.evaluation.sentences import sentences_of
 from scratch_gpt.files import write_json
 from scratch_gpt.training.run import record_settings, run_directory, stored_settings
@@ -35,12 +36,15 @@ STAGES = 6
 def quickstart(settings: QuickstartSettings) -> None:
     """`scratch-gpt quickstart`."""
     started = time.perf_counter()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("quickstart runs in one process; launch `pretrain` for more")
     with run_directory(settings) as run_dir:
         stored_steps = stored_settings(run_dir).get("max_steps")
         if (run_dir / RESULTS).is_file() and settings.max_steps in (None, stored_steps):
             say(f"{run_dir} is finished; --fresh starts over.")
             closing_lines(run_dir, json.loads((run_dir / RESULTS).read_text(encoding="utf-8")))
             return
+        (run_dir / RESULTS).unlink(missing_ok=True)
         settings.max_steps = settings.max_steps or stored_steps
         record_settings(run_dir, settings)
         say(f"quickstart in {run_dir}: about {settings.minutes:g} minutes. Ctrl-C saves; the same command goes on.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -164,12 +165,40 @@ def test_a_line_lost_between_checkpoint_and_metrics_is_written_on_resume(finishe
         assert last[key] == expected[key]
 
 
-def test_a_longer_run_goes_on_from_the_last_step(finished, corpus, tmp_path, capsys):
+def test_a_longer_run_goes_on_from_the_last_step(finished, corpus, tmp_path, capsys, monkeypatch):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
-    assert main([*arguments(run_dir, corpus), "--max-steps", "14"]) == 0
+    longer = [*arguments(run_dir, corpus), "--max-steps", "14"]
+    # killed before the longer run could write its model: the shorter run's must not pass for it
+    monkeypatch.setattr("scratch_gpt.training.pretrain.Pretraining._save_final", lambda *_: os.abort)
+    assert main(longer) == 0
     assert "resumed    checkpoint-12" in capsys.readouterr().out
+    assert not (run_dir / "final").exists()
+    monkeypatch.undo()
+    assert main(longer) == 0
+    assert "is finished" not in capsys.readouterr().out
     assert max(losses(run_dir)) == 14
+    assert (run_dir / "final" / "model.safetensors").is_file()
+
+
+def test_a_run_that_diverges_stops_before_it_harms_the_weights(corpus, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    wild = ["--training.learning_rate", "1e30", "--training.save_every", "1", "--training.warmup_steps", "0"]
+    assert main([*arguments(run_dir, corpus, *wild), "--model.overrides.qk_norm", "false"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"step \d+: the loss is .* the step was not taken. Lower --training.learning_rate", error)
+
+
+def test_shards_that_changed_since_are_refused(corpus, tokenizer_folder, tmp_path, capsys):
+    data, other = tmp_path / "data", tmp_path / "other.txt"
+    other.write_text(corpus.read_text()[:50_000])
+    run = arguments(tmp_path / "run", corpus, "--tokenizer-path", str(tokenizer_folder), "--data-path", str(data))
+    for text, steps, exit_code in ((corpus, "4", 0), (other, "8", 2)):
+        shutil.rmtree(data, ignore_errors=True)
+        prepare = ["data", "prepare", "--corpus", str(text), "--tokenizer-path", str(tokenizer_folder)]
+        assert main([*prepare, "--output", str(data)]) == 0
+        assert main([*run, "--max-steps", steps]) == exit_code
+    assert "was trained on other token shards" in capsys.readouterr().err
 
 
 def test_gradient_accumulation_gives_the_same_losses(corpus, tmp_path):
@@ -218,8 +247,6 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(corpus, tmp_pat
     ],
 )
 def test_bad_settings_are_refused_with_one_message(more, message, corpus, tokenizer_folder, tmp_path, capsys):
-    import re
-
     more = [str(tokenizer_folder) if word == "TOKENIZER" else word for word in more]
     assert main(arguments(tmp_path / "run", corpus, *more)) == 2
     error = capsys.readouterr().err
@@ -244,8 +271,6 @@ def test_a_mended_command_goes_on_in_the_same_directory(corpus, tmp_path, capsys
     ],
 )
 def test_too_little_text_is_refused(text, message, tokenizer_folder, tmp_path, capsys):
-    import re
-
     corpus = tmp_path / "text.txt"
     corpus.write_text(text)
     run = arguments(tmp_path / "run", corpus, "--tokenizer-path", str(tokenizer_folder))

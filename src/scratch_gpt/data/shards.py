@@ -5,6 +5,7 @@ A folder of shards holds, for each split, files ``{split}-00000.bin`` (little-en
 tokenizer's fingerprint, the counts and a SHA-256 of every file. Each document is its tokens and one end-of-text token.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -105,6 +106,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if actual != expected:
             raise UserError(f"{file} has {actual:,} bytes, the manifest says {expected:,}: prepare the data again")
     return manifest
+
+
+def content_fingerprint(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all tokens in their order, for a run to know its data by."""
+    checksums = [shard["sha256"]["bin"] for split in manifest["splits"].values() for shard in split["shards"]]
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 def verify_checksums(folder: Path, manifest: dict[str, Any]) -> None:

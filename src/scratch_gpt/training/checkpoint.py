@@ -31,6 +31,8 @@ class TrainerState:
     """Optimizer steps done."""
     tokens: int
     """Target tokens consumed."""
+    data: str
+    """Fingerprint of the token shards."""
     precision: str
     """bf16 or fp32, as chosen at the start of the run."""
     compiled: bool
@@ -54,13 +56,15 @@ def save_checkpoint(
         UserError: it could not be written (a full disk); earlier checkpoints are untouched.
     """
     target = run_dir / f"checkpoint-{state.step}"
-    rng = accelerator.gather(torch.get_rng_state().unsqueeze(0).to(accelerator.device)).cpu()  # (processes, bytes)
+    rng = {
+        kind: accelerator.gather(own.unsqueeze(0).to(accelerator.device)).cpu() for kind, own in _rng_states().items()
+    }
     if accelerator.is_main_process:
         with disk_errors(f"{target} (earlier checkpoints are untouched)"), new_folder(target) as folder:
             save_model(accelerator.unwrap_model(model), tokenizer, folder)
             (folder / STATE).mkdir()
             save_file(state_tensors(optimizer), folder / STATE / "optimizer.safetensors")
-            save_file({"cpu": rng}, folder / STATE / "rng.safetensors")
+            save_file(rng, folder / STATE / "rng.safetensors")
             write_json(folder / STATE / "state.json", vars(state))
         with disk_errors(f"{target} (earlier checkpoints are untouched)"):
             write_json(target / STATE / MARKER, {"sha256": {n: sha256(target / n) for n in _file_names(target)}})
@@ -92,10 +96,20 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
 def load_checkpoint(accelerator: Accelerator, folder: Path, optimizer: torch.optim.Optimizer) -> TrainerState:
     """Restore optimizer and random numbers; the weights were loaded with ``from_pretrained(folder)``."""
     load_state_tensors(optimizer, load_file(folder / STATE / "optimizer.safetensors"))
-    rng = load_file(folder / STATE / "rng.safetensors")["cpu"]
-    if len(rng) == accelerator.num_processes:
-        torch.set_rng_state(rng[accelerator.process_index])
+    rng = load_file(folder / STATE / "rng.safetensors")  # each (processes, bytes)
+    if len(rng["cpu"]) == accelerator.num_processes:
+        torch.set_rng_state(rng["cpu"][accelerator.process_index])
+        if "cuda" in rng and torch.cuda.is_available():
+            torch.cuda.set_rng_state(rng["cuda"][accelerator.process_index])
     return read_state(folder)
+
+
+def _rng_states() -> dict[str, torch.Tensor]:
+    """The random number generators of this process, each as bytes: dropout draws from the device's."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def read_state(folder: Path) -> TrainerState:

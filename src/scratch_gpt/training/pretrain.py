@@ -7,6 +7,8 @@ Accelerate brings device, launch and autocast. The loop owns the data order, the
 each of them must be a pure function of the step: then the same command after a crash writes the same losses.
 """
 
+import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from scratch_gpt.config import PretrainSettings
 from scratch_gpt.console import duration, progress_bar, say
 from scratch_gpt.data.batches import Batch, RowOrder, read_rows
 from scratch_gpt.data.prepare import prepare, summary
-from scratch_gpt.data.shards import TokenStream, read_manifest
+from scratch_gpt.data.shards import TokenStream, content_fingerprint, read_manifest
 from scratch_gpt.data.sources import split_documents
 from scratch_gpt.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from scratch_gpt.errors import StoppedOnRequest, UserError
@@ -109,6 +111,7 @@ class Pretraining:
         self.settings, self.run_dir, self.budget_seconds = settings, run_dir, budget_seconds
         self.tokenizer = load_tokenizer(tokenizer_folder(settings, run_dir))
         manifest = read_manifest(data_folder(settings, run_dir))
+        self.data_fingerprint = content_fingerprint(manifest)
         self.train_stream = TokenStream.open(data_folder(settings, run_dir), "train", manifest)
         self.validation_stream = TokenStream.open(data_folder(settings, run_dir), "validation", manifest)
 
@@ -155,11 +158,18 @@ class Pretraining:
         model = accelerator.prepare_model(self.model)
         optimizer = build_optimizer(self.model, training)
         state = TrainerState(
-            step=0, tokens=0, precision=self.arithmetic.precision, compiled=self.arithmetic.compiled, record={}
+            step=0,
+            tokens=0,
+            data=self.data_fingerprint,
+            precision=self.arithmetic.precision,
+            compiled=self.arithmetic.compiled,
+            record={},
         )
         if self.checkpoint is not None:
             state = load_checkpoint(accelerator, self.checkpoint, optimizer)
             say(f"resumed    {self.checkpoint.name}: {state.step:,} of {max_steps:,} steps are done")
+        if state.step < max_steps and accelerator.is_main_process:
+            shutil.rmtree(self.run_dir / "final", ignore_errors=True)  # of a shorter run: it is in the checkpoint
         metrics = MetricsFile(
             self.run_dir / "metrics.jsonl", keep_through=state.step, write=accelerator.is_main_process
         )
@@ -187,7 +197,9 @@ class Pretraining:
                     # Data parallelism averages gradients over processes; what we want is their sum.
                     (micro_loss * accelerator.num_processes).backward()
                     loss += micro_loss.detach()
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+                grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm))
+                if not math.isfinite(grad_norm):
+                    raise UserError(self._diverged(state.step + 1, float(loss), grad_norm))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 state.step += 1
@@ -201,7 +213,7 @@ class Pretraining:
                     "step": state.step,
                     "loss": step_loss,
                     "learning_rate": rate,
-                    "grad_norm": float(grad_norm),
+                    "grad_norm": grad_norm,
                     "tokens": state.tokens,
                     "tokens_per_second": round(num_targets / seconds_per_step, 1),
                     "time": round(time.time(), 3),
@@ -255,13 +267,19 @@ class Pretraining:
             say(f"saved      {target}")
         accelerator.wait_for_everyone()
 
+    def _diverged(self, step: int, loss: float, grad_norm: float) -> str:
+        return (
+            f"step {step:,}: the loss is {loss:.4g} and the gradient norm {grad_norm}; the step was not taken. Lower "
+            f"--training.learning_rate (now {self.settings.training.learning_rate}) and start over with --fresh."
+        )
+
     def _context_length(self) -> int:
         longest = self.model.config.max_position_embeddings
         context = self.settings.training.context_length or longest
         if self.model.config.position_embedding_type == "learned" and context > longest:
             raise UserError(f"--training.context_length is {context}, the model has {longest} learned positions")
         for split, stream in (("training", self.train_stream), ("held-out", self.validation_stream)):
-            if len(stream) <= context and split == "training" or len(stream) < 2:
+            if len(stream) < (context + 1 if split == "training" else 2):
                 raise UserError(
                     f"the {split} text has only {len(stream)} tokens, one row takes {context + 1}: give more text or "
                     "a smaller --training.context_length"
@@ -289,6 +307,11 @@ class Pretraining:
         """Measured at the start of a run; a resumed run keeps the choice, or its losses would not be the same."""
         if self.checkpoint is not None:
             state = read_state(self.checkpoint)
+            if state.data != self.data_fingerprint:
+                raise UserError(
+                    f"{self.run_dir} was trained on other token shards than are in "
+                    f"{data_folder(self.settings, self.run_dir)} now. Bring those back, or start over with --fresh."
+                )
             if state.compiled:
                 compile_blocks(self.model)
             return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")
