@@ -13,6 +13,7 @@ scoring excluded. The runs alternate: nanoGPT, scratch-gpt in a third of its tim
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -63,7 +64,8 @@ def score_nanogpt(repository: Path, text: Path) -> float:
 
     # nanoGPT's checkpoint is a pickle that the call above wrote itself
     checkpoint = torch.load(repository / "out-shakespeare-char" / "ckpt.pt", weights_only=False)
-    model = GPT(GPTConfig(**checkpoint["model_args"]))
+    with contextlib.redirect_stdout(None):
+        model = GPT(GPTConfig(**checkpoint["model_args"]))
     model.load_state_dict({key.removeprefix("_orig_mod."): value for key, value in checkpoint["model"].items()})
     model.eval()
     meta = pickle.loads((repository / "data" / "shakespeare_char" / "meta.pkl").read_bytes())
