@@ -64,7 +64,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": _shape(24, 1024, 16, 16, 4096, **GPT2_STYLE),
     "gpt2-large": _shape(36, 1280, 20, 20, 5120, **GPT2_STYLE),
     "gpt2-xl": _shape(48, 1600, 25, 25, 6400, **GPT2_STYLE),
-    # A model this narrow learns much faster from larger initial weights: 1.64 bits per byte against 1.73 after 800 steps.
+    # So narrow a model learns much faster from larger initial weights: on the bundled corpus 800 steps of `pretrain` reach
+    # 1.540 validation bits per byte, and 1.806 with the usual 0.02 (--model.overrides.initializer_range 0.02).
     "modern-2m": _shape(5, 192, 3, 3, 512, vocab_size=2048, max_position_embeddings=256, initializer_range=0.05),
     "modern-30m": _shape(12, 384, 6, 2, 1024, vocab_size=32768),
     "modern-135m": _shape(30, 576, 9, 3, 1536, vocab_size=49152),
