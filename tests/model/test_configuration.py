@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 
@@ -86,6 +88,18 @@ def test_save_and_load_give_an_equal_config(tmp_path, build, style):
     assert {k: v for k, v in loaded.to_dict().items() if k not in ignored} == {
         k: v for k, v in config.to_dict().items() if k not in ignored
     }
+
+
+def test_attributes_added_to_a_config_are_loaded_again_with_a_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger(ScratchGPTConfig.__module__), "propagate", True)
+    config = ScratchGPTConfig()
+    config.layer_norm_eps, config.sliding_window = 1.0, 128  # neither means anything to this model
+    config.save_pretrained(tmp_path)
+    loaded = ScratchGPTConfig.from_pretrained(tmp_path)
+    assert loaded.layer_norm_eps == 1.0 and loaded.sliding_window == 128
+    assert "'layer_norm_eps': did you mean 'layer_norm_epsilon'" in caplog.text
+    assert "sliding_window=128 is ignored" in caplog.text
 
 
 def test_building_a_config_leaves_the_callers_dictionary_alone():

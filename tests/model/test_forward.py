@@ -28,6 +28,15 @@ def test_eager_equals_sdpa(build, style, ids):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("style", [pytest.param(s, marks=pytest.mark.slow) for s in ("gpt2", "modern")] + ["mixture"])
+def test_flex_attention_equals_sdpa(build, style, ids):  # forward only: torch has no backward of it for CPU
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    sdpa, flex = (build(style, attn=attn)(ids, attention_mask=mask).logits for attn in ("sdpa", "flex_attention"))
+    assert_equal(flex[mask.bool()], sdpa[mask.bool()])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_decoding_with_a_cache_equals_decoding_without(build, style, attn, ids):
     model = build(style, attn=attn)
@@ -264,6 +273,32 @@ def test_an_attention_mask_of_another_shape_is_a_value_error(build, style, ids):
     for mask in (torch.ones(2, 11), torch.ones(3, 12)):
         with pytest.raises(ValueError, match="attention_mask has shape .*12"):
             build(style)(ids, attention_mask=mask)
+
+
+def test_with_a_cache_the_attention_mask_covers_the_cached_tokens_too(build, style, ids):
+    model = build(style)
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"\(2, 1\).*the cache holds 12 more"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("label", [97, -1])
+def test_labels_outside_the_vocabulary_are_a_value_error(build, style, ids, label):
+    model, labels = build(style), ids.clone()
+    labels[1, 3] = label
+    for arguments in ({"labels": labels}, {"shift_labels": labels}, {"labels": labels, "skip_logits": True}):
+        with pytest.raises(ValueError, match=f"labels hold {label}, but vocab_size=97.*-100"):
+            model(ids, **arguments)
+
+
+def test_labels_outside_the_classes_are_a_value_error(build, ids):
+    labels = torch.full_like(ids, 3)
+    for model_class, wrong in (
+        (ScratchGPTForTokenClassification, labels),
+        (ScratchGPTForSequenceClassification, labels[:, 0]),
+    ):
+        with pytest.raises(ValueError, match="labels hold 3, but num_labels=3"):
+            build("modern", model_class, num_labels=3, pad_token_id=0)(ids, labels=wrong)
 
 
 def test_exactly_one_input_is_needed(build, ids):

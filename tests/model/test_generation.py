@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig, pipeline
 
 PROMPT = {"pad_token_id": 0, "max_new_tokens": 6}
 
@@ -14,8 +15,20 @@ PROMPT = {"pad_token_id": 0, "max_new_tokens": 6}
         {"num_beams": 2, "do_sample": True},
         {"do_sample": False, "use_cache": False},
         {"do_sample": False, "prompt_lookup_num_tokens": 2},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "prefill_chunk_size": 5},
     ],
-    ids=["greedy", "top-k", "top-p", "beam", "beam-sample", "no-cache", "prompt-lookup"],
+    ids=[
+        "greedy",
+        "top-k",
+        "top-p",
+        "beam",
+        "beam-sample",
+        "no-cache",
+        "prompt-lookup",
+        "static-cache",
+        "chunked-prefill",
+    ],
 )
 def test_generation_modes(build, style, ids, mode):
     model = build(style)
@@ -46,6 +59,35 @@ def test_assisted_generation_equals_greedy(build, style, ids):
     model, assistant = build(style), build(style, num_hidden_layers=1, **_one_layer(style))
     greedy = model.generate(ids[:1], do_sample=False, **PROMPT)
     assert torch.equal(model.generate(ids[:1], do_sample=False, assistant_model=assistant, **PROMPT), greedy)
+
+
+def test_continuous_batching_equals_generation_alone(build, style, ids):
+    model = build(style)
+    prompts = [*ids.tolist(), ids[0, :5].tolist()]
+    answers = model.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=64),
+    )
+    for prompt, answer in zip(prompts, answers.values(), strict=True):
+        alone = model.generate(torch.tensor([prompt]), do_sample=False, **PROMPT)[0, len(prompt) :]
+        assert answer.generated_tokens == alone.tolist()
+
+
+@pytest.mark.parametrize("style", ["gpt2", "modern"])  # transformers quantizes full attention only
+def test_a_quantized_cache_generates(build, style, ids):
+    pytest.importorskip("optimum.quanto")
+    out = build(style).generate(ids, do_sample=False, cache_implementation="quantized", **PROMPT)
+    assert out.shape == (2, 18)
+
+
+def test_the_text_generation_pipeline_writes_what_generate_does(build, style, tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    model = build(style, vocab_size=len(tokenizer))
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("To be", max_new_tokens=6, do_sample=False)
+    ids = tokenizer("To be", return_tensors="pt").input_ids
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert text[0]["generated_text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
 
 
 def _one_layer(style):

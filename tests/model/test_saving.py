@@ -1,19 +1,24 @@
 """A saved directory is all that anyone needs."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
 )
 from transformers.models.auto import modeling_auto
 
@@ -51,6 +56,46 @@ def test_untied_weights_stay_apart(build, tmp_path, ids):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is not loaded.transformer.wte.weight
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", "half on disk"])
+def test_a_device_map_loads_the_same_model(build, tmp_path, style, ids, device_map):
+    model = build(style)
+    model.save_pretrained(tmp_path)
+    if device_map == "half on disk":
+        room = {"cpu": model.get_memory_footprint() * 0.6}
+        device_map = infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+        assert {"cpu", "disk"} == set(device_map.values())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
+    if device_map == "auto":
+        loaded = loaded.to("cpu")
+    generate = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(ids, **generate), model.generate(ids, **generate))
+
+
+def test_a_checkpoint_that_does_not_fit_is_reported_by_the_names_of_its_weights(build, tmp_path, caplog, monkeypatch):
+    build("modern").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["transformer.h.0.attn.q_prj.weight"] = weights.pop("transformer.h.0.attn.q_proj.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    report = {
+        line.split("|")[0].strip(): line.split("|")[1].strip() for line in caplog.text.splitlines() if "|" in line
+    }
+    assert report["transformer.h.0.attn.q_prj.weight"] == "UNEXPECTED"
+    assert report["transformer.h.0.attn.q_proj.weight"] == "MISSING"
+
+    weights["transformer.h.0.attn.q_proj.weight"] = torch.zeros(3, 3)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=4, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type='gpt2', expected 'scratch_gpt'"):
+        ScratchGPTForCausalLM.from_pretrained(tmp_path)
 
 
 def test_every_auto_class_loads_every_checkpoint(build, tmp_path):

@@ -8,6 +8,9 @@ from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # What a saved directory says about its own code, so that `trust_remote_code=True` finds every head.
 AUTO_MAP = {
@@ -74,7 +77,8 @@ class ScratchGPTConfig(PreTrainedConfig):
 
     Raises:
         ValueError: A combination of fields makes no sense. The message lists every problem with the field, its value
-            and the mend. An unknown field whose name is close to a known one is refused as well.
+            and the mend. An unknown field whose name is close to a known one is refused as well (in a saved config,
+            where attributes added by its user are kept, it is a warning).
     """
 
     model_type = "scratch_gpt"
@@ -174,7 +178,14 @@ class ScratchGPTConfig(PreTrainedConfig):
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
         if self.layer_types is None:
+            if self.sliding_window is not None:
+                problems.append(
+                    f"sliding_window={self.sliding_window} is given without layer_types: say which layers slide (all, as "
+                    'in Mistral: layer_types=["sliding_attention"] * num_hidden_layers) or drop sliding_window'
+                )
             self.layer_types = ["full_attention"] * self.num_hidden_layers
+        elif self.sliding_window is not None and "sliding_attention" not in self.layer_types:
+            logger.warning(f"sliding_window={self.sliding_window} is ignored: layer_types has no sliding_attention.")
         if self.no_rope_layers is None and self.no_rope_layer_interval is not None and self.no_rope_layer_interval > 0:
             self.no_rope_layers = self._no_rope_layers_by_interval()
 
@@ -259,15 +270,8 @@ class ScratchGPTConfig(PreTrainedConfig):
             problems.append(
                 'layer_types holds "sliding_attention", but sliding_window is None: give the window in tokens'
             )
-        if self.sliding_window is not None:
-            if self.sliding_window < 1:
-                problems.append(f"sliding_window={self.sliding_window} must be at least 1")
-            if "sliding_attention" not in layer_types:
-                problems.append(
-                    f"sliding_window={self.sliding_window}, but no layer is sliding: "
-                    'put "sliding_attention" into layer_types (for every layer, as Mistral: '
-                    '["sliding_attention"] * num_hidden_layers) or drop sliding_window'
-                )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            problems.append(f"sliding_window={self.sliding_window} must be at least 1")
         return problems
 
     def _position_contradictions(self) -> list[str]:
@@ -333,6 +337,10 @@ class ScratchGPTConfig(PreTrainedConfig):
             nearest += [field for field in fields if field.endswith(f"_{name}")]  # dropout, heads, layers, ...
             if nearest:
                 problems.append(f"unknown field {name!r}: did you mean {nearest[0]!r}?")
+        if self.transformers_version is not None:  # a saved config; attributes that its user added are saved with it
+            for problem in problems:
+                logger.warning(f"config.json of a {self.model_type} model: {problem} It is kept, but changes nothing.")
+            return []
         return problems
 
     def _set_parallel_plans(self) -> None:

@@ -1,0 +1,77 @@
+"""One model on two processes, its weights split by the plans of its config: the same numbers as in one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers.distributed import DistributedConfig
+
+from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
+from tests.model.conftest import SIZE, STYLES
+
+SPLITS = {"tensor parallel": {"tp_size": 2}, "fully sharded": {"fsdp_size": 2}}
+IDS = torch.randint(1, SIZE["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def logits_and_gradients(model, ids):
+    model.eval()
+    logits = model(ids).logits.detach()
+    model.train()(ids, labels=ids).loss.backward()
+    return logits, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def work(rank, folder, store_file):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store_file, 2), rank=rank, world_size=2)
+    for style in ("gpt2", "modern"):
+        for split, sizes in SPLITS.items():
+            model = ScratchGPTForCausalLM.from_pretrained(
+                folder / style, distributed_config=DistributedConfig(**sizes), attn_implementation="sdpa"
+            )
+            # tensor parallel ranks share a batch, fully sharded ones have a row each
+            ids = IDS if "tp_size" in sizes else IDS[rank : rank + 1]
+            logits, gradients = logits_and_gradients(model, ids)
+            whole = {
+                name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()
+            }
+            held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
+            torch.save((logits, whole, held), folder / f"{style} {split} {rank}.pt")
+            model.save_pretrained(folder / f"{style} {split}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharding")
+    for style in ("gpt2", "modern"):
+        torch.manual_seed(0)
+        ScratchGPTForCausalLM(ScratchGPTConfig(**{**SIZE, **STYLES[style]})).save_pretrained(folder / style)
+    mp.spawn(work, args=(folder, str(folder / "store")), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("split", list(SPLITS))
+@pytest.mark.parametrize("style", ["gpt2", "modern"])
+def test_two_processes_give_the_logits_and_gradients_of_one(folder, style, split):
+    model = ScratchGPTForCausalLM.from_pretrained(folder / style, attn_implementation="sdpa")
+    logits, gradients = logits_and_gradients(model, IDS)
+    for rank in range(2):
+        split_logits, split_gradients, held = torch.load(folder / f"{style} {split} {rank}.pt")
+        expected = logits if split == "tensor parallel" else logits[rank : rank + 1]
+        torch.testing.assert_close(split_logits, expected, rtol=1e-5, atol=1e-4)
+        assert split_gradients.keys() == gradients.keys()
+        for name, grad in gradients.items():
+            torch.testing.assert_close(
+                split_gradients[name], grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        assert held < 0.7 * model.num_parameters()  # each process holds about half of the weights
+
+
+@pytest.mark.parametrize("split", list(SPLITS))
+@pytest.mark.parametrize("style", ["gpt2", "modern"])
+def test_a_split_model_saves_the_weights_it_was_loaded_from(folder, style, split):
+    original = ScratchGPTForCausalLM.from_pretrained(folder / style)
+    saved = ScratchGPTForCausalLM.from_pretrained(folder / f"{style} {split}")
+    assert saved.lm_head.weight is saved.transformer.wte.weight
+    for name, weight in original.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], weight), name
