@@ -424,12 +424,14 @@ def recipes(target_class: type[PreTrainedModel], config: PreTrainedConfig, famil
             return (stem.replace("*", layer.group(1)) if layer else stem) + f".{suffix}"
 
         for weight in family.weights:
+            part: tuple[int, int] | None = None
+            sources: tuple[str, ...]
             if ours_wanted and pattern in weight.ours:
-                several = len(weight.ours) > 1
-                part = (weight.ours.index(pattern), len(weight.ours)) if several else None
                 sources = (source(weight.theirs),)
+                if len(weight.ours) > 1:
+                    part = (weight.ours.index(pattern), len(weight.ours))
             elif not ours_wanted and pattern == weight.theirs:
-                part, sources = None, tuple(source(stem) for stem in weight.ours)
+                sources = tuple(source(stem) for stem in weight.ours)
             else:
                 continue
             found.append(Recipe(name, tuple(tensor.shape), sources, weight.transposed, part))

@@ -20,8 +20,10 @@ from scratch_gpt.model import ScratchGPTConfig
 from scratch_gpt.model.convert import Conversion, open_folder
 
 # What a tokenizer and generation need beside the weights; the code of our classes stays behind.
-COMPANIONS = ("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
-COMPANIONS += ("vocab.json", "merges.txt")
+COMPANIONS = [
+    *("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    "generation_config.json",
+]
 SHARD_BYTES = 2_000_000_000
 
 
@@ -49,20 +51,21 @@ def convert_folder(source: Path, output: Path, to: str | None, shard_bytes: int 
 
 
 def _write_weights(conversion: Conversion, folder: Path, shard_bytes: int) -> None:
-    weight_map: dict[str, int] = {}
-    total = number = 0
-    for number, shard in enumerate(_shards(conversion, shard_bytes), start=1):
+    held: list[list[str]] = []  # the names in each shard
+    total = 0
+    for number, shard in enumerate(_shards(conversion, shard_bytes)):
         save_file(shard, folder / f"{number}.safetensors", metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, number)
+        held.append(list(shard))
         total += sum(_bytes(tensor) for tensor in shard.values())
-    if number == 1:
-        (folder / "1.safetensors").rename(folder / "model.safetensors")
+    if len(held) == 1:
+        (folder / "0.safetensors").rename(folder / "model.safetensors")
         return
-    names = {shard: f"model-{shard:05d}-of-{number:05d}.safetensors" for shard in range(1, number + 1)}
-    for shard, name in names.items():
-        (folder / f"{shard}.safetensors").rename(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {key: names[shard] for key, shard in weight_map.items()}}
-    write_json(folder / "model.safetensors.index.json", index)
+    places = {}
+    for number, tensors in enumerate(held):
+        name = f"model-{number + 1:05d}-of-{len(held):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / name)
+        places |= dict.fromkeys(tensors, name)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def _shards(conversion: Conversion, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
