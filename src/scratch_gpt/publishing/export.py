@@ -60,7 +60,7 @@ def _write_weights(conversion: Conversion, folder: Path, shard_bytes: int) -> No
     if len(held) == 1:
         (folder / "0.safetensors").rename(folder / "model.safetensors")
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, tensors in enumerate(held):
         name = f"model-{number + 1:05d}-of-{len(held):05d}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / name)
