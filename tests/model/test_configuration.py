@@ -108,6 +108,18 @@ def test_building_a_config_leaves_the_callers_dictionary_alone():
     assert rope_parameters == {"rope_type": "linear", "factor": 2.0}
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned", "none"])
+def test_only_a_config_with_rotary_positions_has_rope_parameters(tmp_path, positions):
+    # transformers asks hasattr() before it scales rotary positions; None would be taken for an empty dictionary
+    config = ScratchGPTConfig(position_embedding_type=positions)
+    assert hasattr(config, "rope_parameters") == (positions == "rope")
+    config.save_pretrained(tmp_path)
+    loaded = ScratchGPTConfig.from_pretrained(tmp_path)
+    assert hasattr(loaded, "rope_parameters") == (positions == "rope")
+    assert loaded == config and repr(loaded) == repr(config)
+    assert loaded != ScratchGPTConfig(position_embedding_type=positions, hidden_size=96)
+
+
 def test_a_config_of_another_model_type_is_refused(tmp_path):
     from transformers import GPT2Config
 

@@ -250,6 +250,24 @@ def test_full_graph_compile_of_a_training_step(build, style, ids):
         assert_equal(a, p.grad, 1e-4)
 
 
+def test_an_exported_model_takes_sequences_of_any_length(build, style, ids):
+    model = build(style)
+    any_length = {1: torch.export.Dim("seq", min=2, max=64)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    exported = torch.export.export(
+        model,
+        (),
+        {**inputs, "use_cache": False},
+        dynamic_shapes={"input_ids": any_length, "attention_mask": any_length, "use_cache": None},
+    ).module()
+    for seq in (2, 12, 33, 64):
+        longer = torch.arange(2 * seq).view(2, seq) % 97
+        mask = torch.ones_like(longer)
+        mask[1, : seq // 3] = 0  # padding on the left
+        ours = exported(input_ids=longer, attention_mask=mask, use_cache=False).logits
+        assert_equal(ours[mask == 1], model(longer, attention_mask=mask, use_cache=False).logits[mask == 1])
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig, pipeline
+from torch._dynamo.utils import counters
+from transformers import AutoTokenizer, CompileConfig, ContinuousBatchingConfig, GenerationConfig, pipeline
 
 PROMPT = {"pad_token_id": 0, "max_new_tokens": 6}
 
@@ -45,6 +46,18 @@ def test_greedy_generation_is_the_argmax_of_uncached_logits(build, style, ids):
     for _ in range(6):
         expected = torch.cat((expected, model(expected, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
     assert torch.equal(model.generate(ids, do_sample=False, **PROMPT), expected)
+
+
+def test_generation_with_a_static_cache_compiles_the_whole_forward(build, style, ids):
+    model = build(style)
+    torch.compiler.reset()
+    counters.clear()
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)  # with fullgraph a break is an error
+    compile_config._compile_all_devices = True  # on CPU, too
+    out = model.generate(ids, do_sample=False, cache_implementation="static", compile_config=compile_config, **PROMPT)
+    # one graph for all steps; the cache of a sliding window has a second one for when it is full
+    assert counters["stats"]["unique_graphs"] == (2 if style == "mixture" else 1)
+    assert torch.equal(out, model.generate(ids, do_sample=False, **PROMPT))
 
 
 def test_left_padded_generation_equals_generation_alone(build, style, ids):

@@ -1,7 +1,6 @@
 """A saved directory is all that anyone needs."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -73,23 +72,68 @@ def test_a_device_map_loads_the_same_model(build, tmp_path, style, ids, device_m
     assert torch.equal(loaded.generate(ids, **generate), model.generate(ids, **generate))
 
 
-def test_a_checkpoint_that_does_not_fit_is_reported_by_the_names_of_its_weights(build, tmp_path, caplog, monkeypatch):
-    build("modern").save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["transformer.h.0.attn.q_prj.weight"] = weights.pop("transformer.h.0.attn.q_proj.weight")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    AutoModelForCausalLM.from_pretrained(tmp_path)
-    report = {
-        line.split("|")[0].strip(): line.split("|")[1].strip() for line in caplog.text.splitlines() if "|" in line
-    }
-    assert report["transformer.h.0.attn.q_prj.weight"] == "UNEXPECTED"
-    assert report["transformer.h.0.attn.q_proj.weight"] == "MISSING"
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    weights["transformer.h.0.attn.q_proj.weight"] = torch.zeros(3, 3)
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+Q_PROJ = "transformer.h.0.attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda weights: weights.pop(Q_PROJ), [f"lacks {Q_PROJ}"]),
+        (lambda weights: weights.update({"x.weight": torch.ones(2)}), ["unknown x.weight"]),
+        (lambda weights: weights.update({Q_PROJ + "s": weights.pop(Q_PROJ)}), [f"lacks {Q_PROJ}", Q_PROJ + "s"]),
+        (lambda weights: weights.update({Q_PROJ: torch.ones(3, 3)}), [f"{Q_PROJ} is (3, 3), not (64, 32)"]),
+        (lambda weights: weights.pop("lm_head.weight"), ["lacks lm_head.weight"]),
+    ],
+    ids=["missing", "extra", "misnamed", "shape", "head"],
+)
+@pytest.mark.parametrize("loader", [ScratchGPTForCausalLM, AutoModelForCausalLM])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_the_names_of_its_weights(build, tmp_path, loader, edit, named):
+    build("modern", tie_word_embeddings=False).save_pretrained(tmp_path)
+    edit_weights(tmp_path, edit)
+    with pytest.raises(ValueError) as error:
+        loader.from_pretrained(tmp_path)
+    assert all(name in str(error.value) for name in [str(tmp_path), *named])
+
+
+def test_whoever_asks_for_a_report_judges_for_herself(build, tmp_path):
+    build("modern").save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.pop(Q_PROJ))
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {Q_PROJ}
+    edit_weights(tmp_path, lambda weights: weights.update({Q_PROJ: torch.ones(3, 3)}))
+    AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError):
+        AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("loaded_as", HEADS.values())
+@pytest.mark.parametrize("saved_as", HEADS.values())
+def test_another_head_is_new_but_another_backbone_is_refused(build, tmp_path, saved_as, loaded_as, tied):
+    saved = build("modern", saved_as, tie_word_embeddings=tied)
+    saved.save_pretrained(tmp_path)
+    loaded = loaded_as.from_pretrained(tmp_path)
+    expected = saved.base_model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.base_model.state_dict().items())
+    edit_weights(tmp_path, lambda weights: weights.pop(next(name for name in weights if name.endswith("ln_f.weight"))))
+    with pytest.raises(ValueError, match=r"lacks (transformer\.)?ln_f\.weight"):
+        loaded_as.from_pretrained(tmp_path)
+
+
+def test_a_stored_head_that_equals_its_tied_embedding_is_no_error(build, tmp_path, ids):
+    model = build("modern")
+    model.save_pretrained(tmp_path)
+    edit_weights(
+        tmp_path, lambda weights: weights.update({"lm_head.weight": weights["transformer.wte.weight"].clone()})
+    )
+    loaded = ScratchGPTForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
@@ -134,6 +178,16 @@ reward = AutoModelForSequenceClassification.from_pretrained(directory, trust_rem
 reward.save_pretrained(again)  # and what a stranger saves is complete as well
 model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 model.train()(ids, labels=ids).loss.backward()
+from safetensors.torch import load_file, save_file
+weights = load_file(directory + "/model.safetensors")
+del weights["transformer.ln_f.weight"]
+save_file(weights, directory + "/model.safetensors", metadata={"format": "pt"})
+try:
+    AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+except ValueError as error:
+    assert "lacks transformer.ln_f.weight" in str(error)
+else:
+    raise AssertionError("a checkpoint without the last norm was loaded")
 """
 
 
@@ -170,3 +224,17 @@ def test_lora_covers_every_projection_but_the_head(build, ids):
     targets = {name.split(".")[-2] for name, _ in lora.named_modules() if name.endswith(".lora_A")}
     assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     lora.train()(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_a_folder_with_an_adapter_loads_as_the_model_with_it(build, tmp_path, ids):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    build("modern").save_pretrained(tmp_path / "base")
+    base = ScratchGPTForCausalLM.from_pretrained(tmp_path / "base")
+    lora = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    lora.save_pretrained(tmp_path / "adapter")
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval(),
+    ):
+        torch.testing.assert_close(model(ids).logits, lora(input_ids=ids).logits)

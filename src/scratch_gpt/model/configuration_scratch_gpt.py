@@ -1,5 +1,6 @@
 """The configuration of ScratchGPT: one class of decoder-only language models, from GPT-2 to Qwen3, chosen by its fields."""
 
+import dataclasses
 import difflib
 from typing import Any, Literal
 
@@ -52,7 +53,8 @@ class ScratchGPTConfig(PreTrainedConfig):
         max_position_embeddings: Longest sequence in tokens. With learned positions a hard limit.
         position_embedding_type: `"rope"` (Su et al. 2021), `"learned"` (GPT-2) or `"none"` (NoPE, Kazemnejad et al. 2023).
         rope_parameters: The standard dictionary of transformers, for example
-            `{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}`. `rope_theta=` alone is accepted too.
+            `{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}`. `rope_theta=` alone is accepted too. A config
+            without rotary positions has no such attribute.
         no_rope_layers: One entry per layer, 1 = rotary positions, 0 = none (SmolLM3).
         no_rope_layer_interval: Shorthand for `no_rope_layers`: every n-th layer has no positions.
         norm_type: `"rmsnorm"` (Zhang & Sennrich 2019) or `"layernorm"`.
@@ -110,7 +112,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
 
     position_embedding_type: Literal["rope", "learned", "none"] = "rope"
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: RopeParameters | dict | None = dataclasses.field(default_factory=lambda: None)  # may be deleted
     no_rope_layers: list[int] | None = None
     no_rope_layer_interval: int | None = None
 
@@ -156,7 +158,8 @@ class ScratchGPTConfig(PreTrainedConfig):
                     f"{name} is given, but position_embedding_type={self.position_embedding_type!r} has no rotary "
                     f'positions: drop {name} or set position_embedding_type="rope"'
                 )
-            self.rope_parameters = None
+            # transformers asks `hasattr(config, "rope_parameters")` whether a model has rotary positions.
+            del self.rope_parameters
         elif self.rope_parameters is not None:
             self.rope_parameters = dict(self.rope_parameters)  # the base class fills it in: not in the caller's dict
 
@@ -196,10 +199,11 @@ class ScratchGPTConfig(PreTrainedConfig):
         # TRL reads `config.auto_map`, and a checkpoint must name the code of every head, not only of the one saved.
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
-        if not rope:
-            self.rope_parameters = None  # the base class never leaves it empty
-
         self._set_parallel_plans()
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when they would be saved alike (a dataclass's own `==` needs every field to be there)."""
+        return isinstance(other, ScratchGPTConfig) and self.to_dict() == other.to_dict()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):

@@ -300,6 +300,15 @@ class ScratchGPTBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
+class CheckpointMismatchError(ValueError, RuntimeError):
+    """The weights of a checkpoint are not those of the model. (For shapes, transformers raises a RuntimeError.)"""
+
+
+def _enumerate(names, limit: int = 6) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 class ScratchGPTPreTrainedModel(PreTrainedModel):
     """What all ScratchGPT models share: capabilities, initialisation, and saving together with their code."""
 
@@ -325,6 +334,50 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
         if getattr(module, "writes_to_residual_stream", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers, but weights that do not fit the model are an error, not only a report in the log.
+
+        Where another class saved the checkpoint its head may differ: a new head is initialised, a foreign one dropped.
+        Adapters and quantized weights are left to transformers. `output_loading_info=True` returns the names of missing
+        and unexpected weights and leaves the judgement to the caller.
+
+        Raises:
+            CheckpointMismatchError: Weights are missing, unexpected, or of another shape (unless
+                `ignore_mismatched_sizes=True`); the message names them.
+        """
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+        where = pretrained_model_name_or_path or "the state dict"
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            shapes = [f"{name} is {tuple(its)}, not {tuple(ours)}" for name, its, ours in info["mismatched_keys"]]
+            raise CheckpointMismatchError(
+                f"{where} holds weights of other shapes than this {cls.__name__}: {_enumerate(shapes)}. Load it with the "
+                "config that it was saved with, or draw these weights anew with ignore_mismatched_sizes=True"
+            )
+        if output_loading_info:
+            return model, info
+        if not model._hf_peft_config_loaded and not hasattr(model, "hf_quantizer"):
+            model._refuse_other_names(where, info["missing_keys"], info["unexpected_keys"])
+        return model
+
+    def _refuse_other_names(self, where, missing: set[str], unexpected: set[str]) -> None:
+        if type(self).__name__ not in (self.config.architectures or ()):  # another class saved it, with its own head
+            backbone = {self.base_model_prefix, *(name for name, _ in self.base_model.named_children())}
+            missing = {name for name in missing if name.split(".")[0] in backbone}
+            unexpected = {name for name in unexpected if name.split(".")[0] in backbone}
+        problems = [f"it lacks {_enumerate(missing)}"] if missing else []
+        problems += [f"it holds unknown {_enumerate(unexpected)}"] if unexpected else []
+        if problems:
+            raise CheckpointMismatchError(
+                f"{where} does not fit {type(self).__name__}: {'; '.join(problems)}. Load it with the class and the config "
+                "that it was saved with, or rename weights with key_mapping={pattern: replacement}; with "
+                "output_loading_info=True it is taken as it is, and what it lacks is drawn at random"
+            )
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in transformers; where the config pads the vocabulary, it still does afterwards."""
