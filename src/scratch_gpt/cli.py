@@ -22,6 +22,8 @@ VERBS: dict[str, tuple[type, str]] = {
     "pretrain": (config.PretrainSettings, "scratch_gpt.training.pretrain:pretrain_command"),
     "evaluate": (config.EvaluateSettings, "scratch_gpt.evaluation.evaluate:evaluate_command"),
     "generate": (config.GenerateSettings, "scratch_gpt.serving.generate:generate_command"),
+    "export": (config.ExportSettings, "scratch_gpt.publishing.export:export_command"),
+    "import": (config.ImportSettings, "scratch_gpt.publishing.export:import_command"),
 }
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75

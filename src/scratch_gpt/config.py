@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -133,6 +133,7 @@ class DataPrepareSettings(TextSettings):
 class DataInspectSettings:
     """Print the manifest of token shards, verify every checksum and decode a few rows."""
 
+    POSITIONAL: ClassVar[str] = "path"
     path: str = "runs/data"
     """Folder of the shards."""
     tokenizer_path: str | None = None
@@ -178,6 +179,7 @@ class QuickstartSettings(PretrainSettings):
 class EvaluateSettings:
     """Measure a saved model: validation bits per byte and a sentence benchmark through the lm-eval harness."""
 
+    POSITIONAL: ClassVar[str] = "model"
     model: str = "runs/quickstart/final"
     """Folder of a saved model (or a name on the Hub)."""
     text: str | None = None
@@ -196,6 +198,7 @@ class EvaluateSettings:
 class GenerateSettings:
     """Continue a prompt."""
 
+    POSITIONAL: ClassVar[str] = "model"
     model: str = "runs/quickstart/final"
     """Folder of a saved model (or a name on the Hub)."""
     prompt: str = "It was"
@@ -210,6 +213,34 @@ class GenerateSettings:
     """How many continuations."""
     seed: int = 1337
     """Decides the samples."""
+
+
+@dataclass
+class ExportSettings:
+    """Write a saved model as a stock class of transformers, for tools that do not know ours: same logits."""
+
+    POSITIONAL: ClassVar[str] = "model"
+    model: str = "runs/quickstart/final"
+    """Folder of a saved model; may stand alone after the verb."""
+    to: Literal["auto", "gpt2", "llama", "qwen3", "qwen2", "mistral", "smollm3"] = "auto"
+    """The architecture; auto: the first that can express the model."""
+    output: str = "runs/exported"
+    """Folder for the result; it must not exist."""
+    verify: bool = True
+    """Load both afterwards, one after the other, and compare their logits."""
+
+
+@dataclass
+class ImportSettings:
+    """Read a saved GPT-2, Llama, Mistral, Qwen2, Qwen3 or SmolLM3 as a ScratchGPT model: same logits."""
+
+    POSITIONAL: ClassVar[str] = "path"
+    path: str = "runs/exported"
+    """Folder of the saved model; may stand alone after the verb."""
+    output: str = "runs/imported"
+    """Folder for the result; it must not exist."""
+    verify: bool = True
+    """Load both afterwards, one after the other, and compare their logits."""
 
 
 # ------------------------------------------------------------------------------------------------ reading and writing
@@ -302,7 +333,10 @@ def flatten(settings: Any) -> dict[str, Any]:
 
 
 def _normalise(arguments: Sequence[str], settings_class: Any) -> list[str]:
-    """``--run-dir`` and ``--run_dir`` are the same, and a switch may stand alone: ``--fresh`` is ``--fresh=true``."""
+    """``--run-dir`` is ``--run_dir``, ``--fresh`` alone is ``--fresh=true``, and a first word alone is the verb's object."""
+    positional = getattr(settings_class, "POSITIONAL", None)
+    if positional is not None and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{positional}", *arguments]
     switches = {f"--{f.name}" for f in dataclasses.fields(settings_class) if f.type is bool}
     words: list[str] = []
     for position, word in enumerate(arguments):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from scratch_gpt.model import modeling_scratch_gpt
 from scratch_gpt.model.modeling_scratch_gpt import linear_cross_entropy
 
 TOKENS, WIDTH, VOCABULARY = 37, 16, 53
@@ -178,3 +179,37 @@ def test_a_training_step_never_makes_a_tensor_as_large_as_the_logits(build):
         model(ids, labels=ids, skip_logits=False).loss.backward()
     assert full.elements == vocabulary * tokens
     assert skipped.elements == vocabulary * tokens // 4  # four chunks of 256
+
+
+class LigerByDefinition(torch.nn.Module):
+    """What liger-kernel's class promises, without its kernel."""
+
+    def __init__(self, ignore_index, reduction, softcap, accum_dtype):
+        super().__init__()
+        assert (reduction, accum_dtype) == ("sum", torch.float32)
+        self.ignore_index, self.softcap = ignore_index, softcap
+
+    def forward(self, weight, hidden, target, bias=None):
+        assert weight.dtype == hidden.dtype and (bias is None or bias.dtype == hidden.dtype)
+        logits = F.linear(hidden, weight, bias).float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum")
+
+
+@pytest.mark.parametrize("num_items", [None, 11])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_ligers_kernel_is_given_what_it_needs(monkeypatch, num_items, softcap):
+    hidden, weight, bias, labels = problem()
+    expected = reference(hidden, weight, bias, labels, num_items, softcap)
+    monkeypatch.setattr(modeling_scratch_gpt, "_liger_kernel", lambda device: LigerByDefinition)
+    padded = [torch.cat([tensor, torch.full_like(tensor[:7], 9.0)]) for tensor in (weight, bias)]
+    arguments = {"num_items_in_batch": num_items, "softcap": softcap, "vocab_size": VOCABULARY}
+    torch.testing.assert_close(linear_cross_entropy(hidden, padded[0], labels, padded[1], **arguments), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = linear_cross_entropy(hidden, padded[0], labels, padded[1], **arguments)
+    torch.testing.assert_close(half, expected, rtol=3e-2, atol=3e-2)
+
+
+def test_without_cuda_there_is_no_liger_kernel():
+    assert modeling_scratch_gpt._liger_kernel(torch.device("cpu")) is None

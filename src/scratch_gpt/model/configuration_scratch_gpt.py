@@ -40,6 +40,8 @@ class ScratchGPTConfig(PreTrainedConfig):
 
     Args:
         vocab_size: Number of tokens the embedding and the head know.
+        pad_vocab_size_multiple: Embedding and head get rows up to the next multiple of this, because GPUs multiply
+            matrices of round sizes faster (64 or 128). No token has these rows, and no logit shows them.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of blocks.
         num_attention_heads: Query heads per layer.
@@ -100,6 +102,7 @@ class ScratchGPTConfig(PreTrainedConfig):
     default_theta = 10_000.0
 
     vocab_size: int = 50257
+    pad_vocab_size_multiple: int = 1
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
@@ -213,6 +216,11 @@ class ScratchGPTConfig(PreTrainedConfig):
             )
         return super().from_dict(config_dict, **kwargs)
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head."""
+        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
     def validate_architecture(self):
         """Refuse a contradictory config with one `ValueError` that names every problem (also run at each save)."""
         super().validate_architecture()
@@ -232,7 +240,7 @@ class ScratchGPTConfig(PreTrainedConfig):
                 problems.append(message)
 
         sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-        for name in (*sizes, "max_position_embeddings"):
+        for name in (*sizes, "max_position_embeddings", "pad_vocab_size_multiple"):
             value = getattr(self, name)
             refuse(value < 1, f"{name}={value} must be at least 1")
         refuse(self.num_hidden_layers < 0, f"num_hidden_layers={self.num_hidden_layers} must not be negative")

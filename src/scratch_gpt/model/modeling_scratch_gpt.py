@@ -7,6 +7,7 @@ what every switch means. The two files depend on torch and transformers only and
 Shapes are written (batch, seq, ...), where `seq` counts the tokens of this call and `kv_seq` those and the cached ones.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Unpack
@@ -36,7 +37,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
+from transformers.utils.import_utils import is_liger_kernel_available, is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_scratch_gpt import AUTO_MAP, ScratchGPTConfig
@@ -334,6 +335,20 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers; where the config pads the vocabulary, it still does afterwards."""
+        config, multiple = self.config, self.config.pad_vocab_size_multiple
+        if multiple == 1 or new_num_tokens is pad_to_multiple_of is None:
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        new_num_tokens = new_num_tokens or config.vocab_size
+        new_num_tokens = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        try:
+            config.vocab_size, config.pad_vocab_size_multiple = config.padded_vocab_size, 1
+            rows = math.ceil(new_num_tokens / multiple) * multiple
+            return super().resize_token_embeddings(rows, mean_resizing=mean_resizing)
+        finally:
+            config.vocab_size, config.pad_vocab_size_multiple = new_num_tokens, multiple
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers, but weights that do not fit the model are an error, not only a report in the log.
@@ -390,7 +405,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
 
     def __init__(self, config: ScratchGPTConfig):
         super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wte = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":
             self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.position_embedding_type == "rope":
@@ -481,14 +496,18 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
     def _embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
         if is_tracing(input_ids):
             return self.wte(input_ids)
+        vocab_size = self.config.vocab_size
         try:  # asking first would cost a pass over the ids, and on CUDA a synchronisation
-            return self.wte(input_ids)
+            embeddings = self.wte(input_ids)
+            rows_of_padding = self.wte.num_embeddings > vocab_size
+            if not (rows_of_padding and input_ids.device.type == "cpu" and (input_ids >= vocab_size).any()):
+                return embeddings
         except IndexError:
-            low, high = input_ids.min().item(), input_ids.max().item()
-            raise ValueError(
-                f"input_ids range from {low} to {high}, but vocab_size={self.wte.num_embeddings}: "
-                f"ids must lie in [0, {self.wte.num_embeddings - 1}] (is this the tokenizer of another model?)"
-            ) from None
+            pass
+        raise ValueError(
+            f"input_ids range from {input_ids.min().item()} to {input_ids.max().item()}, but vocab_size={vocab_size}: "
+            f"ids must lie in [0, {vocab_size - 1}] (is this the tokenizer of another model?)"
+        )
 
     def _embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         if is_tracing(position_ids):
@@ -569,7 +588,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
     def __init__(self, config: ScratchGPTConfig):
         super().__init__(config)
         self.transformer = ScratchGPTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -618,7 +637,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         if skip_logits and has_labels and self._head_is_plain():
             loss = self._loss_without_logits(hidden_states, labels, **kwargs)
         else:
-            logits = self.lm_head(hidden_states)  # (batch, seq, vocab)
+            logits = self.lm_head(hidden_states)[..., : self.config.vocab_size]  # (batch, seq, vocab)
             if (cap := self.config.final_logit_softcapping) is not None:
                 logits = cap * torch.tanh(logits / cap)
             if has_labels:
@@ -659,7 +678,18 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             num_items_in_batch=num_items_in_batch,
             ignore_index=ignore_index,
             softcap=self.config.final_logit_softcapping,
+            vocab_size=self.config.vocab_size,
         )
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head. One with rows of padding is shown without them, for trainers that multiply by it themselves."""
+        head, vocab_size = self.lm_head, self.config.vocab_size
+        if self.config.padded_vocab_size == vocab_size:
+            return head
+        shown = nn.Linear(head.in_features, vocab_size, bias=False, device="meta")
+        del shown.weight
+        shown.weight = head.weight[:vocab_size]
+        return shown
 
 
 class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
@@ -797,6 +827,7 @@ def linear_cross_entropy(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
+    vocab_size: int | None = None,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
     """`cross_entropy(hidden @ weight.T + bias, labels)` that holds the logits of one chunk of tokens at a time.
@@ -807,7 +838,10 @@ def linear_cross_entropy(
         labels: (tokens,); `ignore_index` marks tokens without loss.
         num_items_in_batch: Divisor of the summed loss. Default: the number of labels that count.
         softcap: `c` in `logits = c * tanh(logits / c)`.
+        vocab_size: Leave out the rows of `weight` from this one on; they are padding.
         chunk_size: Tokens per chunk, by default chosen for speed from the size of the vocabulary.
+
+    On CUDA this is the kernel of the package liger-kernel where that is installed.
 
     Returns:
         The loss in nats, a float32 scalar. Softmax statistics are float32 whatever the dtype of the matrices, and under
@@ -819,17 +853,34 @@ def linear_cross_entropy(
         divisor = (labels != ignore_index).sum()
     else:
         divisor = torch.as_tensor(num_items_in_batch, device=hidden.device)
+    if vocab_size is None:
+        vocab_size = weight.shape[0]
+    if (liger := _liger_kernel(hidden.device)) is not None:
+        device_type = hidden.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+        total = liger(ignore_index=ignore_index, reduction="sum", softcap=softcap, accum_dtype=torch.float32)
+        bias = bias[:vocab_size].to(dtype) if bias is not None else None
+        return total(weight[:vocab_size].to(dtype), hidden.to(dtype), labels, bias).float() / divisor
     if chunk_size is None:
         large = weight.shape[0] > LARGE_VOCABULARY
         chunk_size = CHUNK_SIZE_LARGE_VOCABULARY if large else CHUNK_SIZE_SMALL_VOCABULARY
     return _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, divisor, ignore_index, softcap, chunk_size, torch.is_grad_enabled()
+        hidden, weight, bias, labels, divisor, ignore_index, softcap, vocab_size, chunk_size, torch.is_grad_enabled()
     )
+
+
+def _liger_kernel(device: torch.device):
+    """The class of the kernel, or None. It is looked up by name, or every machine that loads this file would need it."""
+    if device.type != "cuda" or not is_liger_kernel_available():
+        return None
+    return importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, divisor, ignore_index, softcap, chunk_size, grad_enabled):
+    def forward(
+        ctx, hidden, weight, bias, labels, divisor, ignore_index, softcap, vocab_size, chunk_size, grad_enabled
+    ):
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
         need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
@@ -854,6 +905,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if softcap is not None:
                     squashed = logits.div_(softcap).tanh_()
                     logits = squashed * softcap
+                logits[:, vocab_size:] = -math.inf
                 log_probs = torch.log_softmax(logits, dim=-1)
                 loss -= (log_probs.gather(1, targets) * counts).sum()
                 if not (need_hidden or need_weight or need_bias):
@@ -891,7 +943,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads = ctx.saved_tensors
         if scaled:
             grads = tuple(grad * grad_loss.to(grad.dtype) if grad is not None else None for grad in grads)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 # `AutoModel.register` fills the lazy mappings but not these tables of names, which Trainer reads to know that a model
