@@ -335,6 +335,20 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers; where the config pads the vocabulary, it still does afterwards."""
+        config, multiple = self.config, self.config.pad_vocab_size_multiple
+        if multiple == 1 or new_num_tokens is pad_to_multiple_of is None:
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        new_num_tokens = new_num_tokens or config.vocab_size
+        new_num_tokens = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        try:
+            config.vocab_size, config.pad_vocab_size_multiple = config.padded_vocab_size, 1
+            rows = math.ceil(new_num_tokens / multiple) * multiple
+            return super().resize_token_embeddings(rows, mean_resizing=mean_resizing)
+        finally:
+            config.vocab_size, config.pad_vocab_size_multiple = new_num_tokens, multiple
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers, but weights that do not fit the model are an error, not only a report in the log.
@@ -378,20 +392,6 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
                 "that it was saved with, or rename weights with key_mapping={pattern: replacement}; with "
                 "output_loading_info=True it is taken as it is, and what it lacks is drawn at random"
             )
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """As in transformers; where the config pads the vocabulary, it still does afterwards."""
-        config, multiple = self.config, self.config.pad_vocab_size_multiple
-        if multiple == 1 or new_num_tokens is pad_to_multiple_of is None:
-            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        new_num_tokens = new_num_tokens or config.vocab_size
-        new_num_tokens = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-        try:
-            config.vocab_size, config.pad_vocab_size_multiple = config.padded_vocab_size, 1
-            rows = math.ceil(new_num_tokens / multiple) * multiple
-            return super().resize_token_embeddings(rows, mean_resizing=mean_resizing)
-        finally:
-            config.vocab_size, config.pad_vocab_size_multiple = new_num_tokens, multiple
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers, with an `auto_map` that names every head, so that any Auto class loads the directory."""
