@@ -57,9 +57,9 @@ def test_ids_take_two_bytes_where_they_fit():
 
 
 def test_truncated_shard_is_named(shards):
-    file = shards / "test" / "train-00001.bin"
+    file = shards / "test" / "train-00000-1.bin"
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"train-00001.bin has \d+ bytes, the manifest says"):
+    with pytest.raises(UserError, match=r"train-00000-1.bin has \d+ bytes, the manifest says"):
         read_manifest(shards)
 
 

@@ -15,6 +15,7 @@ token ids, uint16 or uint32) with ``{source}/{split}-00000.docs`` (uint64: where
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,58 +28,13 @@ from scratch_gpt.files import new_folder, sha256, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "scratch_gpt.tokens/2"
-TOKENS_PER_SHARD = 50_000_000
+COUNTS = ("tokens", "documents", "bytes")
+REMOVED = ("duplicates", "contaminated", "broken", "empty")
+TOKENS_PER_SHARD = 500_000_000
 
 
 def token_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 2**16 else "<u4"
-
-
-def write_shards(
-    folder: Path,
-    splits: dict[str, Iterable[tuple[list[int], int]]],
-    *,
-    source: str,
-    vocab_size: int,
-    end_of_text: int,
-    tokenizer: str,
-    description: dict[str, Any],
-    tokens_per_shard: int = TOKENS_PER_SHARD,
-) -> dict[str, Any]:
-    """Write each split's documents, given as (token ids, UTF-8 bytes), and return the manifest.
-
-    The whole folder appears under its name at once, so an interrupted call leaves nothing.
-    """
-    manifest: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer, "vocab_size": vocab_size}
-    manifest |= {"dtype": token_dtype(vocab_size), "end_of_text": end_of_text}
-    entry: dict[str, Any] = {**description, "removed": dict.fromkeys(REMOVED, 0), "splits": {}}
-    manifest["sources"] = {source: entry}
-    with new_folder(folder) as temporary:
-        (temporary / source).mkdir()
-        for split, documents in splits.items():
-            shards: list[dict[str, Any]] = []
-            for number, (tokens, offsets, shard_bytes) in enumerate(_group(documents, end_of_text, tokens_per_shard)):
-                name = f"{source}/{split}-{number:05d}"
-                np.asarray(tokens, dtype=manifest["dtype"]).tofile(temporary / f"{name}.bin")
-                np.asarray(offsets, dtype="<u8").tofile(temporary / f"{name}.docs")
-                shards.append(
-                    {
-                        "name": name,
-                        "tokens": len(tokens),
-                        "documents": len(offsets),
-                        "bytes": shard_bytes,
-                        "sha256": {suffix: sha256(temporary / f"{name}.{suffix}") for suffix in ("bin", "docs")},
-                    }
-                )
-            if not shards:
-                raise UserError(f"no text is left for the {split} split: give more text, or other text to hold out")
-            entry["splits"][split] = {key: sum(shard[key] for shard in shards) for key in COUNTS} | {"shards": shards}
-        write_json(temporary / MANIFEST, manifest)
-    return manifest
-
-
-COUNTS = ("tokens", "documents", "bytes")
-REMOVED = ("duplicates", "contaminated", "broken", "empty")
 
 
 def totals(manifest: dict[str, Any], split: str) -> dict[str, int]:
@@ -87,23 +43,121 @@ def totals(manifest: dict[str, Any], split: str) -> dict[str, int]:
     return {key: sum(one[key] for one in splits) for key in COUNTS}
 
 
-def _group(
-    documents: Iterable[tuple[list[int], int]], end_of_text: int, tokens_per_shard: int
-) -> Iterator[tuple[list[int], list[int], int]]:
-    """Documents to (tokens, document offsets, bytes) of one shard at a time; a document is never cut."""
-    tokens: list[int] = []
-    offsets: list[int] = []
-    num_bytes = 0
-    for ids, document_bytes in documents:
-        offsets.append(len(tokens))
-        tokens += ids
-        tokens.append(end_of_text)
-        num_bytes += document_bytes
-        if len(tokens) >= tokens_per_shard:
-            yield tokens, offsets, num_bytes
-            tokens, offsets, num_bytes = [], [], 0
-    if tokens:
-        yield tokens, offsets, num_bytes
+class ShardWriter:
+    """Appends documents to shards of bounded size, of which each appears under its name only when it is complete.
+
+    ``folder / name`` is the first shard, ``name-1`` the second and so on; ``temporary`` is a folder on the same disk
+    for what is being written.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, temporary: Path, *, dtype: str, end_of_text: int, tokens_per_shard: int
+    ):
+        self.folder, self.name, self.temporary = folder, name, temporary
+        self.itemsize, self.tokens_per_shard = np.dtype(dtype).itemsize, tokens_per_shard
+        self.end_of_text = np.asarray([end_of_text], dtype=dtype).tobytes()
+        self.shards: list[dict[str, Any]] = []
+        self.files: dict[str, _HashedFile] = {}
+
+    def add(self, ids: bytes, num_bytes: int) -> None:
+        """One document: its token ids without the end of text, and how many bytes of UTF-8 they stand for."""
+        if not self.files:
+            name = self.name if not self.shards else f"{self.name}-{len(self.shards)}"
+            self.shards.append({"name": name, "tokens": 0, "documents": 0, "bytes": 0})
+            self.files = {suffix: _HashedFile(self._partial(suffix)) for suffix in ("bin", "docs")}
+        shard = self.shards[-1]
+        self.files["docs"].write(shard["tokens"].to_bytes(8, "little"))
+        self.files["bin"].write(ids)
+        self.files["bin"].write(self.end_of_text)
+        shard["tokens"] += len(ids) // self.itemsize + 1
+        shard["documents"] += 1
+        shard["bytes"] += num_bytes
+        if shard["tokens"] >= self.tokens_per_shard:
+            self.finish()
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Put the last shard in place; the entries of all of them."""
+        if self.files:
+            shard = self.shards[-1]
+            shard["sha256"] = {suffix: file.close() for suffix, file in self.files.items()}
+            for suffix in self.files:
+                self._partial(suffix).replace(self.folder / f"{shard['name']}.{suffix}")
+            self.files = {}
+        return self.shards
+
+    def abandon(self) -> None:
+        """Remove what is not finished."""
+        for suffix, file in self.files.items():
+            file.file.close()
+            self._partial(suffix).unlink(missing_ok=True)
+
+    def _partial(self, suffix: str) -> Path:
+        return self.temporary / f"{self.shards[-1]['name'].replace('/', '.')}.{os.getpid()}.{suffix}"
+
+
+class _HashedFile:
+    def __init__(self, path: Path):
+        self.file = path.open("wb", buffering=2**20)
+        self.hash = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.hash.update(data)
+
+    def close(self) -> str:
+        """On the disk for good; the SHA-256."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return self.hash.hexdigest()
+
+
+def write_shards(
+    folder: Path,
+    splits: dict[str, Iterable[tuple[Sequence[int] | np.ndarray, int]]],
+    *,
+    source: str,
+    vocab_size: int,
+    end_of_text: int,
+    tokenizer: str,
+    description: dict[str, Any],
+    tokens_per_shard: int = TOKENS_PER_SHARD,
+) -> dict[str, Any]:
+    """Write documents that are tokenized already, given as (token ids, UTF-8 bytes), and return the manifest.
+
+    The whole folder appears under its name at once, so an interrupted call leaves nothing.
+    """
+    dtype = token_dtype(vocab_size)
+    entry: dict[str, Any] = {**description, "removed": dict.fromkeys(REMOVED, 0), "splits": {}}
+    manifest = {"format": FORMAT, "tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": dtype}
+    manifest |= {"end_of_text": end_of_text, "sources": {source: entry}}
+    with new_folder(folder) as temporary:
+        (temporary / source).mkdir()
+        for split, documents in splits.items():
+            writer = ShardWriter(
+                temporary,
+                f"{source}/{split}-00000",
+                temporary,
+                dtype=dtype,
+                end_of_text=end_of_text,
+                tokens_per_shard=tokens_per_shard,
+            )
+            for ids, num_bytes in documents:
+                writer.add(np.asarray(ids, dtype=dtype).tobytes(), num_bytes)
+            entry["splits"][split] = split_entry(writer.finish(), split, source)
+        write_json(temporary / MANIFEST, manifest)
+    return manifest
+
+
+def split_entry(shards: list[dict[str, Any]], split: str, source: str) -> dict[str, Any]:
+    """What the manifest says of a split.
+
+    Raises:
+        UserError: it is empty.
+    """
+    if not shards:
+        raise UserError(f"{source}: no text is left for the {split} split: give more text, or other text to hold out")
+    return {key: sum(shard[key] for shard in shards) for key in COUNTS} | {"shards": shards}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

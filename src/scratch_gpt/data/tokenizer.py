@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from scratch_gpt.config import TokenizerSettings, TokenizerTrainSettings
+from scratch_gpt.data.encoding import word_pattern
 from scratch_gpt.data.sources import split_documents
 from scratch_gpt.errors import UserError
 
@@ -22,13 +23,6 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [END_OF_TEXT, PADDING, TURN_START, TURN_END]
-
-# Where words are cut before merging, in the manner of GPT-4's tokenizer: contractions, a word with one leading space or
-# sign, up to three digits, punctuation with its line breaks, white space.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 # ChatML. The generation marks tell trainers which tokens are the assistant's; the end of its turn is one of them, or
 # the model would never learn to stop.
@@ -59,7 +53,7 @@ def train_tokenizer(documents: Iterable[str], settings: TokenizerSettings) -> To
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(word_pattern(settings.words, settings.digits)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -70,7 +64,8 @@ def train_tokenizer(documents: Iterable[str], settings: TokenizerSettings) -> To
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_lines(documents, settings.max_characters), trainer)
+    texts = (document[: settings.max_document_characters] for document in documents)
+    tokenizer.train_from_iterator(_lines(texts, settings.max_characters), trainer)
     if tokenizer.get_vocab_size() < settings.vocab_size:
         raise UserError(
             f"--tokenizer.vocab_size is {settings.vocab_size}, but the corpus supports only "
@@ -119,6 +114,21 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     if not (Path(folder) / "tokenizer.json").is_file():
         raise UserError(f"{folder} holds no tokenizer.json; `scratch-gpt tokenizer train --output {folder}` makes one")
     return AutoTokenizer.from_pretrained(folder)
+
+
+def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id that ends each document: ``<|endoftext|>`` where the tokenizer has it, else its own end of sequence.
+
+    Raises:
+        UserError: it has neither.
+    """
+    token = END_OF_TEXT if END_OF_TEXT in tokenizer.get_vocab() else tokenizer.eos_token
+    if token is None:
+        raise UserError(
+            f"{tokenizer.name_or_path} has neither {END_OF_TEXT} nor an eos_token to end documents with; "
+            "`scratch-gpt tokenizer train --from` adds what is missing"
+        )
+    return int(tokenizer.convert_tokens_to_ids(token))
 
 
 def fingerprint(folder: str | Path) -> str:
