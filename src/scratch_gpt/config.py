@@ -38,7 +38,7 @@ class SourceSettings:
     column: str = "text"
     """The column (or JSON field) that holds the text."""
     template: str | None = None
-    """Text made from several columns instead, for example "{title}\n\n{text}"."""
+    """Text made from several columns instead, for example "{title}: {text}"."""
     validation_path: str | None = None
     """Held-out text in a place of its own; left out: taken from this source, see validation_fraction."""
 
@@ -52,7 +52,7 @@ class TextSettings:
     column: str = "text"
     """The column (or JSON field) of the corpus that holds the text."""
     template: str | None = None
-    """Text made from several columns of the corpus instead, for example "{title}\n\n{text}"."""
+    """Text made from several columns of the corpus instead, for example "{title}: {text}"."""
     sources: dict[str, SourceSettings] = field(default_factory=dict)
     """Several texts instead of one corpus: a name for each, and where it is."""
     validation_corpus: str | None = None
@@ -199,6 +199,36 @@ class DataInspectSettings:
     """Tokenizer to decode sample rows with."""
     rows: int = 2
     """Rows to decode of each source."""
+
+
+@dataclass
+class DatatroveImportSettings:
+    """Make token shards from the .ds files that datatrove's DocumentTokenizer wrote."""
+
+    path: str
+    """Folder of .ds files with their .ds.index, or one such file."""
+    tokenizer_path: str = "runs/tokenizer"
+    """Folder of the tokenizer that they were made with."""
+    output: str = "runs/data"
+    """Folder for the shards and their manifest."""
+    name: str = "corpus"
+    """Of the source."""
+    validation_path: str | None = None
+    """Held-out .ds files in a place of their own; left out: taken from the others, see validation_fraction."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out, by a hash of their tokens."""
+
+
+@dataclass
+class DatatroveExportSettings:
+    """Write token shards as .ds files for datatrove's tools, a folder for each source and split."""
+
+    output: str
+    """Folder for the .ds, .ds.index and .ds.metadata files."""
+    path: str = "runs/data"
+    """Folder of the shards."""
+    tokenizer_path: str | None = None
+    """Tokenizer to name in the metadata."""
 
 
 @dataclass

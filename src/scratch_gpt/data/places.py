@@ -104,7 +104,9 @@ def damaged_arrow(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise UserError(f"{path}: damaged, or not the format that its name says: {error}") from error
 
 

@@ -34,7 +34,8 @@ class Reading:
     column: str = "text"
     template: str | None = None
     errors: Errors = "strict"
-    on_error: Literal["stop", "skip"] = "stop"
+    on_error: Literal["stop", "skip"] | None = None
+    """None: an error, where there is no such choice."""
 
     @property
     def columns(self) -> list[str]:
@@ -55,12 +56,14 @@ def read_piece(piece: Piece, reading: Reading, removed: Counter[str]) -> Iterato
     """The documents of ``piece`` in order. Counts in ``removed`` what is left out: "empty" records, "broken" ones.
 
     Raises:
-        UserError: a broken record with ``on_error="stop"``, a missing column, a file that is not what its name says.
+        UserError: a broken record that is not to be skipped, a missing column, a file that is not what its name says.
     """
     for record in _records(piece, reading):
         if isinstance(record, Broken):
             if reading.on_error == "stop":
                 raise UserError(f"{record} --on-error skip leaves out such records and counts them.")
+            if reading.on_error is None:
+                raise UserError(record)
             removed["broken"] += 1
         elif not record or record.isspace():
             removed["empty"] += 1
@@ -129,7 +132,7 @@ def _parse_json(raw: bytes, reading: Reading, where: Callable[[], str]) -> dict[
     if isinstance(text, Broken):
         return text
     try:
-        record = json.loads(text)
+        record = json.loads(text.strip())
     except (ValueError, RecursionError) as error:
         return Broken(f"{where()}: not JSON: {error}.")
     if not isinstance(record, dict):

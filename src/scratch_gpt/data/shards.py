@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.files import new_folder, sha256, write_json
 
 MANIFEST = "manifest.json"
+WORK = ".prepare"
+"""Folder beside the manifest-to-be while shards are being made."""
 FORMAT = "scratch_gpt.tokens/2"
 COUNTS = ("tokens", "documents", "bytes")
 REMOVED = ("duplicates", "contaminated", "broken", "empty")
@@ -88,7 +91,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove what is not finished."""
         for suffix, file in self.files.items():
-            file.file.close()
+            with suppress(OSError):  # closing writes what is buffered, and the disk may be full
+                file.file.close()
             self._partial(suffix).unlink(missing_ok=True)
 
     def _partial(self, suffix: str) -> Path:
@@ -167,6 +171,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: no shards here, or a file is missing or truncated (named).
     """
     path = folder / MANIFEST
+    if not path.is_file() and (folder / WORK).is_dir():
+        raise UserError(f"{folder} is not finished: the same `scratch-gpt data prepare` goes on with it")
     if not path.is_file():
         raise UserError(
             f"{folder} holds no {MANIFEST}; `scratch-gpt data prepare --output {folder}` makes token shards"

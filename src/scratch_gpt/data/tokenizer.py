@@ -116,6 +116,55 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     return AutoTokenizer.from_pretrained(folder)
 
 
+def any_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
+    """A tokenizer of anyone's: a folder, also of GPT-2's two files alone, or a name on the Hub.
+
+    Raises:
+        UserError: there is none, or none that ``tokenizers`` runs.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(name_or_path)
+    if (folder / "merges.txt").is_file() and not (folder / "tokenizer.json").is_file():
+        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        backend = Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        known = END_OF_TEXT if END_OF_TEXT in backend.get_vocab() else None
+        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=known, eos_token=known)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"there is no tokenizer {name_or_path}: {error}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(f"{name_or_path} is not a tokenizer of the `tokenizers` library; it cannot make shards")
+    return tokenizer
+
+
+def take_tokenizer(name_or_path: str, folder: Path) -> list[str]:
+    """Save an existing tokenizer in ``folder``, and add what training and chat need and it lacks.
+
+    Its own tokens keep their ids. Returns a line for each thing added.
+    """
+    tokenizer = any_tokenizer(name_or_path)
+    added = []
+    before = len(tokenizer)
+    if tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+        added.append(f"eos_token {END_OF_TEXT}")
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PADDING})
+        added.append(f"pad_token {PADDING}")
+    if tokenizer.chat_template is None:
+        tokenizer.add_tokens([TURN_START, TURN_END], special_tokens=True)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        added.append(f"chat template with {TURN_START} and {TURN_END}")
+    if len(tokenizer) > before:
+        added.append(f"{len(tokenizer) - before} tokens more than it had: a model of its own needs larger embeddings")
+    tokenizer.save_pretrained(folder)
+    return added
+
+
 def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The id that ends each document: ``<|endoftext|>`` where the tokenizer has it, else its own end of sequence.
 
@@ -141,6 +190,11 @@ def train_command(settings: TokenizerTrainSettings) -> None:
     output = Path(settings.output)
     if output.exists() and any(output.iterdir()) and not (output / "tokenizer.json").is_file():
         raise UserError(f"{output} holds files that are not a tokenizer; choose another --output")
+    if settings.from_ is not None:
+        for line in take_tokenizer(settings.from_, output):
+            print(f"added: {line}")
+        print(f"{output}: {settings.from_}, {len(load_tokenizer(output)):,} tokens")
+        return
     train, valid, _ = split_documents(settings)
     tokenizer = train_tokenizer(train, settings.tokenizer)
     save_tokenizer(tokenizer, output)

@@ -4,6 +4,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,15 +19,11 @@ from tokenizers import Tokenizer
 from scratch_gpt.data.clean import Contamination, evaluation_texts, first_occurrences
 from scratch_gpt.data.encoding import BackendEncoder, make_encoder
 from scratch_gpt.data.records import read_piece
-from scratch_gpt.data.shards import REMOVED, ShardWriter
+from scratch_gpt.data.shards import REMOVED, WORK, ShardWriter
 from scratch_gpt.data.sources import Source, Split, document_digest
 from scratch_gpt.data.units import Unit
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import flush, write_json
-
-WORK = ".prepare"
-CHECK_EVERY = 2**20
-"""Characters between two looks of a worker whether the main process is still there."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +63,10 @@ class _Worker:
         self.contamination = Contamination(evaluation_texts(job.decontaminate)) if job.decontaminate else None
 
     def documents(self, unit: Unit, removed: Counter[str]) -> Iterator[tuple[str, bytes]]:
-        """The unit's documents and their digests, as long as somebody waits for them."""
-        parent, characters = multiprocessing.parent_process(), 0
+        """The unit's documents and their digests."""
         for piece in unit.pieces:
             for document in read_piece(piece, self.job.sources[unit.source].reading, removed):
                 yield document, document_digest(document)
-                characters += len(document)
-                if characters >= CHECK_EVERY:
-                    characters = 0
-                    if parent is not None and not parent.is_alive():
-                        os._exit(1)  # it was killed: what this process has not finished is nobody's any more
 
 
 _worker: _Worker | None = None
@@ -85,7 +77,16 @@ def _start(job: Job, in_child: bool = True) -> None:
     if in_child:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        threading.Thread(target=_end_with_the_main_process, daemon=True).start()
     _worker = _Worker(job)
+
+
+def _end_with_the_main_process() -> None:
+    """When the main process is killed its lock is free: nobody else may write, or wait for work for ever."""
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
 
 
 def tokenize(unit: Unit) -> None:
@@ -165,7 +166,9 @@ def worker_processes(job: Job, processes: int) -> Iterator[Callable[..., Iterato
 
     def each(function: Callable[[Unit], None], units: list[Unit]) -> Iterator[None]:
         try:
-            yield from executor.map(function, units)
+            with _light_start():
+                results = executor.map(function, units)
+            yield from results
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker process was killed, perhaps for want of memory. What is finished is kept: run the same "
@@ -181,3 +184,15 @@ def worker_processes(job: Job, processes: int) -> Iterator[Callable[..., Iterato
             process.terminate()
             process.join()
         raise
+
+
+@contextlib.contextmanager
+def _light_start() -> Iterator[None]:
+    """Processes that start here import this package as the command does, without torch and transformers: see its
+    ``__init__.py``. It saves each of them seconds, and half a gigabyte."""
+    arguments = sys.argv
+    sys.argv = ["scratch-gpt"]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
