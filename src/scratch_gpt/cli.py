@@ -17,8 +17,11 @@ from scratch_gpt.errors import StoppedOnRequest, UserError
 VERBS: dict[str, tuple[type, str]] = {
     "quickstart": (config.QuickstartSettings, "scratch_gpt.quickstart:quickstart"),
     "tokenizer train": (config.TokenizerTrainSettings, "scratch_gpt.data.tokenizer:train_command"),
+    "tokenizer report": (config.TokenizerReportSettings, "scratch_gpt.data.tokenizer_report:report_command"),
     "data prepare": (config.DataPrepareSettings, "scratch_gpt.data.prepare:prepare_command"),
     "data inspect": (config.DataInspectSettings, "scratch_gpt.data.inspect:inspect_command"),
+    "data import-datatrove": (config.DatatroveImportSettings, "scratch_gpt.data.datatrove:import_command"),
+    "data export-datatrove": (config.DatatroveExportSettings, "scratch_gpt.data.datatrove:export_command"),
     "pretrain": (config.PretrainSettings, "scratch_gpt.training.pretrain:pretrain_command"),
     "evaluate": (config.EvaluateSettings, "scratch_gpt.evaluation.evaluate:evaluate_command"),
     "generate": (config.GenerateSettings, "scratch_gpt.serving.generate:generate_command"),
@@ -77,6 +80,6 @@ def find_verb(words: Sequence[str]) -> str:
 
 def overview() -> str:
     lines = ["usage: scratch-gpt VERB [--config FILE.yaml] [--setting value ...]", "", "verbs:"]
-    lines += [f"  {verb:<16} {(settings.__doc__ or '').strip()}" for verb, (settings, _) in VERBS.items()]
+    lines += [f"  {verb:<22} {(settings.__doc__ or '').strip()}" for verb, (settings, _) in VERBS.items()]
     lines += ["", "scratch-gpt VERB --help lists the settings of a verb."]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Writing files so that a crash at any moment leaves either the old state or the new one."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -55,6 +56,21 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file ``path`` for this process alone; the kernel frees it however the process ends.
+
+    Raises:
+        UserError: another process holds it; ``what`` is what that process is writing.
+    """
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is writing {what}: wait for it or choose another folder") from error
+        yield
 
 
 def sha256(path: Path) -> str:

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from scratch_gpt.config import TokenizerSettings
-from scratch_gpt.data.prepare import encode
+from scratch_gpt.data.encoding import encode
 from scratch_gpt.data.tokenizer import SPECIAL_TOKENS, fingerprint, load_tokenizer, train_tokenizer
 from scratch_gpt.errors import UserError
 

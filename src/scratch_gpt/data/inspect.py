@@ -1,6 +1,9 @@
 """What is in a folder of token shards: `scratch-gpt data inspect`."""
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from scratch_gpt.config import DataInspectSettings
 from scratch_gpt.data.shards import TokenStream, read_manifest, verify_checksums
@@ -8,26 +11,41 @@ from scratch_gpt.data.tokenizer import fingerprint, load_tokenizer
 from scratch_gpt.errors import UserError
 
 ROW_LENGTH = 128
+BOUNDARY = "\n──────── a document ends ────────\n"
 
 
 def inspect_command(settings: DataInspectSettings) -> None:
-    """Print the manifest, verify every checksum, decode the first rows with their document boundaries visible."""
+    """Print the manifest, verify every checksum, decode rows of each source with their document boundaries visible."""
     folder = Path(settings.path)
     manifest = read_manifest(folder)
     verify_checksums(folder, manifest)
-    for key in ("source", "held_out", "tokenizer", "vocab_size", "dtype"):
+    for key in ("tokenizer", "vocab_size", "dtype", "end_of_text"):
         print(f"{key:<12}{manifest[key]}")
-    for name, split in manifest["splits"].items():
-        print(
-            f"{name:<12}{split['tokens']:,} tokens, {split['documents']:,} documents, {split['bytes']:,} bytes, "
-            f"{len(split['shards'])} shard(s), checksums verified"
-        )
+    for name, entry in manifest["sources"].items():
+        print(f"\n{name}: {entry['source']}; held out: {entry['held_out']}")
+        for split_name, split in entry["splits"].items():
+            print(
+                f"  {split_name:<12}{split['tokens']:,} tokens, {split['documents']:,} documents, "
+                f"{split['bytes']:,} bytes, {len(split['shards'])} shard(s), checksums verified"
+            )
+        print("  left out    " + ", ".join(f"{count:,} {what}" for what, count in entry["removed"].items()))
+        options = {option: value for option, value in entry.get("options", {}).items() if value}
+        if options:
+            print("  options     " + ", ".join(f"{option} {value}" for option, value in options.items()))
     if settings.tokenizer_path is None:
         return
     if fingerprint(settings.tokenizer_path) != manifest["tokenizer"]:
         raise UserError(f"{folder} was made with another tokenizer than {settings.tokenizer_path}")
     tokenizer = load_tokenizer(settings.tokenizer_path)
-    stream = TokenStream.open(folder, "train", manifest)
-    for row in range(settings.rows):
-        print(f"\ntrain, tokens {row * ROW_LENGTH} to {(row + 1) * ROW_LENGTH - 1}:")
-        print(tokenizer.decode(stream.read(row * ROW_LENGTH, ROW_LENGTH)))
+    for name in manifest["sources"]:
+        stream = TokenStream.open(folder, "train", manifest, source=name)
+        for row in range(min(settings.rows, -(-len(stream) // ROW_LENGTH))):
+            length = min(ROW_LENGTH, len(stream) - row * ROW_LENGTH)
+            print(f"\n{name}, train, tokens {row * ROW_LENGTH} to {row * ROW_LENGTH + length - 1}:")
+            print(decode_row(tokenizer, stream.read(row * ROW_LENGTH, length), manifest["end_of_text"]))
+
+
+def decode_row(tokenizer: Any, row: np.ndarray, end_of_text: int) -> str:
+    """The text of ``row`` (tokens,), with a line where a document ends."""
+    documents = np.split(row, np.flatnonzero(row == end_of_text) + 1)
+    return BOUNDARY.join(tokenizer.decode(document[document != end_of_text]) for document in documents)

@@ -1,88 +1,234 @@
-"""Text to token shards: `scratch-gpt data prepare`."""
+"""Text to token shards: `scratch-gpt data prepare`.
 
-from collections.abc import Iterable, Iterator
+The text is cut into units of work that depend on the text alone. Processes tokenize them; a finished unit has its shards
+under their names, on the disk for good, and a record of them. When all are finished the manifest is written. So an
+interrupted preparation goes on with the units that have no record, and the result is the same, byte for byte, however
+often it was interrupted and however many processes made it.
+
+    output/.lock  .prepare/{plan.json, units/, digests/, keep/, partial/}     while it is being made
+    output/{source}/{split}-{unit}.bin .docs  manifest.json                   what stays, see shards.py
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from scratch_gpt.config import DataPrepareSettings, TextSettings
-from scratch_gpt.data.shards import MANIFEST, read_manifest, write_shards
-from scratch_gpt.data.sources import split_documents, text_fingerprint
-from scratch_gpt.data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer
+from scratch_gpt.console import progress_bar, say
+from scratch_gpt.data.encoding import BackendEncoder, make_encoder
+from scratch_gpt.data.shards import (
+    FORMAT,
+    MANIFEST,
+    REMOVED,
+    TOKENS_PER_SHARD,
+    WORK,
+    read_manifest,
+    split_entry,
+    token_dtype,
+    totals,
+)
+from scratch_gpt.data.sources import Source, read_places, sources_of
+from scratch_gpt.data.tokenizer import end_of_text, fingerprint, load_tokenizer
+from scratch_gpt.data.units import Unit, describe, plan_units, same_as
+from scratch_gpt.data.workers import Job, available_cores, find_duplicates, tokenize, worker_processes
 from scratch_gpt.errors import UserError
-from scratch_gpt.files import disk_errors
+from scratch_gpt.files import disk_errors, locked, write_json
 
-BATCH_CHARACTERS = 4_000_000
+UNIT_BYTES = 2**24
+"""Text of the smallest units."""
+LOCK = ".lock"
 
 
-def prepare(settings: TextSettings, tokenizer_path: str | Path, output: Path) -> dict[str, Any]:
-    """Tokenize the corpus into ``output`` and return the manifest; shards of the same text and tokenizer are kept.
+def prepare(
+    settings: TextSettings,
+    tokenizer_path: str | Path,
+    output: Path,
+    *,
+    deduplicate: bool = False,
+    decontaminate: Sequence[str] = (),
+    workers: int | None = None,
+    unit_bytes: int | None = None,
+    tokens_per_shard: int = TOKENS_PER_SHARD,
+) -> dict[str, Any]:
+    """Tokenize the texts into ``output`` and return the manifest; shards of the same text and tokenizer are kept.
 
     Raises:
-        UserError: unreadable text, no held-out text, a folder that holds something else, a full disk.
+        UserError: unreadable text, no held-out text, a folder that holds something else or is being written, a full
+            disk. What is finished is kept, and the same call goes on.
     """
-    train, valid, held_out = split_documents(settings)
-    description = {
-        "source": "three novels of Jane Austen" if settings.corpus is None else Path(settings.corpus).name,
-        "text": text_fingerprint(settings),
-        "held_out": held_out,
-        "tokenizer": fingerprint(tokenizer_path),
-    }
-    if (output / MANIFEST).is_file():
-        existing = read_manifest(output)
-        changed = [key for key, value in description.items() if existing.get(key) != value]
-        if not changed:
-            return existing
-        raise UserError(
-            f"{output} holds shards with another {' and '.join(changed)}: choose another folder or delete it"
-        )
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} holds other files: choose another folder")
+    sources = {source.name: source for source in sources_of(settings)}
     tokenizer = load_tokenizer(tokenizer_path)
     backend: Tokenizer = tokenizer.backend_tokenizer
-    with disk_errors(f"token shards in {output}"):
-        manifest = write_shards(
-            output,
-            {"train": encode(train, backend), "validation": encode(valid, backend)},
-            vocab_size=backend.get_vocab_size(),
-            end_of_text=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
-            description=description,
-        )
+    vocab_size = max(backend.get_vocab().values()) + 1
+    head: dict[str, Any] = {
+        "format": FORMAT,
+        "tokenizer": fingerprint(tokenizer_path),
+        "vocab_size": vocab_size,
+        "dtype": token_dtype(vocab_size),
+        "end_of_text": end_of_text(tokenizer),
+    }
+    plan = {**head, "sources": describe(sources.values(), deduplicate, decontaminate)}
+    if (output / MANIFEST).is_file() and not (output / WORK).exists():
+        return same_as(read_manifest(output), plan, output)
+    if output.exists() and not (output / WORK).exists() and any(file.name != LOCK for file in output.iterdir()):
+        raise UserError(f"{output} holds other files: choose another folder")
+
+    job = Job(
+        sources=sources,
+        output=output,
+        tokenizer=backend.to_str(),
+        fast=_is_the_same(backend, head["dtype"], sources.values()),
+        dtype=head["dtype"],
+        end_of_text=head["end_of_text"],
+        deduplicate=deduplicate,
+        decontaminate=tuple(decontaminate),
+        tokens_per_shard=tokens_per_shard,
+    )
+    with disk_errors(f"token shards in {output} (what is finished is kept, the same command goes on)"):
+        output.mkdir(parents=True, exist_ok=True)
+        with locked(output / LOCK, str(output)):
+            return _prepare(job, plan, workers or available_cores(), unit_bytes or UNIT_BYTES)
+
+
+def _prepare(job: Job, plan: dict[str, Any], workers: int, unit_bytes: int) -> dict[str, Any]:
+    """With the output folder locked: begin or go on."""
+    if (job.output / MANIFEST).is_file():  # killed while cleaning up
+        shutil.rmtree(job.work, ignore_errors=True)
+        return same_as(read_manifest(job.output), plan, job.output)
+    units = [unit for source in job.sources.values() for unit in plan_units(source, unit_bytes)]
+    plan_file = job.work / "plan.json"
+    whole_plan = {**plan, "units": [unit.as_json() for unit in units], "tokens_per_shard": job.tokens_per_shard}
+    if plan_file.is_file():
+        same_as(json.loads(plan_file.read_text(encoding="utf-8")), whole_plan, job.output, "an unfinished preparation")
+    shutil.rmtree(job.work / "partial", ignore_errors=True)
+    for folder in ("partial", "units", "digests", "keep"):
+        (job.work / folder).mkdir(parents=True, exist_ok=True)
+    for name in job.sources:
+        (job.output / name).mkdir(exist_ok=True)
+    write_json(plan_file, whole_plan)
+
+    todo = [unit for unit in units if not _is_finished(job, unit)]
+    try:
+        with worker_processes(job, min(workers, len(todo))) as each:
+            if job.deduplicate and todo:
+                find_duplicates(job, units, each)
+            with progress_bar("tokenizing", len(units), len(units) - len(todo)) as bar:
+                for done, _ in enumerate(each(tokenize, todo), len(units) - len(todo) + 1):
+                    bar.update(done, f"{done}/{len(units)}")
+    except UserError:
+        if not any(_is_finished(job, unit) for unit in units):
+            _discard(job)
+        raise
+    try:
+        manifest = _manifest(job, plan, units)
+    except UserError:
+        _discard(job)
+        raise
+    write_json(job.output / MANIFEST, manifest)
+    shutil.rmtree(job.work)
+    (job.output / LOCK).unlink()
     return manifest
 
 
-def encode(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
-    """(token ids, UTF-8 bytes) of each document, several documents at a time on all cores.
+def _is_finished(job: Job, unit: Unit) -> bool:
+    """Whether the unit has a record, and its files are there."""
+    if not job.record(unit).is_file():
+        return False
+    record = json.loads(job.record(unit).read_text(encoding="utf-8"))
+    itemsize = np.dtype(job.dtype).itemsize
+    return all(
+        file.is_file() and file.stat().st_size == size
+        for shard in record["shards"]
+        for file, size in (
+            (job.output / f"{shard['name']}.bin", shard["tokens"] * itemsize),
+            (job.output / f"{shard['name']}.docs", shard["documents"] * 8),
+        )
+    )
 
-    Special tokens that stand in the text are text: only this package writes control tokens.
-    """
-    tokenizer.encode_special_tokens = True
-    batch: list[str] = []
-    characters = 0
 
-    def flush() -> Iterator[tuple[list[int], int]]:
-        for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
-            yield encoding.ids, len(text.encode("utf-8"))
+def _manifest(job: Job, plan: dict[str, Any], units: list[Unit]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for name in job.sources:
+        records = [json.loads(job.record(unit).read_text(encoding="utf-8")) for unit in units if unit.source == name]
+        splits: dict[str, Any] = {}
+        for split in ("train", "validation"):
+            shards = [shard for record in records for shard in record["shards"] if _split_of(shard) == split]
+            splits[split] = split_entry(shards, split, name)
+        removed = {key: sum(record["removed"][key] for record in records) for key in REMOVED}
+        entries[name] = {**plan["sources"][name], "removed": removed, "splits": splits}
+    return {**plan, "sources": entries}
 
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= BATCH_CHARACTERS:
-            yield from flush()
-            batch, characters = [], 0
-    yield from flush()
+
+def _split_of(shard: dict[str, Any]) -> str:
+    return str(shard["name"]).rsplit("/", 1)[1].split("-")[0]
+
+
+def _discard(job: Job) -> None:
+    """Leave nothing behind of a preparation that cannot be finished."""
+    for folder in (job.work, *(job.output / name for name in job.sources)):
+        shutil.rmtree(folder, ignore_errors=True)
+    (job.output / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the user's own files may be beside ours
+        job.output.rmdir()
+
+
+def _is_the_same(backend: Tokenizer, dtype: str, sources: Iterable[Source]) -> bool:
+    """Whether the fast encoder gives the ids of ``tokenizers`` for the beginning of each source."""
+    reference = BackendEncoder(Tokenizer.from_str(backend.to_str()), dtype)
+    encoder = make_encoder(reference.tokenizer, dtype)
+    if isinstance(encoder, BackendEncoder):
+        return False
+    for source in sources:
+        lenient = replace(source.reading, on_error="skip")
+        for text in islice(read_places(source.places, lenient), 20):
+            if encoder.encode(text[:50_000]) != reference.encode(text[:50_000]):
+                say("the fast way to tokenize does not agree with the tokenizer: taking the tokenizer's own")
+                return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    train, validation = manifest["splits"]["train"], manifest["splits"]["validation"]
+    """One line about the whole."""
+    train, validation = totals(manifest, "train"), totals(manifest, "validation")
+    held_out = "; ".join(dict.fromkeys(entry["held_out"] for entry in manifest["sources"].values()))
     return (
-        f"{train['tokens']:,} training tokens, {validation['tokens']:,} held out ({manifest['held_out']}), "
+        f"{train['tokens']:,} training tokens, {validation['tokens']:,} held out ({held_out}), "
         f"{train['bytes'] / max(train['tokens'], 1):.2f} bytes a token"
+    )
+
+
+def source_summary(name: str, entry: dict[str, Any]) -> str:
+    """One line about a source."""
+    train, validation = entry["splits"]["train"], entry["splits"]["validation"]
+    removed = ", ".join(f"{count:,} {what}" for what, count in entry["removed"].items() if count)
+    return (
+        f"{name}: {train['tokens']:,} training tokens in {train['documents']:,} documents, "
+        f"{validation['tokens']:,} held out in {validation['documents']:,} ({entry['held_out']})"
+        + (f"; left out: {removed}" if removed else "")
     )
 
 
 def prepare_command(settings: DataPrepareSettings) -> None:
     """`scratch-gpt data prepare`."""
-    manifest = prepare(settings, settings.tokenizer_path, Path(settings.output))
+    manifest = prepare(
+        settings,
+        settings.tokenizer_path,
+        Path(settings.output),
+        deduplicate=settings.deduplicate,
+        decontaminate=settings.decontaminate,
+        workers=settings.workers,
+    )
     print(f"{settings.output}: {summary(manifest)}")
+    for name, entry in manifest["sources"].items():
+        print(f"  {source_summary(name, entry)}")

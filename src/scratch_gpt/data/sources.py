@@ -1,26 +1,70 @@
-"""Where text comes from: the bundled corpus, or the user's UTF-8 files, read as a stream of documents.
+"""Where text comes from: the bundled corpus, the user's files, or datasets; and which of it is held out.
 
-A document ends at a line that holds only ``<|endoftext|>``, and at the end of its file. One line is in memory at a time
-until its document is complete, and a byte that is not UTF-8 is reported with its file and offset.
+A source has a name, under which its shards are kept and training weighs it. ``records.py`` reads its documents.
 """
 
 import glob
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from scratch_gpt.config import TextSettings
+from scratch_gpt.config import SourceSettings, TextSettings
+from scratch_gpt.data.places import COMPRESSIONS, KINDS, Dataset, Piece, Place, load_dataset
+from scratch_gpt.data.records import Errors, Reading, check_template, read_piece
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import sha256
 
-DOCUMENT_SEPARATOR = "<|endoftext|>"
 FEW_DOCUMENTS = 20
 """Below this number a split by whole documents is too coarse: the end of each document is held out instead."""
 
-Errors = Literal["strict", "replace"]
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text. ``held_out`` are places of their own; without them ``rule`` splits the documents of ``places``."""
+
+    name: str
+    origin: str
+    """Where the text is from, for people."""
+    places: tuple[Place, ...]
+    held_out: tuple[Place, ...]
+    rule: Literal["places", "hash", "ends"]
+    validation_fraction: float
+    reading: Reading
+    how: str
+    """A sentence that says what is held out."""
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """What belongs to ``split``, one document in memory at a time; broken records are treated as ``reading`` says."""
+        places = self.held_out if self.rule == "places" and split == "validation" else self.places
+        for document in read_places(places, self.reading):
+            for its_split, text in self.portions(document, split):
+                if its_split == split:
+                    yield text
+
+    def portions(self, document: str, split: Split, digest: bytes | None = None) -> Iterator[tuple[Split, str]]:
+        """(split, text) of what a document gives to the splits; ``split`` is the one its place belongs to, if any.
+
+        ``digest``: of the document, where it is known already (see :func:`document_digest`).
+        """
+        if self.rule == "places":
+            yield split, document
+        elif self.rule == "hash":
+            digest = digest or document_digest(document)
+            yield ("validation" if is_held_out(digest, self.validation_fraction) else "train"), document
+        else:
+            head, tail = cut_end(document, self.validation_fraction)
+            if head.strip():
+                yield "train", head
+            if tail.strip():
+                yield "validation", tail
 
 
 def bundled_corpus(split: Literal["train", "valid"]) -> Path:
@@ -29,15 +73,15 @@ def bundled_corpus(split: Literal["train", "valid"]) -> Path:
 
 
 def find_files(corpus: str) -> list[Path]:
-    """The files that ``corpus`` (a file, a folder of .txt files, or a glob) names, sorted.
+    """The files that ``corpus`` (a file, a folder of text files, or a glob) names, sorted.
 
     Raises:
         UserError: nothing is there, or nothing but empty files.
     """
     path = Path(corpus).expanduser()
     if path.is_dir():
-        found = sorted(path.glob("**/*.txt"))
-        missing = f"the folder {corpus} holds no .txt file"
+        found = sorted(file for file in path.glob("**/*") if _is_known(file))
+        missing = f"the folder {corpus} holds no .txt file, nor .jsonl, .parquet or .arrow"
     else:
         found = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         missing = f"there is no text file {corpus}; give a file, a folder of .txt files or a glob"
@@ -49,108 +93,147 @@ def find_files(corpus: str) -> list[Path]:
     return found
 
 
+def _is_known(file: Path) -> bool:
+    name = file.with_suffix("") if file.suffix in COMPRESSIONS else file
+    return name.suffix.lower() in KINDS
+
+
 def read_documents(paths: Iterable[Path], errors: Errors = "strict") -> Iterator[str]:
     """The documents of ``paths`` in order; blank ones are left out.
 
     Raises:
-        UserError: a byte that is not UTF-8 (with ``errors="strict"``), with file and byte offset.
+        UserError: a record that is broken, with its file and place.
     """
-    for path in paths:
-        lines: list[str] = []
-        offset = 0
-        with path.open("rb") as file:
-            for raw in file:
-                try:
-                    line = raw.decode("utf-8", errors)
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}: not UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}). "
-                        "Convert the file, or go on with --errors replace."
-                    ) from error
-                offset += len(raw)
-                if line.strip() == DOCUMENT_SEPARATOR:
-                    yield from _document(lines)
-                    lines = []
-                else:
-                    lines.append(line)
-        yield from _document(lines)
+    return read_places(paths, Reading(errors=errors))
 
 
-def _document(lines: list[str]) -> Iterator[str]:
-    text = "".join(lines).rstrip("\n")
-    if text.strip():
-        yield text
+def read_places(places: Iterable[Place], reading: Reading) -> Iterator[str]:
+    for place in places:
+        pieces = [Piece(place)]
+        if isinstance(place, Dataset) and place.streaming:
+            pieces = [Piece(place, shard) for shard in range(load_dataset(place).num_shards)]
+        for piece in pieces:
+            yield from read_piece(piece, reading, Counter())
+
+
+# ------------------------------------------------------------------------------------------------ from settings
+
+
+def sources_of(settings: TextSettings) -> list[Source]:
+    """The texts that the settings name, in their order.
+
+    Raises:
+        UserError: a text that is not there, settings that contradict each other.
+    """
+    if not settings.sources:
+        if settings.corpus is None:
+            return [_bundled(settings)]
+        one = SourceSettings(
+            path=settings.corpus,
+            column=settings.column,
+            template=settings.template,
+            validation_path=settings.validation_corpus,
+        )
+        return [_source("corpus", one, settings)]
+    for name in ("corpus", "validation_corpus"):
+        if getattr(settings, name) is not None:
+            raise UserError(f"give --{name} or --sources, not both: a source has its own path and validation_path")
+    return [_source(name, one, settings) for name, one in settings.sources.items()]
+
+
+def _bundled(settings: TextSettings) -> Source:
+    return Source(
+        name="austen",
+        origin="three novels of Jane Austen",
+        places=(bundled_corpus("train"),),
+        held_out=(bundled_corpus("valid"),),
+        rule="places",
+        validation_fraction=settings.validation_fraction,
+        reading=Reading(on_error=settings.on_error),
+        how="the last 5% of each document",
+    )
+
+
+def _source(name: str, one: SourceSettings, settings: TextSettings) -> Source:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"a source cannot be called {name!r}: letters, digits, '_', '-' and '.' make its folder's name")
+    if (one.path is None) == (one.dataset is None):
+        raise UserError(f"the source {name} needs a path or a dataset" + (", not both" if one.path else ""))
+    if one.template is not None:
+        check_template(one.template)
+    reading = Reading(one.column, one.template, settings.errors, settings.on_error)
+    places: tuple[Place, ...]
+    if one.path is not None:
+        origin, places = Path(one.path).name, tuple(find_files(one.path))
+    else:
+        assert one.dataset is not None
+        parts = [Path(one.dataset).name if Path(one.dataset).exists() else one.dataset, one.configuration, one.split]
+        origin = " ".join(part for part in parts if part)
+        places = (Dataset(one.dataset, one.configuration, one.split, one.streaming),)
+
+    share = settings.validation_fraction
+    held_out: tuple[Place, ...] = ()
+    rule: Literal["places", "hash", "ends"]
+    if one.validation_path is not None:
+        held_out = tuple(find_files(one.validation_path))
+        rule, how = "places", f"{Path(one.validation_path).name}, held out"
+    elif not 0 < share < 1:
+        raise UserError(f"--validation-fraction is {share}; it must lie between 0 and 1")
+    elif len(list(itertools.islice(read_places(places, reading), FEW_DOCUMENTS))) < FEW_DOCUMENTS:
+        rule, how = "ends", f"the last {share:.0%} of each document"
+    else:
+        rule, how = "hash", f"{share:.0%} of the documents, by hash"
+    return Source(name, origin, places, held_out, rule, share, reading, how)
 
 
 def split_documents(settings: TextSettings) -> tuple[Iterable[str], Iterable[str], str]:
     """Training documents, held-out documents, and one sentence that says how they were held out.
 
-    The two iterables read their files anew at each pass and hold one document at a time.
+    The two iterables read their texts anew at each pass and hold one document at a time.
     """
-    if settings.corpus is None:
-        train, valid = [bundled_corpus("train")], [bundled_corpus("valid")]
-        return _Documents(train), _Documents(valid), "the last 5% of each document"
-    paths = find_files(settings.corpus)
-    documents = _Documents(paths, settings.errors)
-    if settings.validation_corpus is not None:
-        held_out = _Documents(find_files(settings.validation_corpus), settings.errors)
-        return documents, held_out, f"{Path(settings.validation_corpus).name}, held out"
-    share = settings.validation_fraction
-    if not 0 < share < 1:
-        raise UserError(f"--validation-fraction is {share}; it must lie between 0 and 1")
-    if len(list(itertools.islice(documents, FEW_DOCUMENTS))) < FEW_DOCUMENTS:
-        how = f"the last {share:.0%} of each document"
-        return _Parts(documents, share, "head"), _Parts(documents, share, "tail"), how
-    return _Chosen(documents, share, False), _Chosen(documents, share, True), f"{share:.0%} of the documents, by hash"
-
-
-def text_fingerprint(settings: TextSettings) -> str:
-    """SHA-256 of the text's files and of how they are split: other shards are needed when it changes."""
-    paths = (
-        [bundled_corpus("train"), bundled_corpus("valid")] if settings.corpus is None else find_files(settings.corpus)
-    )
-    if settings.validation_corpus is not None:
-        paths += find_files(settings.validation_corpus)
-    digests = [sha256(path) for path in paths]
-    return hashlib.sha256(repr((digests, settings.validation_fraction, settings.errors)).encode()).hexdigest()
+    sources = sources_of(settings)
+    how = "; ".join(dict.fromkeys(source.how for source in sources))
+    return _Documents(sources, "train"), _Documents(sources, "validation"), how
 
 
 class _Documents:
-    """Re-iterable documents of some files."""
+    """Re-iterable documents of one split of some sources."""
 
-    def __init__(self, paths: Sequence[Path], errors: Errors = "strict"):
-        self.paths, self.errors = paths, errors
-
-    def __iter__(self) -> Iterator[str]:
-        return read_documents(self.paths, self.errors)
-
-
-class _Chosen:
-    """The held-out documents, or the others; which is which depends on a document's own text alone."""
-
-    def __init__(self, documents: Iterable[str], share: float, held_out: bool):
-        self.documents, self.share, self.held_out = documents, share, held_out
+    def __init__(self, sources: list[Source], split: Split):
+        self.sources, self.split = sources, split
 
     def __iter__(self) -> Iterator[str]:
-        return (document for document in self.documents if is_held_out(document, self.share) == self.held_out)
+        return itertools.chain.from_iterable(source.documents(self.split) for source in self.sources)
 
 
-class _Parts:
-    """The beginning or the end of each document, cut at a line's end."""
-
-    def __init__(self, documents: Iterable[str], share: float, part: Literal["head", "tail"]):
-        self.documents, self.share, self.part = documents, share, part
-
-    def __iter__(self) -> Iterator[str]:
-        for document in self.documents:
-            wanted = int(len(document) * (1 - self.share))
-            cut = document.find("\n", wanted) + 1 or document.find(" ", wanted) + 1 or wanted
-            text = document[:cut] if self.part == "head" else document[cut:]
-            if text.strip():
-                yield text
+# ------------------------------------------------------------------------------------------------ what a text is
 
 
-def is_held_out(document: str, share: float) -> bool:
-    """Whether ``document`` falls into the validation split: stable when other documents come or go."""
-    digest = hashlib.sha256(document.encode("utf-8")).digest()
+def text_digest(source: Source) -> str:
+    """SHA-256 of the source's files. A dataset is known by the fingerprint that `datasets` gives it, and one that is
+    streamed, which nobody has read before, by its name alone."""
+    digests = [place.path if isinstance(place, Dataset) else sha256(place) for place in source.places]
+    digests += [
+        load_dataset(place)._fingerprint
+        for place in source.places
+        if isinstance(place, Dataset) and not place.streaming
+    ]
+    digests += ["held out", *(sha256(place) for place in source.held_out if isinstance(place, Path))]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def document_digest(document: str) -> bytes:
+    """Decides about a document alone, whatever comes before or after it."""
+    return hashlib.sha256(document.encode("utf-8")).digest()
+
+
+def is_held_out(digest: bytes, share: float) -> bool:
+    """Whether a document falls into the validation split: stable when other documents come or go."""
     return int.from_bytes(digest[:8], "little") < share * 2**64
+
+
+def cut_end(document: str, share: float) -> tuple[str, str]:
+    """The beginning and the end of a document, cut at a line's end."""
+    wanted = int(len(document) * (1 - share))
+    cut = document.find("\n", wanted) + 1 or document.find(" ", wanted) + 1 or wanted
+    return document[:cut], document[cut:]

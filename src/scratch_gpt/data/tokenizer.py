@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from scratch_gpt.config import TokenizerSettings, TokenizerTrainSettings
+from scratch_gpt.data.encoding import word_pattern
 from scratch_gpt.data.sources import split_documents
 from scratch_gpt.errors import UserError
 
@@ -22,13 +23,6 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [END_OF_TEXT, PADDING, TURN_START, TURN_END]
-
-# Where words are cut before merging, in the manner of GPT-4's tokenizer: contractions, a word with one leading space or
-# sign, up to three digits, punctuation with its line breaks, white space.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 # ChatML. The generation marks tell trainers which tokens are the assistant's; the end of its turn is one of them, or
 # the model would never learn to stop.
@@ -59,7 +53,7 @@ def train_tokenizer(documents: Iterable[str], settings: TokenizerSettings) -> To
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(word_pattern(settings.words, settings.digits)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -70,7 +64,8 @@ def train_tokenizer(documents: Iterable[str], settings: TokenizerSettings) -> To
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_lines(documents, settings.max_characters), trainer)
+    texts = (document[: settings.max_document_characters] for document in documents)
+    tokenizer.train_from_iterator(_lines(texts, settings.max_characters), trainer)
     if tokenizer.get_vocab_size() < settings.vocab_size:
         raise UserError(
             f"--tokenizer.vocab_size is {settings.vocab_size}, but the corpus supports only "
@@ -121,6 +116,70 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     return AutoTokenizer.from_pretrained(folder)
 
 
+def any_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
+    """A tokenizer of anyone's: a folder, also of GPT-2's two files alone, or a name on the Hub.
+
+    Raises:
+        UserError: there is none, or none that ``tokenizers`` runs.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(name_or_path)
+    if (folder / "merges.txt").is_file() and not (folder / "tokenizer.json").is_file():
+        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        backend = Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        known = END_OF_TEXT if END_OF_TEXT in backend.get_vocab() else None
+        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=known, eos_token=known)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"there is no tokenizer {name_or_path}: {error}") from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(f"{name_or_path} is not a tokenizer of the `tokenizers` library; it cannot make shards")
+    return tokenizer
+
+
+def take_tokenizer(name_or_path: str, folder: Path) -> list[str]:
+    """Save an existing tokenizer in ``folder``, and add what training and chat need and it lacks.
+
+    Its own tokens keep their ids. Returns a line for each thing added.
+    """
+    tokenizer = any_tokenizer(name_or_path)
+    added = []
+    before = len(tokenizer)
+    if tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+        added.append(f"eos_token {END_OF_TEXT}")
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PADDING})
+        added.append(f"pad_token {PADDING}")
+    if tokenizer.chat_template is None:
+        tokenizer.add_tokens([TURN_START, TURN_END], special_tokens=True)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        added.append(f"chat template with {TURN_START} and {TURN_END}")
+    if len(tokenizer) > before:
+        added.append(f"{len(tokenizer) - before} tokens more than it had: a model of its own needs larger embeddings")
+    tokenizer.save_pretrained(folder)
+    return added
+
+
+def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id that ends each document: ``<|endoftext|>`` where the tokenizer has it, else its own end of sequence.
+
+    Raises:
+        UserError: it has neither.
+    """
+    token = END_OF_TEXT if END_OF_TEXT in tokenizer.get_vocab() else tokenizer.eos_token
+    if token is None:
+        raise UserError(
+            f"{tokenizer.name_or_path} has neither {END_OF_TEXT} nor an eos_token to end documents with; "
+            "`scratch-gpt tokenizer train --from` adds what is missing"
+        )
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
 def fingerprint(folder: str | Path) -> str:
     """SHA-256 of a tokenizer's vocabulary, merges and rules: shards carry it, so that ids are never misread."""
     return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
@@ -131,6 +190,11 @@ def train_command(settings: TokenizerTrainSettings) -> None:
     output = Path(settings.output)
     if output.exists() and any(output.iterdir()) and not (output / "tokenizer.json").is_file():
         raise UserError(f"{output} holds files that are not a tokenizer; choose another --output")
+    if settings.from_ is not None:
+        for line in take_tokenizer(settings.from_, output):
+            print(f"added: {line}")
+        print(f"{output}: {settings.from_}, {len(load_tokenizer(output)):,} tokens")
+        return
     train, valid, _ = split_documents(settings)
     tokenizer = train_tokenizer(train, settings.tokenizer)
     save_tokenizer(tokenizer, output)

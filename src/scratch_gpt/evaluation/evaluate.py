@@ -45,7 +45,7 @@ def evaluate(
     Raises:
         UserError: no text.
     """
-    from scratch_gpt.data.prepare import encode
+    from scratch_gpt.data.encoding import encode
     from scratch_gpt.data.shards import TokenStream
     from scratch_gpt.training.validation import as_validation, sum_of_losses
 

@@ -1,0 +1,144 @@
+"""Token files of datatrove, both ways: `scratch-gpt data import-datatrove` and `data export-datatrove`.
+
+Beyond one machine, huggingface/datatrove filters, deduplicates and tokenizes on Slurm or Ray, and what its
+``DocumentTokenizer`` leaves becomes shards for training here. Its format (datatrove's pipeline/tokens/tokenizer.py), a
+set of files for each rank:
+
+    X.ds            token ids, little-endian, 2 or 4 bytes each; documents one after the other, each with its end of text
+    X.ds.index      uint64: where each document ends, in tokens
+    X.ds.metadata   text, optional: tokenizer|bytes per token, number of tokens, the same for people
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from scratch_gpt.config import DatatroveExportSettings, DatatroveImportSettings
+from scratch_gpt.data.shards import read_manifest, write_shards
+from scratch_gpt.data.sources import is_held_out
+from scratch_gpt.data.tokenizer import end_of_text, fingerprint, load_tokenizer
+from scratch_gpt.errors import UserError
+from scratch_gpt.files import disk_errors, new_folder
+
+DOCUMENTS_PER_BATCH = 1024
+
+
+def import_command(settings: DatatroveImportSettings) -> None:
+    """`scratch-gpt data import-datatrove`."""
+    output = Path(settings.output)
+    if output.exists():
+        raise UserError(f"{output} is there already: choose another --output or delete it")
+    tokenizer = load_tokenizer(settings.tokenizer_path)
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    vocab_size, end = max(backend.get_vocab().values()) + 1, end_of_text(tokenizer)
+    train = find_token_files(settings.path)
+    held_out = train if settings.validation_path is None else find_token_files(settings.validation_path)
+    digest = hashlib.sha256()
+    for file in dict.fromkeys([*train, *held_out]):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+
+    def documents(files: list[Path], validation: bool) -> Iterator[tuple[np.ndarray, int]]:
+        read: Iterator[np.ndarray] = itertools.chain.from_iterable(
+            read_token_file(file, end, vocab_size) for file in files
+        )
+        if settings.validation_path is None:
+            share = settings.validation_fraction
+            read = (ids for ids in read if is_held_out(hashlib.sha256(ids.tobytes()).digest(), share) == validation)
+        while batch := list(itertools.islice(read, DOCUMENTS_PER_BATCH)):
+            texts = backend.decode_batch([ids.tolist() for ids in batch], skip_special_tokens=False)
+            yield from zip(batch, (len(text.encode("utf-8")) for text in texts), strict=True)
+
+    how = "by hash" if settings.validation_path is None else f"{Path(settings.validation_path).name}, held out"
+    with disk_errors(f"token shards in {output}"):
+        manifest = write_shards(
+            output,
+            {"train": documents(train, False), "validation": documents(held_out, True)},
+            source=settings.name,
+            vocab_size=vocab_size,
+            end_of_text=end,
+            tokenizer=fingerprint(settings.tokenizer_path),
+            description={
+                "source": f"{Path(settings.path).name}, tokenized by datatrove",
+                "text": digest.hexdigest(),
+                "held_out": f"{settings.validation_fraction:.0%} of the documents, {how}" if how == "by hash" else how,
+            },
+        )
+    for split, entry in manifest["sources"][settings.name]["splits"].items():
+        print(f"{output}: {split} {entry['tokens']:,} tokens in {entry['documents']:,} documents")
+
+
+def find_token_files(path: str) -> list[Path]:
+    """The ``.ds`` files of a folder, sorted.
+
+    Raises:
+        UserError: there are none, or one has no index beside it.
+    """
+    folder = Path(path)
+    found = [folder] if folder.is_file() else sorted(folder.glob("**/*.ds"))
+    if not found:
+        raise UserError(f"{path} holds no .ds file; datatrove's DocumentTokenizer writes them")
+    for file in found:
+        if not _index(file).is_file():
+            raise UserError(f"{_index(file)} is missing: without it nobody knows where documents end (save_index=True)")
+    return found
+
+
+def read_token_file(file: Path, end_of_text: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """The token ids of each document, without its end of text.
+
+    Raises:
+        UserError: the file and its index do not belong together, or the tokens are another tokenizer's.
+    """
+    ends = np.fromfile(_index(file), dtype="<u8").astype(np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    size = file.stat().st_size
+    if total == 0 and size == 0:
+        return
+    if total == 0 or size not in (2 * total, 4 * total) or (np.diff(ends) < 0).any():
+        raise UserError(f"{file} has {size:,} bytes, its index says {total:,} tokens: one of the two is damaged")
+    tokens = np.memmap(file, dtype="<u2" if size == 2 * total else "<u4", mode="r")
+    for start, end in itertools.pairwise([0, *ends.tolist()]):
+        ids = np.asarray(tokens[start:end])
+        if len(ids) and int(ids.max()) >= vocab_size:
+            raise UserError(
+                f"{file}: the token {int(ids.max())} at {start + int(ids.argmax())} is not in the tokenizer, which has "
+                f"{vocab_size:,}: give the one that datatrove used"
+            )
+        if len(ids) and ids[-1] == end_of_text:
+            ids = ids[:-1]
+        if len(ids):
+            yield ids
+
+
+def export_command(settings: DatatroveExportSettings) -> None:
+    """`scratch-gpt data export-datatrove`."""
+    folder, output = Path(settings.path), Path(settings.output)
+    if output.exists():
+        raise UserError(f"{output} is there already: choose another --output or delete it")
+    manifest = read_manifest(folder)
+    itemsize = np.dtype(manifest["dtype"]).itemsize
+    made_with = settings.tokenizer_path or f"scratch_gpt-{manifest['tokenizer'][:12]}"
+    if settings.tokenizer_path is not None and fingerprint(settings.tokenizer_path) != manifest["tokenizer"]:
+        raise UserError(f"{folder} was made with another tokenizer than {settings.tokenizer_path}")
+    with disk_errors(f"token files in {output}"), new_folder(output) as temporary:
+        for source, entry in manifest["sources"].items():
+            for split, one in entry["splits"].items():
+                target = temporary / source / split
+                target.mkdir(parents=True)
+                for rank, shard in enumerate(one["shards"]):
+                    file = target / f"{rank:05d}.ds"
+                    starts = np.fromfile(folder / f"{shard['name']}.docs", dtype="<u8")
+                    np.append(starts[1:], shard["tokens"]).astype("<u8").tofile(_index(file))
+                    np.memmap(folder / f"{shard['name']}.bin", dtype=manifest["dtype"], mode="r").tofile(file)
+                    file.with_name(f"{file.name}.metadata").write_text(
+                        f"{made_with}|{itemsize}\n{shard['tokens']}\n{shard['tokens'] / 1e6:.3g} MT", encoding="utf-8"
+                    )
+                print(f"{output}/{source}/{split}: {one['tokens']:,} tokens of {itemsize} bytes")
+
+
+def _index(file: Path) -> Path:
+    return file.with_name(f"{file.name}.index")

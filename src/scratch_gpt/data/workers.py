@@ -1,0 +1,198 @@
+"""The processes that tokenize: each takes a unit of work at a time and leaves its shards and a record of them."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from scratch_gpt.data.clean import Contamination, evaluation_texts, first_occurrences
+from scratch_gpt.data.encoding import BackendEncoder, make_encoder
+from scratch_gpt.data.records import read_piece
+from scratch_gpt.data.shards import REMOVED, WORK, ShardWriter
+from scratch_gpt.data.sources import Source, Split, document_digest
+from scratch_gpt.data.units import Unit
+from scratch_gpt.errors import UserError
+from scratch_gpt.files import flush, write_json
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know."""
+
+    sources: dict[str, Source]
+    output: Path
+    tokenizer: str
+    """As ``tokenizers`` writes it."""
+    fast: bool
+    dtype: str
+    end_of_text: int
+    deduplicate: bool
+    decontaminate: tuple[str, ...]
+    tokens_per_shard: int
+
+    @property
+    def work(self) -> Path:
+        return self.output / WORK
+
+    def record(self, unit: Unit) -> Path:
+        return self.work / "units" / f"{unit.name}.json"
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Worker:
+    """What a process keeps between units."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        tokenizer = Tokenizer.from_str(job.tokenizer)
+        self.encoder = make_encoder(tokenizer, job.dtype) if job.fast else BackendEncoder(tokenizer, job.dtype)
+        self.contamination = Contamination(evaluation_texts(job.decontaminate)) if job.decontaminate else None
+
+    def documents(self, unit: Unit, removed: Counter[str]) -> Iterator[tuple[str, bytes]]:
+        """The unit's documents and their digests."""
+        for piece in unit.pieces:
+            for document in read_piece(piece, self.job.sources[unit.source].reading, removed):
+                yield document, document_digest(document)
+
+
+_worker: _Worker | None = None
+
+
+def _start(job: Job, in_child: bool = True) -> None:
+    global _worker
+    if in_child:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+    _worker = _Worker(job)
+
+
+def _end_with_the_main_process() -> None:
+    """When the main process is killed its lock is free: nobody else may write, or wait for work for ever."""
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
+
+
+def tokenize(unit: Unit) -> None:
+    """Write the unit's shards, then its record."""
+    worker = _worker
+    assert worker is not None
+    job, source = worker.job, worker.job.sources[unit.source]
+    keep = np.load(job.work / "keep" / f"{unit.name}.npy") if job.deduplicate else None
+    removed: Counter[str] = Counter()
+    writers: dict[Split, ShardWriter] = {
+        split: ShardWriter(
+            job.output,
+            f"{unit.source}/{split}-{unit.number:05d}",
+            job.work / "partial",
+            dtype=job.dtype,
+            end_of_text=job.end_of_text,
+            tokens_per_shard=job.tokens_per_shard,
+        )
+        for split in ("train", "validation")
+    }
+    try:
+        for number, (document, digest) in enumerate(worker.documents(unit, removed)):
+            if keep is not None and not keep[number]:
+                removed["duplicates"] += 1
+            elif worker.contamination is not None and worker.contamination.found_in(document):
+                removed["contaminated"] += 1
+            else:
+                for split, text in source.portions(document, unit.split, digest):
+                    writers[split].add(worker.encoder.encode(text), len(text.encode("utf-8")))
+        shards = [shard for writer in writers.values() for shard in writer.finish()]
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    flush(job.output / unit.source)
+    write_json(job.record(unit), {"removed": {key: removed[key] for key in REMOVED}, "shards": shards})
+
+
+def _digests(unit: Unit) -> None:
+    """Write 8 bytes for each of the unit's documents, by which equal ones are found."""
+    assert _worker is not None
+    target = _worker.job.work / "digests" / f"{unit.name}.npy"
+    if not target.is_file():
+        # Not the 8 bytes that decide what is held out.
+        digests = b"".join(digest[8:16] for _, digest in _worker.documents(unit, Counter()))
+        _save_array(target, np.frombuffer(digests, dtype="<u8"))
+
+
+def find_duplicates(job: Job, units: list[Unit], each: Callable[..., Iterator[None]]) -> None:
+    """Decide which documents are the first with their text: held-out files before all others, then in the given order."""
+    for _ in each(_digests, units):
+        pass
+    order = sorted(units, key=lambda unit: unit.split != "validation")
+    keep = first_occurrences([np.load(job.work / "digests" / f"{unit.name}.npy") for unit in order])
+    for unit, kept in zip(order, keep, strict=True):
+        _save_array(job.work / "keep" / f"{unit.name}.npy", kept)
+
+
+def _save_array(target: Path, array: np.ndarray) -> None:
+    temporary = target.with_suffix(f".{os.getpid()}.npy")
+    np.save(temporary, array)
+    temporary.replace(target)
+
+
+@contextlib.contextmanager
+def worker_processes(job: Job, processes: int) -> Iterator[Callable[..., Iterator[None]]]:
+    """Gives ``each(function, units)``, which runs ``function`` on every unit, here or in several processes.
+
+    When the block fails the processes are ended, without waiting for their units.
+    """
+    if processes <= 1:
+        _start(job, in_child=False)
+        yield map
+        return
+    before = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (job,))
+
+    def each(function: Callable[[Unit], None], units: list[Unit]) -> Iterator[None]:
+        try:
+            with _light_start():
+                results = executor.map(function, units)
+            yield from results
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory. What is finished is kept: run the same "
+                "command again, with fewer --workers"
+            ) from error
+
+    try:
+        yield each
+        executor.shutdown()
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+            process.join()
+        raise
+
+
+@contextlib.contextmanager
+def _light_start() -> Iterator[None]:
+    """Processes that start here import this package as the command does, without torch and transformers: see its
+    ``__init__.py``. It saves each of them seconds, and half a gigabyte."""
+    arguments = sys.argv
+    sys.argv = ["scratch-gpt"]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
