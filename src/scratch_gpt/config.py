@@ -79,12 +79,20 @@ class TrainingSettings:
     """Rows per forward pass of one process; left out: as many as total_batch_size asks, without accumulation."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
-    schedule: Literal["wsd", "cosine"] = "wsd"
-    """Warm-up then stable then linear decay to zero, or warm-up then cosine to a tenth of the peak."""
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    """After the warm-up: stable then linear decay (wsd), half a cosine, a straight line, or constant."""
+    final_learning_rate: float | None = None
+    """Where the schedule ends, as a share of the peak; left out: 0, for cosine 0.1."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""
     decay_fraction: float = 0.4
     """Share of the steps that the decay of the wsd schedule takes."""
+    batch_warmup_steps: int = 0
+    """Steps over which the batch grows to total_batch_size."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices of the blocks with adamw for the rest."""
+    muon_momentum: float = 0.95
+    """Muon: decay of the momentum."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices of the blocks only."""
     beta1: float = 0.9
@@ -105,6 +113,23 @@ class TrainingSettings:
     """Steps between two checkpoints."""
     keep_last: int = 2
     """Number of checkpoints to keep."""
+
+
+@dataclass
+class GuardSettings:
+    """What happens to a step whose loss or gradient is out of line."""
+
+    sigmas: float = 6.0
+    """Skip a step whose loss or gradient norm is this many standard deviations above the recent mean; 0: only a step
+    that is not finite."""
+    window: int = 128
+    """Good steps that the mean and the deviation are taken over."""
+    max_skips: int = 5
+    """Bad steps in a row after which the run goes back to its newest checkpoint and passes over the data in between."""
+    max_rollbacks: int = 3
+    """Rollbacks in a row after which it gives up."""
+    rollback_learning_rate: float = 1.0
+    """Multiplies the learning rate at each rollback."""
 
 
 # ------------------------------------------------------------------------------------------------ verbs
@@ -161,6 +186,7 @@ class PretrainSettings(TextSettings):
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
 
 
 @dataclass
@@ -286,13 +312,14 @@ def parse_settings(settings_class: type[Settings], arguments: Sequence[str], pro
 
 # Smallest value allowed, by field name; "more than 0" where 0 itself makes no sense.
 _AT_LEAST = {"warmup_steps": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "decay_fraction": 0, "temperature": 0}
-_AT_LEAST |= {"top_k": 0, "rows": 0, "seed": 0}
-_BELOW_ONE = {"beta1", "beta2", "validation_fraction"}
+_AT_LEAST |= {"top_k": 0, "rows": 0, "seed": 0, "batch_warmup_steps": 0, "final_learning_rate": 0, "muon_momentum": 0}
+_AT_LEAST |= {"sigmas": 0}
+_BELOW_ONE = {"beta1", "beta2", "muon_momentum", "validation_fraction"}
 _MORE_THAN_ZERO = {"max_steps", "minutes", "max_characters", "hidden_size", "num_hidden_layers", "num_attention_heads"}
 _MORE_THAN_ZERO |= {"num_key_value_heads", "intermediate_size", "max_position_embeddings", "context_length"}
 _MORE_THAN_ZERO |= {"total_batch_size", "device_batch_size", "learning_rate", "max_grad_norm", "log_every"}
 _MORE_THAN_ZERO |= {"eval_every", "save_every", "keep_last", "limit", "max_new_tokens", "num_return_sequences"}
-_MORE_THAN_ZERO |= {"validation_fraction"}
+_MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_learning_rate"}
 
 
 def check_limits(settings: Any) -> None:

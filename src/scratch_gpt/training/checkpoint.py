@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from scratch_gpt.files import disk_errors, flush, new_folder, sha256, write_json
-from scratch_gpt.training.optimizer import load_state_tensors, state_tensors
+from scratch_gpt.training.optimizer import Optimizers, load_state_tensors, state_tensors
 
 STATE = "trainer_state"
 MARKER = "complete.json"
@@ -46,7 +46,7 @@ def save_checkpoint(
     run_dir: Path,
     model: torch.nn.Module,
     tokenizer: Any,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     state: TrainerState,
     keep_last: int,
 ) -> Path:
@@ -93,7 +93,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, optimizer: torch.optim.Optimizer) -> TrainerState:
+def load_checkpoint(accelerator: Accelerator, folder: Path, optimizer: Optimizers) -> TrainerState:
     """Restore optimizer and random numbers; the weights were loaded with ``from_pretrained(folder)``."""
     load_state_tensors(optimizer, load_file(folder / STATE / "optimizer.safetensors"))
     rng = load_file(folder / STATE / "rng.safetensors")  # each (processes, bytes)

@@ -201,7 +201,7 @@ class Pretraining:
                 if not math.isfinite(grad_norm):
                     raise UserError(self._diverged(state.step + 1, float(loss), grad_norm))
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 state.step += 1
                 state.tokens += num_targets
 
