@@ -105,6 +105,10 @@ class TrainingSettings:
     """auto: measured at the start, the faster of the two on this machine."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto: only where it pays within the run, measured."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Recompute in the backward pass: whole blocks, or all but matrix products and attention. Less memory, more time."""
+    activation_checkpointing_every: int = 1
+    """Recompute every n-th block only."""
     log_every: int = 1
     """Steps between two lines in metrics.jsonl."""
     eval_every: int = 200
@@ -320,6 +324,7 @@ _MORE_THAN_ZERO |= {"num_key_value_heads", "intermediate_size", "max_position_em
 _MORE_THAN_ZERO |= {"total_batch_size", "device_batch_size", "learning_rate", "max_grad_norm", "log_every"}
 _MORE_THAN_ZERO |= {"eval_every", "save_every", "keep_last", "limit", "max_new_tokens", "num_return_sequences"}
 _MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_learning_rate"}
+_MORE_THAN_ZERO |= {"activation_checkpointing_every"}
 
 
 def check_limits(settings: Any) -> None:
