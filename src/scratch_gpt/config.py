@@ -68,6 +68,18 @@ class ModelSettings:
 
 
 @dataclass
+class PhaseSettings:
+    """One phase of training, with a mixture of its own."""
+
+    name: str
+    """Such as pretrain or mid-training."""
+    share: float = 1.0
+    """Share of the optimizer steps; the shares of all phases make 1."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Weights of the sources, as training.mixture."""
+
+
+@dataclass
 class TrainingSettings:
     """The pretraining loop."""
 
@@ -77,6 +89,14 @@ class TrainingSettings:
     """Tokens per optimizer step, over all processes and micro-batches."""
     device_batch_size: int | None = None
     """Rows per forward pass of one process; left out: as many as total_batch_size asks, without accumulation."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """concat: rows run on through documents, no padding; best_fit: documents stay whole where they fit into a row."""
+    document_mask: bool = False
+    """Keep the documents of a row from seeing each other, and restart positions at each."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Share of the tokens by source of the shards, such as {"stories": 0.7, "tales": 0.3}; left out: by size."""
+    phases: list[PhaseSettings] = field(default_factory=list)
+    """Instead of one mixture, phases one after the other, each with a name, a share of the steps and a mixture."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
@@ -327,12 +347,16 @@ _MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks
 _MORE_THAN_ZERO |= {"activation_checkpointing_every"}
 
 
+# Sections whose keys the user chooses.
+FREE_KEYS = ("model.overrides.", "training.mixture.")
+
+
 def check_limits(settings: Any) -> None:
     """Raises one UserError that names every number that is out of range."""
     problems = []
     for name, value in flatten(settings).items():
         field_name = name.rsplit(".", 1)[-1]
-        if isinstance(value, bool) or not isinstance(value, int | float) or ".overrides." in name:
+        if isinstance(value, bool) or not isinstance(value, int | float) or name.startswith(FREE_KEYS):
             continue
         if field_name in _MORE_THAN_ZERO and not value > 0:
             problems.append(f"--{name} is {value}; it must be more than 0")

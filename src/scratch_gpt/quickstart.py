@@ -18,7 +18,7 @@ from typing import Any
 
 from scratch_gpt.config import GenerateSettings, QuickstartSettings
 from scratch_gpt.console import console, duration, say
-from scratch_gpt.data.shards import read_manifest
+from scratch_gpt.data.shards import read_manifest, totals
 from scratch_gpt.data.sources import split_documents
 from scratch_gpt.errors import UserError
 from scratch_gpt.evaluation.sentences import sentences_of
@@ -149,12 +149,14 @@ def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> 
             model,
             evaluation,
             title=f"{run_dir.name}: a GPT made from scratch",
-            evaluation_text=f"{manifest['held_out']} of {manifest['source']}",
+            evaluation_text="; ".join(
+                f"{entry['held_out']} of {entry['source']}" for entry in manifest["sources"].values()
+            ),
             samples=samples,
             training={
-                "corpus": manifest["source"],
-                "train_tokens": manifest["splits"]["train"]["tokens"],
-                "train_bytes": manifest["splits"]["train"]["bytes"],
+                "corpus": " and ".join(entry["source"] for entry in manifest["sources"].values()),
+                "train_tokens": totals(manifest, "train")["tokens"],
+                "train_bytes": totals(manifest, "train")["bytes"],
                 "tokens_seen": records[-1]["tokens"],
                 "steps": records[-1]["step"],
                 "precision": state["precision"],

@@ -13,13 +13,15 @@ from scratch_gpt.data.sources import read_documents, split_documents
 from scratch_gpt.data.tokenizer import load_tokenizer
 from scratch_gpt.errors import UserError
 
+FORMAT = {"source": "test", "vocab_size": 100, "end_of_text": 0, "tokenizer": "0", "description": {}}
+
 
 @pytest.fixture
 def shards(tmp_path):
     documents = [([i + 1] * (i + 1), 2 * (i + 1)) for i in range(6)]
     splits = {"train": documents, "validation": documents[:2]}
     folder = tmp_path / "shards"
-    write_shards(folder, splits, vocab_size=100, end_of_text=0, description={"source": "test"}, tokens_per_shard=8)
+    write_shards(folder, splits, **FORMAT, tokens_per_shard=8)
     return folder
 
 
@@ -28,11 +30,13 @@ def test_shards_hold_every_document_once_with_its_end_of_text(shards):
     stream = TokenStream.open(shards, "train", manifest)
     expected = [token for i in range(6) for token in [i + 1] * (i + 1) + [0]]
     assert stream.read(0, len(stream)).tolist() == expected
-    train = manifest["splits"]["train"]
+    train = manifest["sources"]["test"]["splits"]["train"]
     assert (train["documents"], train["tokens"], train["bytes"]) == (6, len(expected), 42)
     assert len(train["shards"]) > 1
-    offsets = np.fromfile(shards / "train-00000.docs", dtype="<u8")
-    tokens = np.fromfile(shards / "train-00000.bin", dtype="<u2")
+    assert stream.document_starts().tolist() == [0, 2, 5, 9, 14, 20]
+    assert TokenStream.open(shards, "train", manifest, source="test").num_bytes == 42
+    offsets = np.fromfile(shards / "test" / "train-00000.docs", dtype="<u8")
+    tokens = np.fromfile(shards / "test" / "train-00000.bin", dtype="<u2")
     assert all(offset == 0 or tokens[offset - 1] == 0 for offset in offsets)
 
 
@@ -53,14 +57,14 @@ def test_ids_take_two_bytes_where_they_fit():
 
 
 def test_truncated_shard_is_named(shards):
-    file = shards / "train-00001.bin"
+    file = shards / "test" / "train-00001.bin"
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"train-00001.bin has \d+ bytes, the manifest says"):
         read_manifest(shards)
 
 
 def test_damaged_shard_is_named(shards):
-    file = shards / "train-00000.bin"
+    file = shards / "test" / "train-00000.bin"
     content = bytearray(file.read_bytes())
     content[3] ^= 1
     file.write_bytes(content)
@@ -74,15 +78,13 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(tmp_path / "out", {"train": documents()}, vocab_size=9, end_of_text=0, description={})
+        write_shards(tmp_path / "out", {"train": documents()}, **FORMAT)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_empty_split_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="no text is left for the validation split"):
-        write_shards(
-            tmp_path / "out", {"train": [([1], 1)], "validation": []}, vocab_size=9, end_of_text=0, description={}
-        )
+        write_shards(tmp_path / "out", {"train": [([1], 1)], "validation": []}, **FORMAT)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,12 +96,12 @@ def test_prepare_decodes_back_to_the_text_and_is_kept_when_run_again(corpus, tok
         stream = TokenStream.open(tmp_path / "data", split, manifest)
         texts = tokenizer.decode(stream.read(0, len(stream))).split("<|endoftext|>")
         assert texts == [*documents, ""]
-    written = (tmp_path / "data" / "train-00000.bin").stat().st_mtime_ns
+    written = (tmp_path / "data" / "corpus" / "train-00000.bin").stat().st_mtime_ns
     assert prepare(settings, tokenizer_folder, tmp_path / "data") == manifest
-    assert (tmp_path / "data" / "train-00000.bin").stat().st_mtime_ns == written
-    assert manifest["splits"]["train"]["bytes"] + manifest["splits"]["validation"]["bytes"] == sum(
-        len(document.encode()) for document in read_documents([corpus])
-    )
+    assert (tmp_path / "data" / "corpus" / "train-00000.bin").stat().st_mtime_ns == written
+    assert manifest["sources"]["corpus"]["splits"]["train"]["bytes"] + manifest["sources"]["corpus"]["splits"][
+        "validation"
+    ]["bytes"] == sum(len(document.encode()) for document in read_documents([corpus]))
 
 
 def test_shards_of_other_text_are_not_overwritten(corpus, tokenizer_folder, tmp_path):

@@ -9,7 +9,8 @@ from transformers import get_wsd_schedule
 
 from scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.data.batches import RowOrder, read_rows
+from scratch_gpt.data.batches import read_rows
+from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.training.optimizer import build_optimizer, describe, load_state_tensors, state_tensors
 from scratch_gpt.training.schedule import learning_rate, rows_at
@@ -23,7 +24,8 @@ def tiny_model(**fields):
 
 
 def random_stream(num_tokens=200):
-    return TokenStream([np.random.default_rng(0).integers(0, 50, num_tokens)], num_bytes=3 * num_tokens)
+    tokens, documents = np.random.default_rng(0).integers(0, 50, num_tokens), np.arange(0, num_tokens, 9)
+    return TokenStream([tokens], num_bytes=3 * num_tokens, documents=[documents])
 
 
 def test_wsd_warms_up_stays_and_decays_linearly_to_zero():
@@ -159,7 +161,7 @@ def test_optimizer_state_survives_a_file(tmp_path, optimizer_name):
 
 def test_bits_per_byte_is_the_definition():
     model, stream = tiny_model().eval(), random_stream(100)
-    result = as_validation(*sum_of_losses(model, stream, 16, 50).tolist(), stream)
+    result = as_validation(*sum_of_losses(model, stream, 16, 50).tolist(), stream.num_bytes)
     nats = 0.0
     for first in range(0, 100, 16):  # token by token, each predicted from the tokens of its row before it
         row = stream.read(first - 1, min(16, 100 - first) + 1)
@@ -179,20 +181,22 @@ def test_shares_of_a_validation_add_up():
     assert whole[1] == 2000
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch():
-    stream, order = random_stream(), RowOrder(200, 16, seed=0)  # 12.5 rows an epoch: one row is short
-    indices = range(13)
-    rows = [order.locate(index) for index in indices]
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(document_mask):
+    stream = random_stream()
+    packing = pack(stream, "concat", 16, document_mask, 0)
+    rows = [(stream, packing.row(index)) for index in range(13)]  # 12.5 rows an epoch: one row is short
     gradients = []
     for size in (13, 3):
         model = tiny_model().train()
         for first in range(0, 13, size):
-            batch = read_rows(stream, rows[first : first + size], 16)
+            batch = read_rows(rows[first : first + size], 16, document_mask)
             loss = model(
                 input_ids=batch.input_ids,
                 labels=batch.labels,
                 shift_labels=batch.labels,
-                num_items_in_batch=order.num_targets(indices),
+                position_ids=batch.position_ids,
+                num_items_in_batch=200,
             ).loss
             loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

@@ -15,13 +15,15 @@ def inspect_command(settings: DataInspectSettings) -> None:
     folder = Path(settings.path)
     manifest = read_manifest(folder)
     verify_checksums(folder, manifest)
-    for key in ("source", "held_out", "tokenizer", "vocab_size", "dtype"):
+    for key in ("tokenizer", "vocab_size", "dtype"):
         print(f"{key:<12}{manifest[key]}")
-    for name, split in manifest["splits"].items():
-        print(
-            f"{name:<12}{split['tokens']:,} tokens, {split['documents']:,} documents, {split['bytes']:,} bytes, "
-            f"{len(split['shards'])} shard(s), checksums verified"
-        )
+    for name, entry in manifest["sources"].items():
+        print(f"{name}: {entry['source']}; held out: {entry['held_out']}")
+        for split_name, split in entry["splits"].items():
+            print(
+                f"  {split_name:<12}{split['tokens']:,} tokens, {split['documents']:,} documents, "
+                f"{split['bytes']:,} bytes, {len(split['shards'])} shard(s), checksums verified"
+            )
     if settings.tokenizer_path is None:
         return
     if fingerprint(settings.tokenizer_path) != manifest["tokenizer"]:

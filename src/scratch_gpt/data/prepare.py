@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from scratch_gpt.config import DataPrepareSettings, TextSettings
-from scratch_gpt.data.shards import MANIFEST, read_manifest, write_shards
+from scratch_gpt.data.shards import MANIFEST, read_manifest, totals, write_shards
 from scratch_gpt.data.sources import split_documents, text_fingerprint
 from scratch_gpt.data.tokenizer import END_OF_TEXT, fingerprint, load_tokenizer
 from scratch_gpt.errors import UserError
@@ -23,15 +23,19 @@ def prepare(settings: TextSettings, tokenizer_path: str | Path, output: Path) ->
         UserError: unreadable text, no held-out text, a folder that holds something else, a full disk.
     """
     train, valid, held_out = split_documents(settings)
+    name = "austen" if settings.corpus is None else "corpus"
     description = {
         "source": "three novels of Jane Austen" if settings.corpus is None else Path(settings.corpus).name,
         "text": text_fingerprint(settings),
         "held_out": held_out,
-        "tokenizer": fingerprint(tokenizer_path),
     }
+    made_with = fingerprint(tokenizer_path)
     if (output / MANIFEST).is_file():
         existing = read_manifest(output)
-        changed = [key for key, value in description.items() if existing.get(key) != value]
+        stored = existing["sources"].get(name, {})
+        changed = [key for key, value in description.items() if stored.get(key) != value]
+        if existing["tokenizer"] != made_with:
+            changed.append("tokenizer")
         if not changed:
             return existing
         raise UserError(
@@ -45,8 +49,10 @@ def prepare(settings: TextSettings, tokenizer_path: str | Path, output: Path) ->
         manifest = write_shards(
             output,
             {"train": encode(train, backend), "validation": encode(valid, backend)},
+            source=name,
             vocab_size=backend.get_vocab_size(),
             end_of_text=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+            tokenizer=made_with,
             description=description,
         )
     return manifest
@@ -75,9 +81,10 @@ def encode(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[lis
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    train, validation = manifest["splits"]["train"], manifest["splits"]["validation"]
+    train, validation = totals(manifest, "train"), totals(manifest, "validation")
+    held_out = "; ".join(dict.fromkeys(entry["held_out"] for entry in manifest["sources"].values()))
     return (
-        f"{train['tokens']:,} training tokens, {validation['tokens']:,} held out ({manifest['held_out']}), "
+        f"{train['tokens']:,} training tokens, {validation['tokens']:,} held out ({held_out}), "
         f"{train['bytes'] / max(train['tokens'], 1):.2f} bytes a token"
     )
 

@@ -5,6 +5,7 @@ every file is written last. Deleting removes that marker first. A folder without
 the marker says, is not a checkpoint.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from scratch_gpt.data.mixture import Cursor
 from scratch_gpt.files import disk_errors, flush, new_folder, sha256, write_json
 from scratch_gpt.training.optimizer import Optimizers, load_state_tensors, state_tensors
 
@@ -25,7 +27,7 @@ MARKER = "complete.json"
 
 @dataclass
 class TrainerState:
-    """What resume needs beside weights, optimizer and random numbers; the data cursor is the step."""
+    """What resume needs beside weights, optimizer and random numbers."""
 
     step: int
     """Optimizer steps done."""
@@ -33,6 +35,8 @@ class TrainerState:
     """Target tokens consumed."""
     data: str
     """Fingerprint of the token shards."""
+    cursor: Cursor
+    """Which of their rows were consumed."""
     precision: str
     """bf16 or fp32, as chosen at the start of the run."""
     compiled: bool
@@ -65,7 +69,7 @@ def save_checkpoint(
             (folder / STATE).mkdir()
             save_file(state_tensors(optimizer), folder / STATE / "optimizer.safetensors")
             save_file(rng, folder / STATE / "rng.safetensors")
-            write_json(folder / STATE / "state.json", vars(state))
+            write_json(folder / STATE / "state.json", dataclasses.asdict(state))
         with disk_errors(f"{target} (earlier checkpoints are untouched)"):
             write_json(target / STATE / MARKER, {"sha256": {n: sha256(target / n) for n in _file_names(target)}})
             flush(target / STATE)
@@ -113,7 +117,8 @@ def _rng_states() -> dict[str, torch.Tensor]:
 
 
 def read_state(folder: Path) -> TrainerState:
-    return TrainerState(**json.loads((folder / STATE / "state.json").read_text()))
+    state = json.loads((folder / STATE / "state.json").read_text())
+    return TrainerState(**{**state, "cursor": Cursor(**state["cursor"])})
 
 
 def _folders(run_dir: Path) -> Iterator[Path]:

@@ -10,6 +10,7 @@ each of them must be a pure function of the step: then the same command after a 
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
-from scratch_gpt.config import PretrainSettings
+from scratch_gpt.config import PhaseSettings, PretrainSettings
 from scratch_gpt.console import duration, progress_bar, say
-from scratch_gpt.data.batches import Batch, RowOrder, read_rows
+from scratch_gpt.data.loader import ReadAhead, StepData, TrainingData
+from scratch_gpt.data.mixture import Cursor, TrainingOrder
+from scratch_gpt.data.packing import BestFit, pack
 from scratch_gpt.data.prepare import prepare, summary
 from scratch_gpt.data.shards import TokenStream, content_fingerprint, read_manifest
 from scratch_gpt.data.sources import split_documents
@@ -110,10 +113,13 @@ class Pretraining:
     def __init__(self, settings: PretrainSettings, run_dir: Path, budget_seconds: float | None = None):
         self.settings, self.run_dir, self.budget_seconds = settings, run_dir, budget_seconds
         self.tokenizer = load_tokenizer(tokenizer_folder(settings, run_dir))
-        manifest = read_manifest(data_folder(settings, run_dir))
+        folder = data_folder(settings, run_dir)
+        manifest = read_manifest(folder)
         self.data_fingerprint = content_fingerprint(manifest)
-        self.train_stream = TokenStream.open(data_folder(settings, run_dir), "train", manifest)
-        self.validation_stream = TokenStream.open(data_folder(settings, run_dir), "validation", manifest)
+        self.train_streams, self.validation_streams = (
+            {name: TokenStream.open(folder, split, manifest, name) for name in manifest["sources"]}
+            for split in ("train", "validation")
+        )
 
         self.checkpoint, problems = find_checkpoint(run_dir)
         for problem in problems:
@@ -123,9 +129,21 @@ class Pretraining:
         else:
             self.model = ScratchGPTForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
         self.model.train()
+        if manifest["vocab_size"] > self.model.config.vocab_size:
+            raise UserError(
+                f"{folder} was made with a vocabulary of {manifest['vocab_size']} tokens, the model has "
+                f"{self.model.config.vocab_size}: take the shards of the model's own tokenizer"
+            )
 
         self.context_length = self._context_length()
-        self.order = RowOrder(len(self.train_stream), self.context_length, settings.seed)
+        self.order = self._order()
+        self.data = TrainingData(
+            self.train_streams,
+            self.order,
+            self.context_length,
+            settings.training.document_mask,
+            self.model.config.vocab_size,
+        )
         processes = launched_processes()
         world = processes.num_processes
         self.rows_per_step, self.micro_batches = self._batch_shape(world)
@@ -161,6 +179,7 @@ class Pretraining:
             step=0,
             tokens=0,
             data=self.data_fingerprint,
+            cursor=Cursor(),
             precision=self.arithmetic.precision,
             compiled=self.arithmetic.compiled,
             record={},
@@ -176,23 +195,31 @@ class Pretraining:
         if state.record and metrics.last_step < state.step:  # killed between its checkpoint and its line
             self._finish_record(accelerator, model, metrics, state.record, left="?")
 
-        clock = Clock()
-        with StopRequest() as stop, progress_bar("pretraining", max_steps, state.step) as bar:
+        steps = self._read_steps(state, accelerator)
+        with (
+            StopRequest() as stop,
+            progress_bar("pretraining", max_steps, state.step) as bar,
+            ReadAhead(steps) as reader,
+        ):
+            clock = Clock()
             while state.step < max_steps:
                 rate = learning_rate(state.step, max_steps, training)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
 
-                rows = range(state.step * self.rows_per_step, (state.step + 1) * self.rows_per_step)
-                num_targets = self.order.num_targets(rows)
+                asked = time.perf_counter()
+                data = next(reader)
+                data_seconds = time.perf_counter() - asked
                 loss = torch.zeros((), device=accelerator.device)
-                for batch in self._read_micro_batches(rows, accelerator.process_index, accelerator.num_processes):
+                for batch in data.batches:
+                    batch = batch.to(accelerator.device)
                     with accelerator.autocast():
                         micro_loss = model(
-                            input_ids=batch.input_ids.to(accelerator.device),
-                            labels=batch.labels.to(accelerator.device),
-                            shift_labels=batch.labels.to(accelerator.device),
-                            num_items_in_batch=num_targets,
+                            input_ids=batch.input_ids,
+                            position_ids=batch.position_ids,
+                            labels=batch.labels,
+                            shift_labels=batch.labels,
+                            num_items_in_batch=data.num_targets,
                         ).loss
                     # Data parallelism averages gradients over processes; what we want is their sum.
                     (micro_loss * accelerator.num_processes).backward()
@@ -203,7 +230,8 @@ class Pretraining:
                 optimizer.step()
                 optimizer.zero_grad()
                 state.step += 1
-                state.tokens += num_targets
+                state.tokens += data.num_targets
+                state.cursor = data.cursor
 
                 shared = torch.stack([loss, torch.tensor(float(stop.requested), device=accelerator.device)])
                 step_loss, stop_votes = accelerator.reduce(shared, "sum").tolist()
@@ -215,7 +243,10 @@ class Pretraining:
                     "learning_rate": rate,
                     "grad_norm": grad_norm,
                     "tokens": state.tokens,
-                    "tokens_per_second": round(num_targets / seconds_per_step, 1),
+                    "tokens_per_second": round(data.num_targets / seconds_per_step, 1),
+                    "data_seconds": round(data_seconds, 6),
+                    "phase": data.cursor.phase,
+                    "epochs": {name: round(epochs, 4) for name, epochs in self.order.epochs(data.cursor).items()},
                     "time": round(time.time(), 3),
                 }
                 left = duration((max_steps - state.step) * clock.mean)
@@ -232,6 +263,8 @@ class Pretraining:
                         f"stopped after step {state.step:,} of {max_steps:,}, saved in "
                         f"{self.run_dir}/checkpoint-{state.step}. The same command goes on from there."
                     )
+        read = (f"{name} {epochs:.2f} times" for name, epochs in self.order.epochs(state.cursor).items())
+        say(f"data read  {', '.join(read)}")
         self._save_final(accelerator)
         accelerator.end_training()
 
@@ -241,8 +274,12 @@ class Pretraining:
         """Validate if that is due, then write the step's line."""
         step, training = record["step"], self.settings.training
         if step % training.eval_every == 0 or step == self.settings.max_steps:
-            result = validate(accelerator, model, self.validation_stream, self.context_length)
+            result, by_source = validate(
+                accelerator, model, self.validation_streams, self.context_length, training.document_mask
+            )
             record |= {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
+            if len(by_source) > 1:
+                record["validation"] = {name: vars(one) for name, one in by_source.items()}
             say(
                 f"  step {step:>5,}  loss {record['loss']:.3f}  validation {result.bits_per_byte:.3f} bits per byte  "
                 f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
@@ -250,14 +287,17 @@ class Pretraining:
         if step % training.log_every == 0 or "validation_loss" in record:
             metrics.write(record)
 
-    def _read_micro_batches(self, rows: range, process: int, processes: int) -> list[Batch]:
-        """This process's share of a step's rows, a forward pass at a time."""
-        mine = [self.order.locate(row) for row in rows[process::processes]]
-        size = len(mine) // self.micro_batches
-        return [
-            read_rows(self.train_stream, mine[first : first + size], self.context_length)
-            for first in range(0, len(mine), size)
-        ]
+    def _read_steps(self, state: TrainerState, accelerator: Accelerator) -> Iterator[StepData]:
+        """The data of every step that is left, for this process."""
+        cursor, max_steps = state.cursor, self.settings.max_steps
+        process, processes = accelerator.process_index, accelerator.num_processes
+        for step in range(state.step, max_steps):
+            cursor = self.order.at_step(cursor, step, max_steps)
+            data = self.data.read_step(cursor, self.rows_per_step, self.micro_batches, process, processes)
+            if accelerator.device.type == "cuda":
+                data.batches[:] = [batch.pin_memory() for batch in data.batches]
+            yield data
+            cursor = data.cursor
 
     def _save_final(self, accelerator: Accelerator) -> None:
         target = self.run_dir / "final"
@@ -278,13 +318,33 @@ class Pretraining:
         context = self.settings.training.context_length or longest
         if self.model.config.position_embedding_type == "learned" and context > longest:
             raise UserError(f"--training.context_length is {context}, the model has {longest} learned positions")
-        for split, stream in (("training", self.train_stream), ("held-out", self.validation_stream)):
-            if len(stream) < (context + 1 if split == "training" else 2):
+        for split, streams in (("training", self.train_streams), ("held-out", self.validation_streams)):
+            num_tokens = sum(map(len, streams.values()))
+            if num_tokens < (context + 1 if split == "training" else 2):
                 raise UserError(
-                    f"the {split} text has only {len(stream)} tokens, one row takes {context + 1}: give more text or "
+                    f"the {split} text has only {num_tokens} tokens, one row takes {context + 1}: give more text or "
                     "a smaller --training.context_length"
                 )
         return context
+
+    def _order(self) -> TrainingOrder:
+        """The rows of every source, and the mixtures of the run's phases."""
+        training, seed = self.settings.training, self.settings.seed
+        if training.phases and training.mixture:
+            raise UserError("give --training.mixture or --training.phases, not both: each phase has its own mixture")
+        packings = {
+            name: pack(stream, training.packing, self.context_length, training.document_mask, seed, name)
+            for name, stream in self.train_streams.items()
+        }
+        order = TrainingOrder(packings, training.phases or [PhaseSettings("pretrain", 1.0, training.mixture)])
+        for name, packing in packings.items():
+            if isinstance(packing, BestFit):
+                say(f"packing    {name}: {packing.rows_per_epoch:,} rows an epoch, {packing.waste:.2%} padding")
+        if len(packings) > 1:
+            for phase in order.phases:
+                shares = (f"{name} {float(share):.1%}" for name, share in order.mixtures[phase.name].shares.items())
+                say(f"mixture    {phase.name} ({phase.share:.0%} of the steps): {', '.join(shares)} of the rows")
+        return order
 
     def _batch_shape(self, world: int) -> tuple[int, int]:
         """(rows per optimizer step over all processes, forward passes per step and process)."""
@@ -315,9 +375,10 @@ class Pretraining:
             if state.compiled:
                 compile_blocks(self.model)
             return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")
-        batch = self._read_micro_batches(range(self.rows_per_step), 0, processes.num_processes)[0]
+        start = self.order.at_step(Cursor(), 0, self.settings.max_steps or 1)
+        data = self.data.read_step(start, self.rows_per_step, self.micro_batches, 0, processes.num_processes)
+        batch = data.batches[0].to(processes.device)
         self.model.to(processes.device)
-        batch = Batch(batch.input_ids.to(processes.device), batch.labels.to(processes.device))
         choice = choose_arithmetic(
             self.model, batch, self.micro_batches, self.settings.training, self.settings.max_steps, self.budget_seconds
         )
