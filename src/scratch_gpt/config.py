@@ -136,7 +136,9 @@ class TrainingSettings:
     save_every: int = 200
     """Steps between two checkpoints."""
     keep_last: int = 2
-    """Number of checkpoints to keep."""
+    """Number of checkpoints to keep, beside the one with the best validation."""
+    keep_every: int | None = None
+    """Keep the checkpoints of every n-th step as well."""
 
 
 @dataclass
@@ -203,6 +205,14 @@ class PretrainSettings(TextSettings):
     """Decides initialisation, data order and sampling."""
     fresh: bool = False
     """Delete what an earlier run left in run_dir and start over."""
+    dry_run: bool = False
+    """Prepare everything, say what would be trained and how, and stop before the first step."""
+    max_hours: float | None = None
+    """Save and stop after this time (exit code 75); the same command goes on."""
+    resume_from: str | None = None
+    """Begin with the weights of this saved model, checkpoint or run directory: continued pretraining, as a new run."""
+    resume_optimizer: bool = False
+    """Take the optimizer's state from the checkpoint of resume_from as well."""
     tokenizer_path: str | None = None
     """Take this tokenizer instead of training one."""
     data_path: str | None = None
@@ -344,7 +354,7 @@ _MORE_THAN_ZERO |= {"num_key_value_heads", "intermediate_size", "max_position_em
 _MORE_THAN_ZERO |= {"total_batch_size", "device_batch_size", "learning_rate", "max_grad_norm", "log_every"}
 _MORE_THAN_ZERO |= {"eval_every", "save_every", "keep_last", "limit", "max_new_tokens", "num_return_sequences"}
 _MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_learning_rate"}
-_MORE_THAN_ZERO |= {"activation_checkpointing_every"}
+_MORE_THAN_ZERO |= {"activation_checkpointing_every", "max_hours", "keep_every"}
 
 
 # Sections whose keys the user chooses.

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from scratch_gpt.training.optimizer import Optimizers, load_state_tensors, state
 
 STATE = "trainer_state"
 MARKER = "complete.json"
+BEST = "best.json"
 
 
 @dataclass
@@ -41,7 +42,11 @@ class TrainerState:
     """bf16 or fp32, as chosen at the start of the run."""
     compiled: bool
     """Whether the blocks were compiled."""
-    record: dict[str, Any]
+    learning_rate_scale: float = 1.0
+    """What rollbacks have made of the learning rate."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """The guard's window."""
+    record: dict[str, Any] = field(default_factory=dict)
     """The metrics of the last step, in case a crash comes before their line is written."""
 
 
@@ -53,8 +58,10 @@ def save_checkpoint(
     optimizer: Optimizers,
     state: TrainerState,
     keep_last: int,
+    keep_every: int | None = None,
 ) -> Path:
-    """Write ``run_dir/checkpoint-{step}`` and then delete all but the newest ``keep_last``.
+    """Write ``run_dir/checkpoint-{step}`` and then delete all but the newest ``keep_last``, the best, and those of
+    every ``keep_every``-th step.
 
     Raises:
         UserError: it could not be written (a full disk); earlier checkpoints are untouched.
@@ -74,10 +81,23 @@ def save_checkpoint(
             write_json(target / STATE / MARKER, {"sha256": {n: sha256(target / n) for n in _file_names(target)}})
             flush(target / STATE)
         for old in list(_folders(run_dir))[keep_last:]:
-            (old / STATE / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(old)
+            if _step(old) != best_step(run_dir) and not (keep_every and _step(old) % keep_every == 0):
+                (old / STATE / MARKER).unlink(missing_ok=True)
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
+
+
+def record_best(run_dir: Path, step: int, bits_per_byte: float) -> None:
+    """Note ``checkpoint-{step}``, if it is there and better than the best so far, so that it is kept."""
+    best = json.loads((run_dir / BEST).read_text()) if (run_dir / BEST).is_file() else None
+    if (run_dir / f"checkpoint-{step}").is_dir() and (best is None or bits_per_byte < best["bits_per_byte"]):
+        write_json(run_dir / BEST, {"step": step, "bits_per_byte": bits_per_byte})
+
+
+def best_step(run_dir: Path) -> int | None:
+    """Step of the checkpoint with the best validation so far."""
+    return json.loads((run_dir / BEST).read_text())["step"] if (run_dir / BEST).is_file() else None
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -99,13 +119,17 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, optimizer: Optimizers) -> TrainerState:
     """Restore optimizer and random numbers; the weights were loaded with ``from_pretrained(folder)``."""
-    load_state_tensors(optimizer, load_file(folder / STATE / "optimizer.safetensors"))
+    load_optimizer(folder, optimizer)
     rng = load_file(folder / STATE / "rng.safetensors")  # each (processes, bytes)
     if len(rng["cpu"]) == accelerator.num_processes:
         torch.set_rng_state(rng["cpu"][accelerator.process_index])
         if "cuda" in rng and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng["cuda"][accelerator.process_index])
     return read_state(folder)
+
+
+def load_optimizer(folder: Path, optimizer: Optimizers) -> None:
+    load_state_tensors(optimizer, load_file(folder / STATE / "optimizer.safetensors"))
 
 
 def _rng_states() -> dict[str, torch.Tensor]:
@@ -124,7 +148,11 @@ def read_state(folder: Path) -> TrainerState:
 def _folders(run_dir: Path) -> Iterator[Path]:
     """checkpoint-{step} folders, newest first."""
     found = [folder for folder in run_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
-    return iter(sorted(found, key=lambda folder: int(folder.name.split("-")[1]), reverse=True))
+    return iter(sorted(found, key=_step, reverse=True))
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def _file_names(folder: Path) -> list[str]:

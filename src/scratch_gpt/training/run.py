@@ -19,7 +19,7 @@ CONFIG = "config.yaml"
 LOCK = ".lock"
 # Settings that may differ between the calls that make up one run: they do not change what was already learnt.
 FREE = {"run_dir", "fresh", "max_steps", "minutes", "training.log_every", "training.eval_every"}
-FREE |= {"training.save_every", "training.keep_last"}
+FREE |= {"training.save_every", "training.keep_last", "training.keep_every", "dry_run", "max_hours"}
 # The data order does not depend on how many rows a step takes; the losses do.
 FREE |= {"training.total_batch_size", "training.device_batch_size"}
 
@@ -89,5 +89,5 @@ def _empty(run_dir: Path) -> None:
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for folder in run_dir.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    for name in (CONFIG, "metrics.jsonl"):
+    for name in (CONFIG, "metrics.jsonl", "best.json"):
         (run_dir / name).unlink(missing_ok=True)
