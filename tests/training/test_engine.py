@@ -80,7 +80,7 @@ def test_poisoned_data_leads_to_a_rollback_and_does_no_harm(clean, poison, corpu
 
     assert main([*arguments(unguarded, corpus, "--guard.sigmas", "0"), *LONG]) == 0
     assert not read_events(unguarded / "metrics.jsonl")
-    assert validation(unguarded) > validation(clean) + 0.1
+    assert validation(unguarded) > validation(clean) + 0.06
 
 
 def test_a_run_stopped_and_resumed_after_skips_is_the_same(poison, corpus, tmp_path):
