@@ -104,6 +104,18 @@ class ModelSettings:
 
 
 @dataclass
+class PhaseSettings:
+    """One phase of training, with a mixture of its own."""
+
+    name: str
+    """Such as pretrain or mid-training."""
+    share: float = 1.0
+    """Share of the optimizer steps; the shares of all phases make 1."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Weights of the sources, as training.mixture."""
+
+
+@dataclass
 class TrainingSettings:
     """The pretraining loop."""
 
@@ -113,14 +125,30 @@ class TrainingSettings:
     """Tokens per optimizer step, over all processes and micro-batches."""
     device_batch_size: int | None = None
     """Rows per forward pass of one process; left out: as many as total_batch_size asks, without accumulation."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """concat: rows run on through documents, no padding; best_fit: documents stay whole where they fit into a row."""
+    document_mask: bool = False
+    """Keep the documents of a row from seeing each other, and restart positions at each."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Share of the tokens by source of the shards, such as {"stories": 0.7, "tales": 0.3}; left out: by size."""
+    phases: list[PhaseSettings] = field(default_factory=list)
+    """Instead of one mixture, phases one after the other, each with a name, a share of the steps and a mixture."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
-    schedule: Literal["wsd", "cosine"] = "wsd"
-    """Warm-up then stable then linear decay to zero, or warm-up then cosine to a tenth of the peak."""
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    """After the warm-up: stable then linear decay (wsd), half a cosine, a straight line, or constant."""
+    final_learning_rate: float | None = None
+    """Where the schedule ends, as a share of the peak; left out: 0, for cosine 0.1."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""
     decay_fraction: float = 0.4
     """Share of the steps that the decay of the wsd schedule takes."""
+    batch_warmup_steps: int = 0
+    """Steps over which the batch grows to total_batch_size."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices of the blocks with adamw for the rest."""
+    muon_momentum: float = 0.95
+    """Muon: decay of the momentum."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices of the blocks only."""
     beta1: float = 0.9
@@ -133,6 +161,10 @@ class TrainingSettings:
     """auto: measured at the start, the faster of the two on this machine."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto: only where it pays within the run, measured."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """Recompute in the backward pass: whole blocks, or all but matrix products and attention. Less memory, more time."""
+    activation_checkpointing_every: int = 1
+    """Recompute every n-th block only."""
     log_every: int = 1
     """Steps between two lines in metrics.jsonl."""
     eval_every: int = 200
@@ -140,7 +172,26 @@ class TrainingSettings:
     save_every: int = 200
     """Steps between two checkpoints."""
     keep_last: int = 2
-    """Number of checkpoints to keep."""
+    """Number of checkpoints to keep, beside the one with the best validation."""
+    keep_every: int | None = None
+    """Keep the checkpoints of every n-th step as well."""
+
+
+@dataclass
+class GuardSettings:
+    """What happens to a step whose loss or gradient is out of line."""
+
+    sigmas: float = 6.0
+    """Skip a step whose loss or gradient norm is this many standard deviations above the recent mean; 0: only a step
+    that is not finite."""
+    window: int = 128
+    """Good steps that the mean and the deviation are taken over."""
+    max_skips: int = 5
+    """Bad steps in a row after which the run goes back to its newest checkpoint and passes over the data in between."""
+    max_rollbacks: int = 3
+    """Rollbacks in a row after which it gives up."""
+    rollback_learning_rate: float = 1.0
+    """Multiplies the learning rate at each rollback."""
 
 
 # ------------------------------------------------------------------------------------------------ verbs
@@ -244,6 +295,14 @@ class PretrainSettings(TextSettings):
     """Decides initialisation, data order and sampling."""
     fresh: bool = False
     """Delete what an earlier run left in run_dir and start over."""
+    dry_run: bool = False
+    """Prepare everything, say what would be trained and how, and stop before the first step."""
+    max_hours: float | None = None
+    """Save and stop after this time (exit code 75); the same command goes on."""
+    resume_from: str | None = None
+    """Begin with the weights of this saved model, checkpoint or run directory: continued pretraining, as a new run."""
+    resume_optimizer: bool = False
+    """Take the optimizer's state from the checkpoint of resume_from as well."""
     tokenizer_path: str | None = None
     """Take this tokenizer instead of training one."""
     data_path: str | None = None
@@ -251,6 +310,7 @@ class PretrainSettings(TextSettings):
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
 
 
 @dataclass
@@ -376,13 +436,20 @@ def parse_settings(settings_class: type[Settings], arguments: Sequence[str], pro
 
 # Smallest value allowed, by field name; "more than 0" where 0 itself makes no sense.
 _AT_LEAST = {"warmup_steps": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "decay_fraction": 0, "temperature": 0}
-_AT_LEAST |= {"top_k": 0, "rows": 0, "seed": 0}
-_BELOW_ONE = {"beta1", "beta2", "validation_fraction"}
+_AT_LEAST |= {"top_k": 0, "rows": 0, "seed": 0, "batch_warmup_steps": 0, "final_learning_rate": 0, "muon_momentum": 0}
+_AT_LEAST |= {"sigmas": 0}
+_BELOW_ONE = {"beta1", "beta2", "muon_momentum", "validation_fraction"}
 _MORE_THAN_ZERO = {"max_steps", "minutes", "max_characters", "hidden_size", "num_hidden_layers", "num_attention_heads"}
 _MORE_THAN_ZERO |= {"num_key_value_heads", "intermediate_size", "max_position_embeddings", "context_length"}
 _MORE_THAN_ZERO |= {"total_batch_size", "device_batch_size", "learning_rate", "max_grad_norm", "log_every"}
 _MORE_THAN_ZERO |= {"eval_every", "save_every", "keep_last", "limit", "max_new_tokens", "num_return_sequences"}
-_MORE_THAN_ZERO |= {"validation_fraction", "workers", "max_document_characters"}
+_MORE_THAN_ZERO |= {"workers", "max_document_characters"}
+_MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_learning_rate"}
+_MORE_THAN_ZERO |= {"activation_checkpointing_every", "max_hours", "keep_every"}
+
+
+# Sections whose keys the user chooses.
+FREE_KEYS = ("model.overrides.", "training.mixture.")
 
 
 def check_limits(settings: Any) -> None:
@@ -390,7 +457,7 @@ def check_limits(settings: Any) -> None:
     problems = []
     for name, value in flatten(settings).items():
         field_name = name.rsplit(".", 1)[-1]
-        if isinstance(value, bool) or not isinstance(value, int | float) or ".overrides." in name:
+        if isinstance(value, bool) or not isinstance(value, int | float) or name.startswith(FREE_KEYS):
             continue
         if field_name in _MORE_THAN_ZERO and not value > 0:
             problems.append(f"--{name} is {value}; it must be more than 0")

@@ -9,10 +9,11 @@ from transformers import get_wsd_schedule
 
 from scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.data.batches import RowOrder, read_rows
+from scratch_gpt.data.batches import read_rows
+from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream
-from scratch_gpt.training.optimizer import build_optimizer, load_state_tensors, state_tensors
-from scratch_gpt.training.schedule import learning_rate
+from scratch_gpt.training.optimizer import build_optimizer, describe, load_state_tensors, state_tensors
+from scratch_gpt.training.schedule import learning_rate, rows_at
 from scratch_gpt.training.validation import as_validation, sum_of_losses
 
 
@@ -23,7 +24,8 @@ def tiny_model(**fields):
 
 
 def random_stream(num_tokens=200):
-    return TokenStream([np.random.default_rng(0).integers(0, 50, num_tokens)], num_bytes=3 * num_tokens)
+    tokens, documents = np.random.default_rng(0).integers(0, 50, num_tokens), np.arange(0, num_tokens, 9)
+    return TokenStream([tokens], num_bytes=3 * num_tokens, documents=[documents])
 
 
 def test_wsd_warms_up_stays_and_decays_linearly_to_zero():
@@ -60,6 +62,24 @@ def test_cosine_ends_at_a_tenth_of_the_peak():
     assert learning_rate(10, 10, settings) == pytest.approx(0.2)
 
 
+def test_linear_and_constant_and_a_floor():
+    linear = TrainingSettings(learning_rate=1.0, schedule="linear", warmup_steps=2)
+    rates = [learning_rate(step, 12, linear) for step in range(13)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, *np.linspace(1, 0, 11)])
+    floored = TrainingSettings(learning_rate=2.0, schedule="linear", warmup_steps=0, final_learning_rate=0.25)
+    assert learning_rate(12, 12, floored) == pytest.approx(0.5)
+    constant = TrainingSettings(learning_rate=2.0, schedule="constant", warmup_steps=1)
+    assert [learning_rate(step, 9, constant) for step in (0, 1, 5, 9)] == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_the_batch_grows_in_whole_micro_batches():
+    settings = TrainingSettings(batch_warmup_steps=7)
+    rows = [rows_at(step, 64, 8, settings) for step in range(10)]
+    assert rows == [8, 16, 24, 32, 40, 48, 56, 64, 64, 64]
+    assert rows_at(0, 64, 8, TrainingSettings()) == 64
+    assert [rows_at(step, 12, 4, TrainingSettings(batch_warmup_steps=2)) for step in range(4)] == [4, 8, 12, 12]
+
+
 @pytest.mark.parametrize(
     "style", [{}, {"position_embedding_type": "learned", "norm_type": "layernorm", "qk_norm": False}]
 )
@@ -86,7 +106,35 @@ def test_weight_decay_is_decoupled():
         torch.testing.assert_close(parameter, before[name] * factor)
 
 
-def test_optimizer_state_survives_a_file(tmp_path):
+def test_muon_takes_the_matrices_of_the_blocks_and_moves_them_as_its_definition_says():
+    model = tiny_model()
+    settings = TrainingSettings(optimizer="muon", learning_rate=0.1, weight_decay=0.5)
+    optimizers = build_optimizer(model, settings)
+    muon, adamw = optimizers.optimizers
+    (group,) = muon.param_groups
+    assert {name.rsplit(".", 2)[-2] for name in group["param_names"]} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert not {id(p) for p in group["params"]} & {id(p) for p in adamw.param_groups[0]["params"]}
+    assert len(group["params"]) + len(adamw.param_groups[0]["params"]) == len(list(model.parameters()))
+
+    matrix = model.transformer.h[0].mlp.up_proj.weight
+    before = matrix.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    update = 0.05 * matrix.grad * 0.95 + 0.05 * matrix.grad  # Nesterov momentum after one step
+    left, _, right = torch.linalg.svd(update, full_matrices=False)
+    optimizers.step()
+    moved = (before * (1 - 0.1 * 0.5) - matrix.detach()) / (0.1 * 0.2 * math.sqrt(max(matrix.shape)))
+    # Newton-Schulz leaves singular values around 1, in bfloat16: the directions are those of the polar factor.
+    singular = torch.linalg.svdvals(moved)
+    assert 0.5 < singular.min() and singular.max() < 1.35
+    assert torch.nn.functional.cosine_similarity(moved.flatten(), (left @ right).flatten(), dim=0) > 0.97
+    assert any("Muon" in line and "mlp.up_proj.weight" in line for line in describe(optimizers))
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_optimizer_state_survives_a_file(tmp_path, optimizer_name):
     from safetensors.torch import load_file, save_file
 
     def train(model, optimizer, steps):
@@ -97,12 +145,13 @@ def test_optimizer_state_survives_a_file(tmp_path):
             optimizer.zero_grad()
 
     model = tiny_model()
-    optimizer = build_optimizer(model, TrainingSettings())
+    settings = TrainingSettings(optimizer=optimizer_name)
+    optimizer = build_optimizer(model, settings)
     train(model, optimizer, 3)
     save_file(state_tensors(optimizer), tmp_path / "optimizer.safetensors")
     twin = tiny_model()
     twin.load_state_dict(model.state_dict())
-    restored = build_optimizer(twin, TrainingSettings())
+    restored = build_optimizer(twin, settings)
     load_state_tensors(restored, load_file(tmp_path / "optimizer.safetensors"))
     for m, o in ((model, optimizer), (twin, restored)):
         train(m, o, 2)
@@ -112,7 +161,7 @@ def test_optimizer_state_survives_a_file(tmp_path):
 
 def test_bits_per_byte_is_the_definition():
     model, stream = tiny_model().eval(), random_stream(100)
-    result = as_validation(*sum_of_losses(model, stream, 16, 50).tolist(), stream)
+    result = as_validation(*sum_of_losses(model, stream, 16, 50).tolist(), stream.num_bytes)
     nats = 0.0
     for first in range(0, 100, 16):  # token by token, each predicted from the tokens of its row before it
         row = stream.read(first - 1, min(16, 100 - first) + 1)
@@ -132,20 +181,22 @@ def test_shares_of_a_validation_add_up():
     assert whole[1] == 2000
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch():
-    stream, order = random_stream(), RowOrder(200, 16, seed=0)  # 12.5 rows an epoch: one row is short
-    indices = range(13)
-    rows = [order.locate(index) for index in indices]
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(document_mask):
+    stream = random_stream()
+    packing = pack(stream, "concat", 16, document_mask, 0)
+    rows = [(stream, packing.row(index)) for index in range(13)]  # 12.5 rows an epoch: one row is short
     gradients = []
     for size in (13, 3):
         model = tiny_model().train()
         for first in range(0, 13, size):
-            batch = read_rows(stream, rows[first : first + size], 16)
+            batch = read_rows(rows[first : first + size], 16, document_mask)
             loss = model(
                 input_ids=batch.input_ids,
                 labels=batch.labels,
                 shift_labels=batch.labels,
-                num_items_in_batch=order.num_targets(indices),
+                position_ids=batch.position_ids,
+                num_items_in_batch=200,
             ).loss
             loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

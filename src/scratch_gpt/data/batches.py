@@ -1,17 +1,12 @@
-"""Rows of tokens, and the order in which training sees them.
-
-An epoch cuts the circular token stream into rows of ``context_length`` targets from a point that changes with each
-epoch, and visits the rows in a shuffled order. Every token is a target exactly once per epoch. Which tokens a step
-reads is a pure function of (seed, step): nothing to save but the step, and any number of processes sees the same data.
-"""
+"""Rows of tokens to tensors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
+from scratch_gpt.data.packing import DocumentEdges, Row
 from scratch_gpt.data.shards import TokenStream
 
 IGNORE_INDEX = -100
@@ -19,49 +14,60 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and the tokens that follow them, both (batch, seq) int64; targets to leave out are -100."""
+    """Inputs and the tokens that follow them, both (batch, seq) int64; targets to leave out are -100.
+
+    ``position_ids`` (batch, seq), where they restart, ask the model to keep documents apart; None: 0 to seq - 1.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    position_ids: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """On ``device``, without waiting for the copy where the memory is pinned."""
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self._tensors()))
+
+    def pin_memory(self) -> "Batch":
+        """In memory that CUDA devices copy from by themselves."""
+        return Batch(*(t if t is None else t.pin_memory() for t in self._tensors()))
+
+    def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.input_ids, self.labels, self.position_ids
 
 
-class RowOrder:
-    """Where row ``index`` of an endless training run lies in a ring of ``num_tokens`` tokens."""
+def read_rows(rows: Sequence[tuple[TokenStream, Row]], context_length: int, document_mask: bool) -> Batch:
+    """Each row's targets, and as inputs the token just before each. Padding is token 0, which nothing sees.
 
-    def __init__(self, num_tokens: int, context_length: int, seed: int):
-        self.num_tokens, self.context_length, self.seed = num_tokens, context_length, seed
-        self.rows_per_epoch = -(-num_tokens // context_length)
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
-
-    def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        random = np.random.default_rng([self.seed, epoch])
-        return int(random.integers(self.num_tokens)), random.permutation(self.rows_per_epoch)
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """(position of the row's first target in the ring, number of targets)."""
-        epoch, within = divmod(index, self.rows_per_epoch)
-        start, permutation = self._epoch(epoch)
-        row = int(permutation[within])
-        return (start + row * self.context_length) % self.num_tokens, self._targets(row)
-
-    def num_targets(self, indices: Sequence[int]) -> int:
-        return sum(self.locate(index)[1] for index in indices)
-
-    def _targets(self, row: int) -> int:
-        return min(self.context_length, self.num_tokens - row * self.context_length)
-
-
-def read_rows(stream: TokenStream, rows: Sequence[tuple[int, int]], context_length: int) -> Batch:
-    """The rows at (first target, number of targets): each input is the token just before its target."""
-    tokens = np.stack([stream.read(first - 1, context_length + 1) for first, _ in rows])  # (batch, seq + 1)
-    labels = tokens[:, 1:].copy()
-    for row, (_, targets) in enumerate(rows):
-        labels[row, targets:] = IGNORE_INDEX
-    return Batch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(labels))
+    With ``document_mask`` positions restart at each segment, and at the padding.
+    """
+    shape = (len(rows), context_length)
+    input_ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64) if document_mask else None
+    for number, (stream, row) in enumerate(rows):
+        column = 0
+        for first, count in row:
+            tokens = stream.read(first - 1, count + 1)
+            segment = slice(column, column + count)
+            input_ids[number, segment], labels[number, segment] = tokens[:-1], tokens[1:]
+            if position_ids is not None:
+                position_ids[number, segment] = np.arange(count)
+            column += count
+        if position_ids is not None:
+            position_ids[number, column:] = np.arange(context_length - column)
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        None if position_ids is None else torch.from_numpy(position_ids),
+    )
 
 
-def evaluation_batches(stream: TokenStream, context_length: int, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+    stream: TokenStream, context_length: int, batch_size: int, document_mask: bool = False
+) -> Iterator[Batch]:
     """The whole stream in order, every token a target exactly once."""
-    rows = [(first, min(context_length, len(stream) - first)) for first in range(0, len(stream), context_length)]
-    for beginning in range(0, len(rows), batch_size):
-        yield read_rows(stream, rows[beginning : beginning + batch_size], context_length)
+    edges = DocumentEdges(stream) if document_mask else None
+    windows = [(first, min(context_length, len(stream) - first)) for first in range(0, len(stream), context_length)]
+    for beginning in range(0, len(windows), batch_size):
+        chosen = windows[beginning : beginning + batch_size]
+        rows = [[window] if edges is None else edges.split(*window) for window in chosen]
+        yield read_rows([(stream, row) for row in rows], context_length, document_mask)

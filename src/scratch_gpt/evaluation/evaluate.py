@@ -57,7 +57,7 @@ def evaluate(
     backend.encode_special_tokens = False
     context_length = min(1024, model.config.max_position_embeddings)
     nats, targets = sum_of_losses(model, stream, context_length, model.config.vocab_size).tolist()
-    result = as_validation(nats, targets, stream)
+    result = as_validation(nats, targets, stream.num_bytes)
     longest = model.config.max_position_embeddings - 2  # room for the token before, and for a leading space
     tasks = questions(texts, limit, seed, fits=lambda choice: len(backend.encode(choice)) <= longest)
     scores = run_tasks(model, tokenizer, tasks, task_folder) if tasks else []

@@ -5,10 +5,11 @@ every file is written last. Deleting removes that marker first. A folder without
 the marker says, is not a checkpoint.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from scratch_gpt.data.mixture import Cursor
 from scratch_gpt.files import disk_errors, flush, new_folder, sha256, write_json
-from scratch_gpt.training.optimizer import load_state_tensors, state_tensors
+from scratch_gpt.training.optimizer import Optimizers, load_state_tensors, state_tensors
 
 STATE = "trainer_state"
 MARKER = "complete.json"
+BEST = "best.json"
 
 
 @dataclass
 class TrainerState:
-    """What resume needs beside weights, optimizer and random numbers; the data cursor is the step."""
+    """What resume needs beside weights, optimizer and random numbers."""
 
     step: int
     """Optimizer steps done."""
@@ -33,11 +36,17 @@ class TrainerState:
     """Target tokens consumed."""
     data: str
     """Fingerprint of the token shards."""
+    cursor: Cursor
+    """Which of their rows were consumed."""
     precision: str
     """bf16 or fp32, as chosen at the start of the run."""
     compiled: bool
     """Whether the blocks were compiled."""
-    record: dict[str, Any]
+    learning_rate_scale: float = 1.0
+    """What rollbacks have made of the learning rate."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """The guard's window."""
+    record: dict[str, Any] = field(default_factory=dict)
     """The metrics of the last step, in case a crash comes before their line is written."""
 
 
@@ -46,11 +55,13 @@ def save_checkpoint(
     run_dir: Path,
     model: torch.nn.Module,
     tokenizer: Any,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     state: TrainerState,
     keep_last: int,
+    keep_every: int | None = None,
 ) -> Path:
-    """Write ``run_dir/checkpoint-{step}`` and then delete all but the newest ``keep_last``.
+    """Write ``run_dir/checkpoint-{step}`` and then delete all but the newest ``keep_last``, the best, and those of
+    every ``keep_every``-th step.
 
     Raises:
         UserError: it could not be written (a full disk); earlier checkpoints are untouched.
@@ -65,15 +76,28 @@ def save_checkpoint(
             (folder / STATE).mkdir()
             save_file(state_tensors(optimizer), folder / STATE / "optimizer.safetensors")
             save_file(rng, folder / STATE / "rng.safetensors")
-            write_json(folder / STATE / "state.json", vars(state))
+            write_json(folder / STATE / "state.json", dataclasses.asdict(state))
         with disk_errors(f"{target} (earlier checkpoints are untouched)"):
             write_json(target / STATE / MARKER, {"sha256": {n: sha256(target / n) for n in _file_names(target)}})
             flush(target / STATE)
         for old in list(_folders(run_dir))[keep_last:]:
-            (old / STATE / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(old)
+            if _step(old) != best_step(run_dir) and not (keep_every and _step(old) % keep_every == 0):
+                (old / STATE / MARKER).unlink(missing_ok=True)
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
+
+
+def record_best(run_dir: Path, step: int, bits_per_byte: float) -> None:
+    """Note ``checkpoint-{step}``, if it is there and better than the best so far, so that it is kept."""
+    best = json.loads((run_dir / BEST).read_text()) if (run_dir / BEST).is_file() else None
+    if (run_dir / f"checkpoint-{step}").is_dir() and (best is None or bits_per_byte < best["bits_per_byte"]):
+        write_json(run_dir / BEST, {"step": step, "bits_per_byte": bits_per_byte})
+
+
+def best_step(run_dir: Path) -> int | None:
+    """Step of the checkpoint with the best validation so far."""
+    return json.loads((run_dir / BEST).read_text())["step"] if (run_dir / BEST).is_file() else None
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -93,15 +117,19 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, optimizer: torch.optim.Optimizer) -> TrainerState:
+def load_checkpoint(accelerator: Accelerator, folder: Path, optimizer: Optimizers) -> TrainerState:
     """Restore optimizer and random numbers; the weights were loaded with ``from_pretrained(folder)``."""
-    load_state_tensors(optimizer, load_file(folder / STATE / "optimizer.safetensors"))
+    load_optimizer(folder, optimizer)
     rng = load_file(folder / STATE / "rng.safetensors")  # each (processes, bytes)
     if len(rng["cpu"]) == accelerator.num_processes:
         torch.set_rng_state(rng["cpu"][accelerator.process_index])
         if "cuda" in rng and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng["cuda"][accelerator.process_index])
     return read_state(folder)
+
+
+def load_optimizer(folder: Path, optimizer: Optimizers) -> None:
+    load_state_tensors(optimizer, load_file(folder / STATE / "optimizer.safetensors"))
 
 
 def _rng_states() -> dict[str, torch.Tensor]:
@@ -113,13 +141,18 @@ def _rng_states() -> dict[str, torch.Tensor]:
 
 
 def read_state(folder: Path) -> TrainerState:
-    return TrainerState(**json.loads((folder / STATE / "state.json").read_text()))
+    state = json.loads((folder / STATE / "state.json").read_text())
+    return TrainerState(**{**state, "cursor": Cursor(**state["cursor"])})
 
 
 def _folders(run_dir: Path) -> Iterator[Path]:
     """checkpoint-{step} folders, newest first."""
     found = [folder for folder in run_dir.glob("checkpoint-*") if folder.name.split("-")[1].isdigit()]
-    return iter(sorted(found, key=lambda folder: int(folder.name.split("-")[1]), reverse=True))
+    return iter(sorted(found, key=_step, reverse=True))
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def _file_names(folder: Path) -> list[str]:

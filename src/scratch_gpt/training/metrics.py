@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object per logged step, exact across interruptions."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +9,44 @@ from scratch_gpt.files import write_text
 
 
 class MetricsFile:
-    """Appends records; at the start of a resumed run, drops those of steps that will be done again."""
+    """Appends records of steps, and of events between them (such as a skipped step).
 
-    def __init__(self, path: Path, keep_through: int, write: bool = True):
+    At the start of a resumed run, drops what will be done again: steps after ``step``, and events from ``row`` on.
+    """
+
+    def __init__(self, path: Path, step: int, row: int, write: bool = True):
         self.path, self.writes = path, write
-        records = [record for record in read_metrics(path) if record["step"] <= keep_through]
-        if write:
-            write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-        self.last_step: int = records[-1]["step"] if records else 0
+        self._keep(lambda record: record["row"] <= row if "event" in record else record["step"] <= step)
+
+    def roll_back(self, step: int) -> None:
+        """Drop the steps after ``step``; events stay."""
+        self._keep(lambda record: "event" in record or record["step"] <= step)
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        records = [record for record in _read(self.path) if wanted(record)]
+        if self.writes:
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
+        self.last_step: int = max((record["step"] for record in records if "event" not in record), default=0)
 
     def write(self, record: dict[str, Any]) -> None:
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        self.last_step = record["step"]
+        if "event" not in record:
+            self.last_step = record["step"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete records; a last line that a crash cut short is left out."""
+    """The records of all steps; a last line that a crash cut short is left out."""
+    return [record for record in _read(path) if "event" not in record]
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """What happened between the steps: skipped ones, rollbacks."""
+    return [record for record in _read(path) if "event" in record]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

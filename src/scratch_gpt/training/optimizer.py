@@ -1,4 +1,11 @@
-"""AdamW with decoupled weight decay (Loshchilov and Hutter, 2019, arXiv:1711.05101) on the matrices of the blocks."""
+"""The optimizers: AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
+
+AdamW with decoupled weight decay: Loshchilov and Hutter, 2019, arXiv:1711.05101. Muon orthogonalises the momentum of a
+matrix before it is applied (Jordan et al., 2024, kellerjordan.github.io/posts/muon); its update is scaled to the size of
+an AdamW update, so that both take the same learning rate and weight decay (Liu et al., 2025, arXiv:2502.16982).
+"""
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -8,33 +15,84 @@ from scratch_gpt.config import TrainingSettings
 EPSILON = 1e-8
 
 
-def build_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """Two groups: matrices of the blocks decay; embeddings (the tied head with them), norms and biases do not."""
+class Optimizers:
+    """One or two torch optimizers over disjoint parameters, used as if they were one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop the gradients rather than fill them with zeros."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def build_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizers:
+    """Matrices of the blocks decay; embeddings (the tied head with them), the head, norms and biases do not."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    matrices: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and not name.startswith("lm_head")
-        (decayed if is_matrix else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), eps=EPSILON, fused=True
+        in_a_block = parameter.ndim >= 2 and id(parameter) not in embeddings and not name.startswith("lm_head")
+        (matrices if in_a_block else others).append((name, parameter))
+    decayed = {"params": matrices, "weight_decay": settings.weight_decay}
+    rest = {"params": others, "weight_decay": 0.0}
+    adamw = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "eps": EPSILON, "fused": True}
+    if settings.optimizer == "adamw":
+        return Optimizers(torch.optim.AdamW([decayed, rest], **adamw))
+    muon = torch.optim.Muon(
+        [decayed], lr=settings.learning_rate, momentum=settings.muon_momentum, adjust_lr_fn="match_rms_adamw"
     )
+    return Optimizers(muon, torch.optim.AdamW([rest], **adamw))
 
 
-def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat named tensors, for a safetensors file."""
+def describe(optimizers: Optimizers) -> Iterator[str]:
+    """One line for each parameter group: who updates it, its decay, its size, and which modules it covers."""
+    for optimizer in optimizers.optimizers:
+        for group in optimizer.param_groups:
+            modules = sorted({_kind(name) for name in group["param_names"]})
+            number = sum(parameter.numel() for parameter in group["params"])
+            yield (
+                f"{type(optimizer).__name__:<5}  decay {group['weight_decay']:<5g}  {number:>13,} parameters in "
+                f"{len(group['params']):>3} tensors: {', '.join(modules)}"
+            )
+
+
+def _kind(name: str) -> str:
+    """transformer.h.3.attn.q_proj.weight is of the kind attn.q_proj.weight."""
+    return ".".join(part for part in name.split(".") if part not in ("transformer", "h") and not part.isdigit())
+
+
+def state_tensors(optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    """The state as flat tensors named {parameter}.{state}, for a safetensors file."""
     return {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for optimizer in optimizers.optimizers
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        for key, value in optimizer.state[parameter].items()
     }
 
 
-def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of :func:`state_tensors`, for an optimizer over the same parameters."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+def load_state_tensors(optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
+    """Inverse of :func:`state_tensors`, for optimizers over parameters of the same names."""
+    states: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        name, _, state = key.rpartition(".")
+        states.setdefault(name, {})[state] = value
+    for optimizer in optimizers.optimizers:
+        names = [name for group in optimizer.param_groups for name in group["param_names"]]
+        optimizer.load_state_dict(
+            {
+                "state": {index: states[name] for index, name in enumerate(names) if name in states},
+                "param_groups": optimizer.state_dict()["param_groups"],
+            }
+        )

@@ -80,7 +80,12 @@ def measure(model: ScratchGPTForCausalLM, batch: Batch, precision: str, repeats:
 def _forward_backward(model: ScratchGPTForCausalLM, batch: Batch, precision: str) -> None:
     device = batch.input_ids.device.type
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        model(input_ids=batch.input_ids, labels=batch.labels, shift_labels=batch.labels).loss.backward()
+        model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            labels=batch.labels,
+            shift_labels=batch.labels,
+        ).loss.backward()
     if device == "cuda":
         torch.cuda.synchronize()
 

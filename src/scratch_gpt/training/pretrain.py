@@ -3,47 +3,46 @@
     scratch-gpt pretrain --run-dir runs/mine --corpus book.txt --max-steps 1000
     accelerate launch --num_processes 8 -m scratch_gpt pretrain --config pretrain.yaml
 
-Accelerate brings device, launch and autocast. The loop owns the data order, the schedule and the checkpoints, because
-each of them must be a pure function of the step: then the same command after a crash writes the same losses.
+This file makes what is not there yet and finds what is; the training itself is in ``loop.py``.
 """
 
-import math
 import shutil
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
-from scratch_gpt.config import PretrainSettings
-from scratch_gpt.console import duration, progress_bar, say
-from scratch_gpt.data.batches import Batch, RowOrder, read_rows
+from scratch_gpt.config import PhaseSettings, PretrainSettings
+from scratch_gpt.console import say
+from scratch_gpt.data.loader import TrainingData
+from scratch_gpt.data.mixture import Cursor, TrainingOrder
+from scratch_gpt.data.packing import BestFit, pack
 from scratch_gpt.data.prepare import prepare, summary
 from scratch_gpt.data.shards import TokenStream, content_fingerprint, read_manifest
 from scratch_gpt.data.sources import split_documents
 from scratch_gpt.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
-from scratch_gpt.errors import StoppedOnRequest, UserError
+from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, new_folder
 from scratch_gpt.model import ScratchGPTForCausalLM
 from scratch_gpt.training.build import build_config, build_model
 from scratch_gpt.training.checkpoint import (
+    STATE,
     TrainerState,
     find_checkpoint,
     load_checkpoint,
+    load_optimizer,
     read_state,
-    save_checkpoint,
     save_model,
 )
 from scratch_gpt.training.launch import launched_processes
-from scratch_gpt.training.metrics import MetricsFile
+from scratch_gpt.training.loop import BatchShape, Loop
 from scratch_gpt.training.optimizer import build_optimizer
+from scratch_gpt.training.optimizer import describe as describe_groups
 from scratch_gpt.training.precision import Arithmetic, choose_arithmetic, compile_blocks
+from scratch_gpt.training.recompute import checkpoint_activations
 from scratch_gpt.training.run import record_settings, run_directory, stored_settings
 from scratch_gpt.training.schedule import learning_rate
-from scratch_gpt.training.stop import StopRequest
-from scratch_gpt.training.validation import validate
 
 
 def pretrain_command(settings: PretrainSettings) -> None:
@@ -59,10 +58,18 @@ def pretrain_command(settings: PretrainSettings) -> None:
             prepare_tokenizer(settings, run_dir)
             prepare_data(settings, run_dir)
             state.wait_for_everyone()
-            Pretraining(settings, run_dir).run()
+            _train(settings, run_dir)
     else:
         state.wait_for_everyone()
-        Pretraining(settings, Path(settings.run_dir)).run()
+        _train(settings, Path(settings.run_dir))
+
+
+def _train(settings: PretrainSettings, run_dir: Path) -> None:
+    pretraining = Pretraining(settings, run_dir)
+    if settings.dry_run:
+        pretraining.describe()
+    else:
+        pretraining.run()
 
 
 def prepare_tokenizer(settings: PretrainSettings, run_dir: Path) -> None:
@@ -96,6 +103,25 @@ def data_folder(settings: PretrainSettings, run_dir: Path) -> Path:
     return run_dir / "data" if settings.data_path is None else Path(settings.data_path)
 
 
+def find_origin(settings: PretrainSettings) -> Path | None:
+    """The folder that `--resume-from` names: a saved model, or the newest model of a run directory.
+
+    Raises:
+        UserError: there is none, or it has no optimizer state where that is asked for.
+    """
+    if settings.resume_from is None:
+        return None
+    named = Path(settings.resume_from)
+    candidates = [named, named / "final", find_checkpoint(named)[0]]
+    if settings.resume_optimizer:
+        candidates = [folder for folder in (named, find_checkpoint(named)[0]) if folder and (folder / STATE).is_dir()]
+    for folder in candidates:
+        if folder is not None and (folder / "config.json").is_file():
+            return folder
+    what = "checkpoint with an optimizer" if settings.resume_optimizer else "saved model or run"
+    raise UserError(f"--resume-from: {named} holds no {what}")
+
+
 STEP_OVERHEAD = 1.2
 """A whole step over its forward and backward pass: optimizer, validation, checkpoints."""
 FEWEST_STEPS = 30
@@ -110,29 +136,49 @@ class Pretraining:
     def __init__(self, settings: PretrainSettings, run_dir: Path, budget_seconds: float | None = None):
         self.settings, self.run_dir, self.budget_seconds = settings, run_dir, budget_seconds
         self.tokenizer = load_tokenizer(tokenizer_folder(settings, run_dir))
-        manifest = read_manifest(data_folder(settings, run_dir))
+        folder = data_folder(settings, run_dir)
+        manifest = read_manifest(folder)
         self.data_fingerprint = content_fingerprint(manifest)
-        self.train_stream = TokenStream.open(data_folder(settings, run_dir), "train", manifest)
-        self.validation_stream = TokenStream.open(data_folder(settings, run_dir), "validation", manifest)
+        self.train_streams, self.validation_streams = (
+            {name: TokenStream.open(folder, split, manifest, name) for name in manifest["sources"]}
+            for split in ("train", "validation")
+        )
 
         self.checkpoint, problems = find_checkpoint(run_dir)
         for problem in problems:
             say(problem)
+        self.origin = find_origin(settings)
         if self.checkpoint is None:
-            self.model = build_model(build_config(settings.model, self.tokenizer), settings.seed)
+            config = build_config(settings.model, self.tokenizer)
+            self.model = build_model(config, settings.seed)
+            if self.origin is not None:
+                self.model = ScratchGPTForCausalLM.from_pretrained(self.origin, dtype=torch.float32)
         else:
             self.model = ScratchGPTForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
         self.model.train()
+        if manifest["vocab_size"] > self.model.config.vocab_size:
+            raise UserError(
+                f"{folder} was made with a vocabulary of {manifest['vocab_size']} tokens, the model has "
+                f"{self.model.config.vocab_size}: take the shards of the model's own tokenizer"
+            )
 
         self.context_length = self._context_length()
-        self.order = RowOrder(len(self.train_stream), self.context_length, settings.seed)
+        self.order = self._order()
+        self.data = TrainingData(
+            self.train_streams,
+            self.order,
+            self.context_length,
+            settings.training.document_mask,
+            self.model.config.vocab_size,
+        )
         processes = launched_processes()
         world = processes.num_processes
-        self.rows_per_step, self.micro_batches = self._batch_shape(world)
+        self.shape = self._batch_shape(world)
+        checkpoint_activations(self.model, settings.training)
         self.arithmetic = self._choose_arithmetic(processes)
         say(
             f"model      {self.num_parameters:,} parameters, context {self.context_length}, "
-            f"{self.rows_per_step * self.context_length:,} tokens a step on {world} process(es)"
+            f"{self.shape.rows * self.context_length:,} tokens a step on {world} process(es)"
         )
         how = "compiled" if self.arithmetic.compiled else "eager"
         say(f"arithmetic {self.arithmetic.precision}, {how}: {self.arithmetic.reason}")
@@ -147,117 +193,59 @@ class Pretraining:
         return max(FEWEST_STEPS, steps // 10 * 10)
 
     def run(self) -> None:
-        """Train to the last step and write ``final/``.
-
-        Raises:
-            StoppedOnRequest: a signal came; a checkpoint was saved.
-            UserError: a checkpoint could not be written; the previous one stays valid.
-        """
-        training, max_steps = self.settings.training, self.settings.max_steps
+        """Train to the last step and write ``final/``; see :meth:`Loop.run` for what may end it before."""
         accelerator = Accelerator(mixed_precision="bf16" if self.arithmetic.precision == "bf16" else "no")
         model = accelerator.prepare_model(self.model)
-        optimizer = build_optimizer(self.model, training)
+        optimizer = build_optimizer(self.model, self.settings.training)
         state = TrainerState(
             step=0,
             tokens=0,
             data=self.data_fingerprint,
+            cursor=Cursor(),
             precision=self.arithmetic.precision,
             compiled=self.arithmetic.compiled,
-            record={},
         )
         if self.checkpoint is not None:
             state = load_checkpoint(accelerator, self.checkpoint, optimizer)
-            say(f"resumed    {self.checkpoint.name}: {state.step:,} of {max_steps:,} steps are done")
-        if state.step < max_steps and accelerator.is_main_process:
+            say(f"resumed    {self.checkpoint.name}: {state.step:,} of {self.settings.max_steps:,} steps are done")
+        elif self.origin is not None and self.settings.resume_optimizer:
+            load_optimizer(self.origin, optimizer)
+        if state.step < self.settings.max_steps and accelerator.is_main_process:
             shutil.rmtree(self.run_dir / "final", ignore_errors=True)  # of a shorter run: it is in the checkpoint
-        metrics = MetricsFile(
-            self.run_dir / "metrics.jsonl", keep_through=state.step, write=accelerator.is_main_process
+        loop = Loop(
+            self.settings,
+            self.run_dir,
+            accelerator,
+            model,
+            self.tokenizer,
+            optimizer,
+            self.data,
+            self.validation_streams,
+            self.shape,
+            state,
         )
-        if state.record and metrics.last_step < state.step:  # killed between its checkpoint and its line
-            self._finish_record(accelerator, model, metrics, state.record, left="?")
-
-        clock = Clock()
-        with StopRequest() as stop, progress_bar("pretraining", max_steps, state.step) as bar:
-            while state.step < max_steps:
-                rate = learning_rate(state.step, max_steps, training)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-
-                rows = range(state.step * self.rows_per_step, (state.step + 1) * self.rows_per_step)
-                num_targets = self.order.num_targets(rows)
-                loss = torch.zeros((), device=accelerator.device)
-                for batch in self._read_micro_batches(rows, accelerator.process_index, accelerator.num_processes):
-                    with accelerator.autocast():
-                        micro_loss = model(
-                            input_ids=batch.input_ids.to(accelerator.device),
-                            labels=batch.labels.to(accelerator.device),
-                            shift_labels=batch.labels.to(accelerator.device),
-                            num_items_in_batch=num_targets,
-                        ).loss
-                    # Data parallelism averages gradients over processes; what we want is their sum.
-                    (micro_loss * accelerator.num_processes).backward()
-                    loss += micro_loss.detach()
-                grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm))
-                if not math.isfinite(grad_norm):
-                    raise UserError(self._diverged(state.step + 1, float(loss), grad_norm))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                state.step += 1
-                state.tokens += num_targets
-
-                shared = torch.stack([loss, torch.tensor(float(stop.requested), device=accelerator.device)])
-                step_loss, stop_votes = accelerator.reduce(shared, "sum").tolist()
-                seconds_per_step = clock.tick()
-                last = state.step == max_steps
-                state.record = {
-                    "step": state.step,
-                    "loss": step_loss,
-                    "learning_rate": rate,
-                    "grad_norm": grad_norm,
-                    "tokens": state.tokens,
-                    "tokens_per_second": round(num_targets / seconds_per_step, 1),
-                    "time": round(time.time(), 3),
-                }
-                left = duration((max_steps - state.step) * clock.mean)
-                bar.update(state.step, f"step {state.step}/{max_steps} loss {step_loss:.3f}")
-
-                if state.step % training.save_every == 0 or last or stop_votes:
-                    save_checkpoint(
-                        accelerator, self.run_dir, model, self.tokenizer, optimizer, state, training.keep_last
-                    )
-                self._finish_record(accelerator, model, metrics, state.record, left)
-                clock.skip()
-                if stop_votes and not last:
-                    raise StoppedOnRequest(
-                        f"stopped after step {state.step:,} of {max_steps:,}, saved in "
-                        f"{self.run_dir}/checkpoint-{state.step}. The same command goes on from there."
-                    )
+        loop.run()
+        read = (f"{name} {epochs:.2f} times" for name, epochs in self.order.epochs(state.cursor).items())
+        say(f"data read  {', '.join(read)}")
         self._save_final(accelerator)
         accelerator.end_training()
 
-    def _finish_record(
-        self, accelerator: Accelerator, model: Any, metrics: MetricsFile, record: dict[str, Any], left: str
-    ) -> None:
-        """Validate if that is due, then write the step's line."""
-        step, training = record["step"], self.settings.training
-        if step % training.eval_every == 0 or step == self.settings.max_steps:
-            result = validate(accelerator, model, self.validation_stream, self.context_length)
-            record |= {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
-            say(
-                f"  step {step:>5,}  loss {record['loss']:.3f}  validation {result.bits_per_byte:.3f} bits per byte  "
-                f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
-            )
-        if step % training.log_every == 0 or "validation_loss" in record:
-            metrics.write(record)
-
-    def _read_micro_batches(self, rows: range, process: int, processes: int) -> list[Batch]:
-        """This process's share of a step's rows, a forward pass at a time."""
-        mine = [self.order.locate(row) for row in rows[process::processes]]
-        size = len(mine) // self.micro_batches
-        return [
-            read_rows(self.train_stream, mine[first : first + size], self.context_length)
-            for first in range(0, len(mine), size)
-        ]
+    def describe(self) -> None:
+        """What `--dry-run` says beyond the lines of every run."""
+        training, max_steps = self.settings.training, self.settings.max_steps
+        for number, line in enumerate(describe_groups(build_optimizer(self.model, training))):
+            say(("optimizer  " if number == 0 else "           ") + line)
+        say(f"schedule   {training.schedule} over {max_steps:,} steps:")
+        for step in sorted(
+            {0, training.warmup_steps, max_steps // 4, max_steps // 2, 3 * max_steps // 4, max_steps - 1}
+        ):
+            if 0 <= step < max_steps:
+                rows, micro_batches = self.shape.at(step, self.settings)
+                say(
+                    f"           step {step + 1:>7,}  learning rate {learning_rate(step, max_steps, training):.2e}  "
+                    f"{rows * self.context_length:>9,} tokens in {micro_batches} forward pass(es) per process"
+                )
+        say("dry run: nothing was trained")
 
     def _save_final(self, accelerator: Accelerator) -> None:
         target = self.run_dir / "final"
@@ -267,27 +255,40 @@ class Pretraining:
             say(f"saved      {target}")
         accelerator.wait_for_everyone()
 
-    def _diverged(self, step: int, loss: float, grad_norm: float) -> str:
-        return (
-            f"step {step:,}: the loss is {loss:.4g} and the gradient norm {grad_norm}; the step was not taken. Lower "
-            f"--training.learning_rate (now {self.settings.training.learning_rate}) and start over with --fresh."
-        )
-
     def _context_length(self) -> int:
         longest = self.model.config.max_position_embeddings
         context = self.settings.training.context_length or longest
         if self.model.config.position_embedding_type == "learned" and context > longest:
             raise UserError(f"--training.context_length is {context}, the model has {longest} learned positions")
-        for split, stream in (("training", self.train_stream), ("held-out", self.validation_stream)):
-            if len(stream) < (context + 1 if split == "training" else 2):
+        for split, streams in (("training", self.train_streams), ("held-out", self.validation_streams)):
+            num_tokens = sum(map(len, streams.values()))
+            if num_tokens < (context + 1 if split == "training" else 2):
                 raise UserError(
-                    f"the {split} text has only {len(stream)} tokens, one row takes {context + 1}: give more text or "
+                    f"the {split} text has only {num_tokens} tokens, one row takes {context + 1}: give more text or "
                     "a smaller --training.context_length"
                 )
         return context
 
-    def _batch_shape(self, world: int) -> tuple[int, int]:
-        """(rows per optimizer step over all processes, forward passes per step and process)."""
+    def _order(self) -> TrainingOrder:
+        """The rows of every source, and the mixtures of the run's phases."""
+        training, seed = self.settings.training, self.settings.seed
+        if training.phases and training.mixture:
+            raise UserError("give --training.mixture or --training.phases, not both: each phase has its own mixture")
+        packings = {
+            name: pack(stream, training.packing, self.context_length, training.document_mask, seed, name)
+            for name, stream in self.train_streams.items()
+        }
+        order = TrainingOrder(packings, training.phases or [PhaseSettings("pretrain", 1.0, training.mixture)])
+        for name, packing in packings.items():
+            if isinstance(packing, BestFit):
+                say(f"packing    {name}: {packing.rows_per_epoch:,} rows an epoch, {packing.waste:.2%} padding")
+        if len(packings) > 1:
+            for phase in order.phases:
+                shares = (f"{name} {float(share):.1%}" for name, share in order.mixtures[phase.name].shares.items())
+                say(f"mixture    {phase.name} ({phase.share:.0%} of the steps): {', '.join(shares)} of the rows")
+        return order
+
+    def _batch_shape(self, world: int) -> BatchShape:
         training = self.settings.training
         rows, remainder = divmod(training.total_batch_size, self.context_length)
         if remainder or rows == 0 or rows % world:
@@ -301,7 +302,7 @@ class Pretraining:
             raise UserError(
                 f"--training.device_batch_size is {device_rows}; it must divide the {per_process} rows per process and step"
             )
-        return rows, per_process // device_rows
+        return BatchShape(rows, device_rows, world)
 
     def _choose_arithmetic(self, processes: PartialState) -> Arithmetic:
         """Measured at the start of a run; a resumed run keeps the choice, or its losses would not be the same."""
@@ -315,32 +316,14 @@ class Pretraining:
             if state.compiled:
                 compile_blocks(self.model)
             return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")
-        batch = self._read_micro_batches(range(self.rows_per_step), 0, processes.num_processes)[0]
+        start = self.order.at_step(Cursor(), 0, self.settings.max_steps or 1)
+        micro_batches = self.shape.rows // (self.shape.device_rows * self.shape.processes)
+        data = self.data.read_step(start, self.shape.rows, micro_batches, 0, processes.num_processes)
+        batch = data.batches[0].to(processes.device)
         self.model.to(processes.device)
-        batch = Batch(batch.input_ids.to(processes.device), batch.labels.to(processes.device))
         choice = choose_arithmetic(
-            self.model, batch, self.micro_batches, self.settings.training, self.settings.max_steps, self.budget_seconds
+            self.model, batch, micro_batches, self.settings.training, self.settings.max_steps, self.budget_seconds
         )
         shared = [choice]
         broadcast_object_list(shared)
         return shared[0]
-
-
-class Clock:
-    """Seconds per step, without what happens between steps."""
-
-    def __init__(self) -> None:
-        self.total, self.steps = 0.0, 0
-        self.start = time.perf_counter()
-
-    def tick(self) -> float:
-        seconds = time.perf_counter() - self.start
-        self.total, self.steps = self.total + seconds, self.steps + 1
-        return seconds
-
-    def skip(self) -> None:
-        self.start = time.perf_counter()
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.steps

@@ -12,14 +12,16 @@ from typing import Any
 
 import yaml
 
-from scratch_gpt.config import PretrainSettings, flatten, save_settings
+from scratch_gpt.config import FREE_KEYS, PretrainSettings, flatten, save_settings
 from scratch_gpt.errors import UserError
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 # Settings that may differ between the calls that make up one run: they do not change what was already learnt.
 FREE = {"run_dir", "fresh", "max_steps", "minutes", "training.log_every", "training.eval_every"}
-FREE |= {"training.save_every", "training.keep_last"}
+FREE |= {"training.save_every", "training.keep_last", "training.keep_every", "dry_run", "max_hours"}
+# The data order does not depend on how many rows a step takes; the losses do.
+FREE |= {"training.total_batch_size", "training.device_batch_size"}
 
 
 @contextmanager
@@ -64,15 +66,17 @@ def has_trained(run_dir: Path) -> bool:
 
 def _check_same_run(run_dir: Path, settings: PretrainSettings) -> None:
     stored, asked = stored_settings(run_dir), flatten(settings)
-    changed = [
-        name for name in sorted(stored.keys() & asked.keys()) if name not in FREE and stored[name] != asked[name]
-    ]
+    # A setting that one of the two does not have is of another version or verb, but for keys that users choose.
+    compared = stored.keys() & asked.keys() | {
+        name for name in stored.keys() ^ asked.keys() if name.startswith(FREE_KEYS)
+    }
+    changed = [name for name in sorted(compared - FREE) if stored.get(name) != asked.get(name)]
     if not changed:
         return
     if not has_trained(run_dir):
         _empty(run_dir)  # nothing was learnt yet, so nothing is lost
         return
-    differences = "; ".join(f"{name} is {stored[name]!r} there and {asked[name]!r} here" for name in changed)
+    differences = "; ".join(f"{name} is {stored.get(name)!r} there and {asked.get(name)!r} here" for name in changed)
     raise UserError(
         f"{run_dir} holds a run with other settings: {differences}. "
         "Choose another --run-dir, or start over with --fresh (which deletes that run)."
@@ -85,5 +89,5 @@ def _empty(run_dir: Path) -> None:
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for folder in run_dir.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    for name in (CONFIG, "metrics.jsonl"):
+    for name in (CONFIG, "metrics.jsonl", "best.json"):
         (run_dir / name).unlink(missing_ok=True)

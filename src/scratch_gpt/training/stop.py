@@ -1,15 +1,25 @@
-"""Stopping on request: Ctrl-C and SIGTERM are noted, and the loop saves at the end of its step."""
+"""Stopping on request: Ctrl-C, SIGTERM and the end of the allotted time are noted, and the loop saves at the end of its step."""
 
+import math
 import signal
+import time
 from types import FrameType
 from typing import Self
 
 
 class StopRequest:
-    """While active, turns SIGINT and SIGTERM into ``requested``; a second Ctrl-C interrupts at once."""
+    """While active, turns SIGINT and SIGTERM into ``requested``; a second Ctrl-C interrupts at once.
 
-    def __init__(self) -> None:
-        self.requested = False
+    So does the end of ``max_hours`` from now on.
+    """
+
+    def __init__(self, max_hours: float | None = None) -> None:
+        self._signalled = False
+        self._deadline = time.monotonic() + 3600 * max_hours if max_hours is not None else math.inf
+
+    @property
+    def requested(self) -> bool:
+        return self._signalled or time.monotonic() >= self._deadline
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -20,6 +30,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._signalled = True

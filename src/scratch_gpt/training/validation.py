@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,24 +24,46 @@ class Validation:
     """Cross-entropy of the whole text in bits over its UTF-8 bytes: comparable between tokenizers."""
 
 
-def validate(accelerator: Accelerator, model: nn.Module, stream: TokenStream, context_length: int) -> Validation:
-    """Score ``stream`` with all processes of a run, each a share of the batches, in the run's precision."""
+def validate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    streams: Mapping[str, TokenStream],
+    context_length: int,
+    document_mask: bool = False,
+) -> tuple[Validation, dict[str, Validation]]:
+    """Score the text of all sources and of each, with all processes of a run, in the run's precision.
+
+    Each process takes a share of the batches. ``document_mask``: as the model was trained.
+    """
     vocab_size = accelerator.unwrap_model(model).config.vocab_size
+    share, shares = accelerator.process_index, accelerator.num_processes
     with accelerator.autocast():
-        nats = sum_of_losses(
-            model, stream, context_length, vocab_size, accelerator.process_index, accelerator.num_processes
-        )
-    total, targets = accelerator.reduce(nats.to(accelerator.device), "sum").tolist()
-    return as_validation(total, targets, stream)
+        nats = [
+            sum_of_losses(model, stream, context_length, vocab_size, share, shares, document_mask)
+            for stream in streams.values()
+        ]
+    sums = accelerator.reduce(torch.stack(nats).to(accelerator.device), "sum")  # (sources, 2)
+    by_source = {
+        name: as_validation(total, targets, stream.num_bytes)
+        for (name, stream), (total, targets) in zip(streams.items(), sums.tolist(), strict=True)
+    }
+    total, targets = sums.sum(0).tolist()
+    return as_validation(total, targets, sum(stream.num_bytes for stream in streams.values())), by_source
 
 
-def as_validation(total_nats: float, targets: float, stream: TokenStream) -> Validation:
-    return Validation(loss=total_nats / targets, bits_per_byte=total_nats / math.log(2) / stream.num_bytes)
+def as_validation(total_nats: float, targets: float, num_bytes: int) -> Validation:
+    return Validation(loss=total_nats / targets, bits_per_byte=total_nats / math.log(2) / num_bytes)
 
 
 @torch.no_grad()
 def sum_of_losses(
-    model: nn.Module, stream: TokenStream, context_length: int, vocab_size: int, share: int = 0, shares: int = 1
+    model: nn.Module,
+    stream: TokenStream,
+    context_length: int,
+    vocab_size: int,
+    share: int = 0,
+    shares: int = 1,
+    document_mask: bool = False,
 ) -> torch.Tensor:
     """(sum of cross-entropies in nats, number of targets), float64, over every ``shares``-th batch of ``stream``."""
     was_training = model.training
@@ -48,15 +71,13 @@ def sum_of_losses(
     device = next(model.parameters()).device
     batch_size = max(1, min(32, LOGITS_PER_BATCH // (context_length * vocab_size)))
     nats = torch.zeros(2, dtype=torch.float64)
-    batches = evaluation_batches(stream, context_length, batch_size)
-    for batch in itertools.islice(batches, share, None, shares):
-        logits = model(batch.input_ids.to(device), use_cache=False).logits
+    batches = evaluation_batches(stream, context_length, batch_size, document_mask)
+    for cpu_batch in itertools.islice(batches, share, None, shares):
+        batch = cpu_batch.to(device)
+        logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1),
-            batch.labels.to(device).flatten(),
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
+            logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
-        nats += torch.tensor([losses.item(), (batch.labels != IGNORE_INDEX).sum().item()], dtype=torch.float64)
+        nats += torch.tensor([losses.item(), (cpu_batch.labels != IGNORE_INDEX).sum().item()], dtype=torch.float64)
     model.train(was_training)
     return nats

@@ -1,0 +1,51 @@
+"""A shuffle of ``range(size)`` that is computed, not stored: one place costs microseconds and no memory at any size.
+
+A keyed Feistel network over the digits of a mixed-radix number (Black and Rogaway, 2002, "Ciphers with Arbitrary Finite
+Domains"): an index is ``left * columns + right``, and each round adds a hash of one digit to the other. Every round can
+be undone, so the whole is a bijection of ``range(rows * columns)``; results beyond ``size`` are walked on from, which
+leaves a bijection of ``range(size)``. ``rows * columns`` exceeds ``size`` by less than one row, so walks are rare.
+"""
+
+import hashlib
+import math
+
+ROUNDS = 8
+_MASK = 2**64 - 1
+
+
+class Permutation:
+    """``permutation(index)`` for each index of ``range(size)``: each value once, as ``key`` decides."""
+
+    def __init__(self, size: int, *key: int | str):
+        self.size = size
+        self.rows = math.isqrt(size - 1) + 1 if size > 1 else 1
+        self.columns = -(-size // self.rows)
+        self._keys = [random_integer(*key, number) for number in range(ROUNDS)]
+
+    def __call__(self, index: int) -> int:
+        assert 0 <= index < self.size
+        index = self._encipher(index)
+        while index >= self.size:
+            index = self._encipher(index)
+        return index
+
+    def _encipher(self, index: int) -> int:
+        left, right = divmod(index, self.columns)
+        for number, key in enumerate(self._keys):
+            if number % 2:
+                right = (right + _mix(left ^ key)) % self.columns
+            else:
+                left = (left + _mix(right ^ key)) % self.rows
+        return left * self.columns + right
+
+
+def random_integer(*key: int | str) -> int:
+    """64 bits that look random and depend on ``key`` alone: the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+
+def _mix(value: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): each bit of the result depends on all bits."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

@@ -1,0 +1,264 @@
+"""The training loop: read, forward and backward, judge, step, record, save, validate.
+
+Accelerate brings device, launch and autocast. The loop owns the data order, the schedule and the checkpoints, because
+each of them must be a pure function of the step: then the same command after a crash writes the same losses.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_model
+
+from scratch_gpt.config import PretrainSettings
+from scratch_gpt.console import duration, progress_bar, say
+from scratch_gpt.data.loader import ReadAhead, StepData, TrainingData
+from scratch_gpt.data.shards import TokenStream
+from scratch_gpt.errors import StoppedOnRequest, UserError
+from scratch_gpt.training.checkpoint import (
+    TrainerState,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    record_best,
+    save_checkpoint,
+)
+from scratch_gpt.training.guard import Guard
+from scratch_gpt.training.metrics import MetricsFile
+from scratch_gpt.training.optimizer import Optimizers
+from scratch_gpt.training.schedule import learning_rate, rows_at
+from scratch_gpt.training.stop import StopRequest
+from scratch_gpt.training.validation import validate
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How the rows of an optimizer step are spread."""
+
+    rows: int
+    """Rows of a whole step, over all processes."""
+    device_rows: int
+    """Rows of one forward pass of one process."""
+    processes: int
+
+    def at(self, step: int, settings: PretrainSettings) -> tuple[int, int]:
+        """(rows over all processes, forward passes per process) of ``step``, which may belong to the warm-up."""
+        smallest = self.device_rows * self.processes
+        rows = rows_at(step, self.rows, smallest, settings.training)
+        return rows, rows // smallest
+
+
+class Loop:
+    """A run from ``state`` to its last step. All processes call it with the same arguments."""
+
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        run_dir: Path,
+        accelerator: Accelerator,
+        model: Any,
+        tokenizer: Any,
+        optimizer: Optimizers,
+        data: TrainingData,
+        validation_streams: Mapping[str, TokenStream],
+        shape: BatchShape,
+        state: TrainerState,
+    ):
+        self.settings, self.training, self.run_dir = settings, settings.training, run_dir
+        self.accelerator, self.model, self.tokenizer, self.optimizer = accelerator, model, tokenizer, optimizer
+        self.data, self.validation_streams, self.shape, self.state = data, validation_streams, shape, state
+        self.guard = Guard(settings.guard, **state.guard)
+        self.metrics = MetricsFile(
+            run_dir / "metrics.jsonl", state.step, state.cursor.row, write=accelerator.is_main_process
+        )
+        self.clock = Clock()
+
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            StoppedOnRequest: a signal came, or the time is over; a checkpoint was saved.
+            UserError: a checkpoint could not be written (the previous one stays valid), or the run diverged.
+        """
+        state, max_steps = self.state, self.settings.max_steps
+        if state.record and self.metrics.last_step < state.step:  # killed between its checkpoint and its line
+            self._finish_record(left="?")
+        with (
+            StopRequest(self.settings.max_hours) as stop,
+            progress_bar("pretraining", max_steps, state.step) as bar,
+        ):
+            while state.step < max_steps:
+                with ReadAhead(self._read_steps()) as reader:  # anew after a step that was not taken
+                    while state.step < max_steps and self._train_step(reader, stop):
+                        bar.update(state.step, f"step {state.step}/{max_steps} loss {state.record['loss']:.3f}")
+
+    def _train_step(self, reader: ReadAhead[StepData], stop: StopRequest) -> bool:
+        """One optimizer step; False if it was skipped, or undone by a rollback."""
+        state, max_steps = self.state, self.settings.max_steps
+        rate = learning_rate(state.step, max_steps, self.training) * state.learning_rate_scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        asked = time.perf_counter()
+        data = next(reader)
+        data_seconds = time.perf_counter() - asked
+        loss = self._forward_backward(data)
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm))
+        shared = torch.stack([loss, torch.tensor(float(stop.requested), device=loss.device)])
+        step_loss, stop_votes = self.accelerator.reduce(shared, "sum").tolist()
+
+        state.cursor = data.cursor
+        state.tokens += data.num_targets
+        problem = self.guard.problem(step_loss, grad_norm)
+        if problem is None:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if problem is not None:
+            self._do_not_take(problem)
+            return False
+        state.step += 1
+        state.guard = self.guard.state()
+
+        seconds = self.clock.tick()
+        order = self.data.order
+        state.record = {
+            "step": state.step,
+            "loss": step_loss,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "tokens": state.tokens,
+            "tokens_per_second": round(data.num_targets / seconds, 1),
+            "data_seconds": round(data_seconds, 6),
+            "phase": data.cursor.phase,
+            "epochs": {name: round(epochs, 4) for name, epochs in order.epochs(data.cursor).items()},
+            "time": round(time.time(), 3),
+        }
+        last = state.step == max_steps
+        if state.step % self.training.save_every == 0 or last or stop_votes:
+            self._save()
+        self._finish_record(left=duration((max_steps - state.step) * self.clock.mean))
+        self.clock.skip()
+        if stop_votes and not last:
+            raise StoppedOnRequest(
+                f"stopped after step {state.step:,} of {max_steps:,}, saved in "
+                f"{self.run_dir}/checkpoint-{state.step}. The same command goes on from there."
+            )
+        return True
+
+    def _forward_backward(self, data: StepData) -> torch.Tensor:
+        """This process's part of the step's loss (nats per target of the whole step), its gradients accumulated."""
+        loss = torch.zeros((), device=self.accelerator.device)
+        for batch in data.batches:
+            batch = batch.to(self.accelerator.device)
+            with self.accelerator.autocast():
+                micro_loss = self.model(
+                    input_ids=batch.input_ids,
+                    position_ids=batch.position_ids,
+                    labels=batch.labels,
+                    shift_labels=batch.labels,
+                    num_items_in_batch=data.num_targets,
+                ).loss
+            # Data parallelism averages gradients over processes; what we want is their sum.
+            (micro_loss * self.accelerator.num_processes).backward()
+            loss += micro_loss.detach()
+        return loss
+
+    def _do_not_take(self, problem: str) -> None:
+        """Pass over the data of a bad step; after several in a row, go back to where the weights were good."""
+        state = self.state
+        self._event("skipped", problem)
+        if not self.guard.must_roll_back:
+            return
+        checkpoint, _ = find_checkpoint(self.run_dir)
+        if checkpoint is None or self.guard.must_give_up:
+            raise UserError(
+                f"step {state.step + 1:,}: {problem}; the step was not taken, nor were the {self.guard.skipped - 1} tries "
+                f"before it. Lower --training.learning_rate (now {self.training.learning_rate}) and start over with --fresh."
+            )
+        self.guard.rolled_back()
+        before = read_state(checkpoint)
+        load_model(self.accelerator.unwrap_model(self.model), checkpoint / "model.safetensors")
+        load_checkpoint(self.accelerator, checkpoint, self.optimizer)
+        state.step, state.record = before.step, before.record
+        state.learning_rate_scale *= self.settings.guard.rollback_learning_rate
+        self.metrics.roll_back(state.step)
+        self._event("rolled back", f"to {checkpoint.name}, learning rate x {state.learning_rate_scale:g}")
+
+    def _event(self, event: str, reason: str) -> None:
+        state = self.state
+        say(f"  step {state.step + 1:>5,}  {event}: {reason}")
+        self.metrics.write({"event": event, "step": state.step + 1, "row": state.cursor.row, "reason": reason})
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.accelerator,
+            self.run_dir,
+            self.model,
+            self.tokenizer,
+            self.optimizer,
+            self.state,
+            self.training.keep_last,
+            self.training.keep_every,
+        )
+
+    def _finish_record(self, left: str) -> None:
+        """Validate if that is due, then write the step's line."""
+        record = self.state.record
+        step = record["step"]
+        if step % self.training.eval_every == 0 or step == self.settings.max_steps:
+            result, by_source = validate(
+                self.accelerator,
+                self.model,
+                self.validation_streams,
+                self.data.context_length,
+                self.training.document_mask,
+            )
+            record |= {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
+            if len(by_source) > 1:
+                record["validation"] = {name: vars(one) for name, one in by_source.items()}
+            if self.accelerator.is_main_process:
+                record_best(self.run_dir, step, result.bits_per_byte)
+            say(
+                f"  step {step:>5,}  loss {record['loss']:.3f}  validation {result.bits_per_byte:.3f} bits per byte  "
+                f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
+            )
+        if step % self.training.log_every == 0 or "validation_loss" in record:
+            self.metrics.write(record)
+
+    def _read_steps(self) -> Iterator[StepData]:
+        """The data of every step that is left, for this process."""
+        order, max_steps = self.data.order, self.settings.max_steps
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        cursor = self.state.cursor
+        for step in range(self.state.step, max_steps):
+            cursor = order.at_step(cursor, step, max_steps)
+            rows, micro_batches = self.shape.at(step, self.settings)
+            data = self.data.read_step(cursor, rows, micro_batches, process, processes)
+            if self.accelerator.device.type == "cuda":
+                data = replace(data, batches=[batch.pin_memory() for batch in data.batches])
+            yield data
+            cursor = data.cursor
+
+
+class Clock:
+    """Seconds per step, without what happens between steps."""
+
+    def __init__(self) -> None:
+        self.total, self.steps = 0.0, 0
+        self.start = time.perf_counter()
+
+    def tick(self) -> float:
+        seconds = time.perf_counter() - self.start
+        self.total, self.steps = self.total + seconds, self.steps + 1
+        return seconds
+
+    def skip(self) -> None:
+        self.start = time.perf_counter()
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.steps

@@ -1,0 +1,165 @@
+"""What keeps a run alive and what is kept of it: the guard, time limits, retention, continued pretraining."""
+
+import json
+import math
+
+import pytest
+from safetensors.torch import load_file
+
+from scratch_gpt.cli import main
+from scratch_gpt.training.checkpoint import best_step, find_checkpoint
+from scratch_gpt.training.loop import Loop
+from scratch_gpt.training.metrics import read_events, read_metrics
+from tests.training.test_runs import arguments, assert_same_run, losses
+
+STEPS = 60
+LONG = ["--max-steps", str(STEPS), "--training.save_every", "10", "--training.eval_every", "60"]
+LONG += ["--training.schedule", "constant"]
+GUARD = ["--guard.sigmas", "4", "--guard.max_skips", "3"]
+ROWS_PER_STEP = 8
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """``poison({step: loss -> loss})``: the data that an undisturbed run reads at these steps does that to the loss."""
+
+    def spoil(steps):
+        original = Loop._forward_backward
+
+        def forward_backward(self, data):
+            effect = steps.get(data.cursor.row // ROWS_PER_STEP)
+            if effect is None:
+                return original(self, data)
+            for batch in data.batches:
+                batch.labels[:] = 5  # garbage: the same token everywhere
+            loss = original(self, data)
+            for parameter in self.model.parameters():
+                parameter.grad.mul_(effect)
+            return loss * effect
+
+        monkeypatch.setattr(Loop, "_forward_backward", forward_backward)
+
+    return spoil
+
+
+def validation(run_dir):
+    return read_metrics(run_dir / "metrics.jsonl")[-1]["validation_bits_per_byte"]
+
+
+@pytest.fixture(scope="module")
+def clean(corpus, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("clean") / "run"
+    assert main([*arguments(run_dir, corpus, *GUARD), *LONG]) == 0
+    assert not read_events(run_dir / "metrics.jsonl")
+    return run_dir
+
+
+def test_a_nan_is_passed_over(clean, poison, corpus, tmp_path, capsys):
+    poison({25: math.nan, 41: math.inf})
+    assert main([*arguments(tmp_path / "run", corpus, *GUARD), *LONG]) == 0
+    assert "step    25  skipped: the loss is nan" in capsys.readouterr().out
+    events = read_events(tmp_path / "run" / "metrics.jsonl")
+    assert [(event["event"], event["step"], event["row"]) for event in events] == [
+        ("skipped", 25, 25 * ROWS_PER_STEP),
+        ("skipped", 40, 41 * ROWS_PER_STEP),
+    ]
+    assert list(losses(tmp_path / "run")) == list(range(1, STEPS + 1))
+    assert validation(tmp_path / "run") == pytest.approx(validation(clean), abs=0.02)
+
+
+def test_poisoned_data_leads_to_a_rollback_and_does_no_harm(clean, poison, corpus, tmp_path):
+    poison({step: 50.0 for step in range(50, 58)})
+    run_dir, unguarded = tmp_path / "run", tmp_path / "unguarded"
+    assert main([*arguments(run_dir, corpus, *GUARD, "--guard.rollback_learning_rate", "0.9"), *LONG]) == 0
+    events = [event["event"] for event in read_events(run_dir / "metrics.jsonl")]
+    assert events == [*(["skipped"] * 3 + ["rolled back"]) * 2, "skipped", "skipped"]
+    assert list(losses(run_dir)) == list(range(1, STEPS + 1))
+    assert validation(run_dir) == pytest.approx(validation(clean), abs=0.03)
+    state = json.loads((run_dir / f"checkpoint-{STEPS}" / "trainer_state" / "state.json").read_text())
+    assert state["learning_rate_scale"] == pytest.approx(0.81)
+
+    assert main([*arguments(unguarded, corpus, "--guard.sigmas", "0"), *LONG]) == 0
+    assert not read_events(unguarded / "metrics.jsonl")
+    assert validation(unguarded) > validation(clean) + 0.06
+
+
+def test_a_run_stopped_and_resumed_after_skips_is_the_same(poison, corpus, tmp_path):
+    poison({25: math.nan, **{step: 50.0 for step in range(36, 41)}})
+    more = [*arguments(tmp_path / "x", corpus, *GUARD), *LONG]
+    run, other = ([word.replace(str(tmp_path / "x"), str(tmp_path / name)) for word in more] for name in "ab")
+    assert main(run) == 0
+    assert main([*other, "--max-hours", "1e-9"]) == 75
+    while main([*other, "--max-hours", "0.0005"]) == 75:
+        pass
+    assert_same_run(tmp_path / "b", tmp_path / "a")
+    strip = [{**event, "time": 0} for event in read_events(tmp_path / "a" / "metrics.jsonl")]
+    assert [{**event, "time": 0} for event in read_events(tmp_path / "b" / "metrics.jsonl")] == strip
+
+
+def test_the_time_limit_saves_and_exits_with_75(corpus, tmp_path, capsys):
+    assert main([*arguments(tmp_path / "run", corpus), "--max-hours", "1e-9"]) == 75
+    assert "The same command goes on" in capsys.readouterr().err
+    assert find_checkpoint(tmp_path / "run")[0].name == "checkpoint-1"
+
+
+def test_every_nth_and_the_best_checkpoint_are_kept(corpus, tmp_path, monkeypatch):
+    bits = iter([2.0, 1.5, 1.7, 1.9, 1.8, 1.6])
+    original = Loop._finish_record
+
+    def finish(self, left):
+        monkeypatch.setattr("scratch_gpt.training.loop.validate", lambda *_: (Result(next(bits)), {}))
+        original(self, left)
+
+    class Result:
+        def __init__(self, bits_per_byte):
+            self.loss = self.bits_per_byte = bits_per_byte
+
+    monkeypatch.setattr(Loop, "_finish_record", finish)
+    keep = ["--training.save_every", "2", "--training.eval_every", "2", "--training.keep_last", "1"]
+    assert main([*arguments(tmp_path / "run", corpus, *keep), "--training.keep_every", "6"]) == 0
+    assert best_step(tmp_path / "run") == 4
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (4, 6, 12)}
+
+
+def test_a_dry_run_says_what_it_would_do_and_trains_nothing(corpus, tmp_path, capsys):
+    run = arguments(tmp_path / "run", corpus, "--training.optimizer", "muon", "--training.batch_warmup_steps", "3")
+    run += ["--training.device_batch_size", "2"]
+    assert main([*run, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "optimizer  Muon" in printed and "attn.q_proj.weight" in printed and "AdamW" in printed
+    assert "learning rate" in printed and "64 tokens in 1 forward pass(es)" in printed
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert main(run) == 0
+
+
+def test_a_growing_batch_and_muon_resume_bit_for_bit(corpus, tmp_path):
+    more = ["--training.optimizer", "muon", "--training.batch_warmup_steps", "6", "--training.device_batch_size", "2"]
+    assert main(arguments(tmp_path / "whole", corpus, *more)) == 0
+    records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    tokens = [now["tokens"] - before["tokens"] for before, now in zip([{"tokens": 0}, *records], records, strict=False)]
+    assert tokens[0] == 64 and tokens == sorted(tokens) and tokens[-1] == 256
+    run = arguments(tmp_path / "parts", corpus, *more)
+    assert main([*run, "--max-hours", "1e-9"]) == 75
+    assert main(run) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("optimizer", ["false", "true"])
+def test_continued_pretraining_begins_where_the_other_run_ended(clean, corpus, tmp_path, optimizer):
+    last = read_metrics(clean / "metrics.jsonl")[-1]
+    more = ["--resume-from", str(clean), "--resume-optimizer", optimizer, "--training.schedule", "constant"]
+    more += ["--tokenizer-path", str(clean / "tokenizer"), "--training.total_batch_size", "512"]
+    more += ["--training.learning_rate", "1e-5", "--training.warmup_steps", "0", "--max-steps", "3"]
+    assert main([*arguments(tmp_path / "run", corpus), *more]) == 0
+    first = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert first["step"] == 1 and first["tokens"] == 512
+    assert first["loss"] < last["loss"] + 0.3
+    state = find_checkpoint(tmp_path / "run")[0] / "trainer_state" / "optimizer.safetensors"
+    steps = {float(value) for name, value in load_file(state).items() if name.endswith(".step")}
+    assert steps == ({STEPS + 3.0} if optimizer == "true" else {3.0})
+
+
+@pytest.mark.parametrize(("folder", "message"), [("absent", "holds no saved model or run")])
+def test_resuming_from_nothing_is_refused(corpus, tmp_path, capsys, folder, message):
+    assert main([*arguments(tmp_path / "run", corpus), "--resume-from", str(tmp_path / folder)]) == 2
+    assert message in capsys.readouterr().err
