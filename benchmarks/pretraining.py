@@ -1,0 +1,273 @@
+"""Tokens per second of pretraining on this machine: scratch-gpt beside nanoGPT and `transformers.Trainer`.
+
+    python benchmarks/pretraining.py --nanogpt ../nanoGPT            # all shapes, about an hour on two cores
+    python benchmarks/pretraining.py --nanogpt ../nanoGPT --shape a --repeats 5
+
+All train GPT-2's architecture of the same shape, without dropout, on the same random tokens, with the same tokens per
+step. Each contestant runs in a process of its own, in turn, and reports the median of its steps; the table takes the
+median over the turns. nanoGPT is its own model, optimizer and training step (the public repository, checked out outside
+this one); Trainer trains `GPT2LMHeadModel`. Every peer is tried in float32 and in bfloat16 autocast (which nanoGPT's
+script would not switch on for a CPU), eager and compiled, and its best is what we are compared with; "default" is
+float32 and eager, what their documentation gives a CPU user.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SHAPES = {
+    # name: layers, width, heads, vocabulary, context, rows per step
+    "a": (6, 320, 5, 4096, 256, 16),
+    "b": (8, 320, 5, 50304, 512, 8),
+    "c": (12, 768, 12, 50304, 1024, 4),
+}
+STEPS, WARM_UP = 5, 2
+RATE = 3e-4
+
+
+def tokens(vocabulary: int, count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocabulary, count).astype(np.uint16)
+
+
+def timed_steps(step: Callable[[], object]) -> list[float]:
+    seconds = []
+    for number in range(WARM_UP + STEPS):
+        start = time.perf_counter()
+        step()
+        if number >= WARM_UP:
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def nanogpt(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) -> list[float]:
+    """nanoGPT's training step, as its train.py has it."""
+    sys.path.insert(0, checkout)
+    from model import GPT, GPTConfig
+
+    layers, width, heads, vocabulary, context, rows = shape
+    config = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocabulary, "block_size": context}
+    model = GPT(GPTConfig(**config, dropout=0.0, bias=True))
+    optimizer = model.configure_optimizers(0.1, RATE, (0.9, 0.95), "cpu")
+    run = torch.compile(model) if compiled else model
+    data = tokens(vocabulary, 1_000_000)
+
+    def step() -> None:
+        starts = torch.randint(len(data) - context, (rows,))
+        x = torch.stack([torch.from_numpy(data[i : i + context].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + context].astype(np.int64)) for i in starts])
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            _, loss = run(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return timed_steps(step)
+
+
+def trainer(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) -> list[float]:
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+    layers, width, heads, vocabulary, context, rows = shape
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=layers, n_head=heads, **no_dropout
+    )
+    data = tokens(vocabulary, (WARM_UP + STEPS) * rows * context).reshape(-1, context).astype(np.int64)
+    dataset = [{"input_ids": row, "labels": row} for row in data]
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: object, **__: object) -> None:
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            marks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            use_cpu=True,
+            max_steps=WARM_UP + STEPS,
+            per_device_train_batch_size=rows,
+            bf16=precision == "bf16",
+            torch_compile=compiled,
+            learning_rate=RATE,
+            weight_decay=0.1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        Trainer(GPT2LMHeadModel(config), arguments, train_dataset=dataset, callbacks=[Clock()]).train()
+    ends = marks[1::2]  # from the end of one step to the end of the next, loading included
+    return [after - before for before, after in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
+
+
+def ours(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) -> list[float]:
+    """The loop of `scratch-gpt pretrain`, guard, metrics and all."""
+    from accelerate import Accelerator
+
+    from scratch_gpt.config import PhaseSettings, PretrainSettings, TrainingSettings
+    from scratch_gpt.data.loader import TrainingData
+    from scratch_gpt.data.mixture import Cursor, TrainingOrder
+    from scratch_gpt.data.packing import pack
+    from scratch_gpt.data.shards import TokenStream
+    from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
+    from scratch_gpt.model.presets import GPT2_STYLE
+    from scratch_gpt.training.checkpoint import TrainerState
+    from scratch_gpt.training.loop import BatchShape, Loop
+    from scratch_gpt.training.metrics import read_metrics
+    from scratch_gpt.training.optimizer import build_optimizer
+    from scratch_gpt.training.precision import compile_blocks
+
+    layers, width, heads, vocabulary, context, rows = shape
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "vocab_size": vocabulary}
+    fields = {**GPT2_STYLE, **sizes, "max_position_embeddings": context, "bos_token_id": None, "eos_token_id": None}
+    model = ScratchGPTForCausalLM(ScratchGPTConfig(**fields)).train()
+    if compiled:
+        compile_blocks(model)
+    stream = TokenStream([tokens(vocabulary, 1_000_000)], num_bytes=1_000_000)
+    steps = WARM_UP + STEPS
+    training = TrainingSettings(learning_rate=RATE, eval_every=10**9, save_every=10**9)
+    packing = pack(stream, "concat", context, False, 0, "random")
+    data = TrainingData(
+        {"random": stream}, TrainingOrder({"random": packing}, [PhaseSettings("pretrain")]), context, False, vocabulary
+    )
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
+    state = TrainerState(0, 0, "", Cursor(), precision, compiled)
+    with tempfile.TemporaryDirectory() as folder:
+        loop = Loop(
+            PretrainSettings(run_dir=folder, max_steps=steps + 1, training=training),
+            Path(folder),
+            accelerator,
+            accelerator.prepare_model(model),
+            None,
+            build_optimizer(model, training),
+            data,
+            {},
+            BatchShape(rows, rows, 1),
+            state,
+        )
+        loop.settings.max_steps = steps + 1  # the last step, which would validate and save, is not reached
+        loop._finish_record = finish(loop, steps)  # type: ignore[method-assign]
+        try:
+            loop.run()
+        except StopIteration:
+            pass
+        records = read_metrics(Path(folder) / "metrics.jsonl")
+    return [rows * context / record["tokens_per_second"] for record in records[WARM_UP:]]
+
+
+def finish(loop: object, steps: int) -> Callable[..., None]:
+    def record(left: str) -> None:
+        loop.metrics.write(loop.state.record)  # type: ignore[attr-defined]
+        if loop.state.step == steps:  # type: ignore[attr-defined]
+            raise StopIteration
+
+    return record
+
+
+CONTESTANTS = {"nanoGPT": nanogpt, "Trainer": trainer, "scratch-gpt": ours}
+
+
+def child(arguments: argparse.Namespace) -> None:
+    import resource
+
+    torch.manual_seed(0)
+    run = CONTESTANTS[arguments.child]
+    seconds = run(SHAPES[arguments.shape], arguments.precision, arguments.compiled, arguments.nanogpt)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": statistics.median(seconds), "peak": peak}))
+
+
+def matmul_peak(precision: str, size: int = 2048) -> float:
+    """FLOP per second of a large matrix product here, the best of ten."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def flops_per_step(shape: tuple[int, ...]) -> float:
+    """Forward and backward: 6 per weight of a matrix and token, and 12 per layer, unit of width and token of context."""
+    layers, width, _, vocabulary, context, rows = shape
+    weights = 12 * layers * width**2 + vocabulary * width
+    return rows * context * (6 * weights + 12 * layers * width * context / 2)  # attention is causal: half
+
+
+def compare(name: str, arguments: argparse.Namespace) -> None:
+    shape = SHAPES[name]
+    layers, width, _, vocabulary, context, rows = shape
+    print(f"\n({name}) {layers} layers of {width}, vocabulary {vocabulary}, context {context}, {rows} rows a step\n")
+    settings = [
+        (who, precision, compiled) for who in CONTESTANTS for precision in ("fp32", "bf16") for compiled in (0, 1)
+    ]
+    if arguments.skip_compile:
+        settings = [setting for setting in settings if not setting[2]]
+    results: dict[tuple, list[dict[str, float]]] = {setting: [] for setting in settings}
+    for _ in range(arguments.repeats):
+        for setting in settings:
+            who, precision, compiled = setting
+            command = [sys.executable, __file__, "--child", who, "--shape", name, "--precision", precision]
+            command += ["--nanogpt", arguments.nanogpt] + ["--compiled"] * compiled
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+            if done.returncode:
+                raise SystemExit(f"{who} failed:\n{done.stderr[-2000:]}")
+            results[setting].append(json.loads(done.stdout.splitlines()[-1]))
+    peaks = {precision: matmul_peak(precision) for precision in ("fp32", "bf16")}
+    print("| | precision | | tokens/s | range | of the matmul peak | peak memory |\n|---|---|---|---:|---:|---:|---:|")
+    speeds: dict[tuple, float] = {}
+    for setting, found in results.items():
+        who, precision, compiled = setting
+        each = sorted(rows * context / result["seconds"] for result in found)
+        speeds[setting] = statistics.median(each)
+        share = flops_per_step(shape) * speeds[setting] / (rows * context) / peaks[precision]
+        memory = statistics.median(result["peak"] for result in found) / 1e9
+        print(
+            f"| {who} | {precision} | {'compiled' if compiled else 'eager'} | {speeds[setting]:,.0f} | "
+            f"{each[0]:,.0f} - {each[-1]:,.0f} | {share:.0%} | {memory:.2f} GB |"
+        )
+    best = {who: max(speeds[setting] for setting in settings if setting[0] == who) for who in CONTESTANTS}
+    for who in ("nanoGPT", "Trainer"):
+        default = speeds[who, "fp32", 0]
+        print(
+            f"\nscratch-gpt is {best['scratch-gpt'] / best[who]:.2f}x the best of {who} "
+            f"and {best['scratch-gpt'] / default:.2f}x its default",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", required=True, help="checkout of the public repository")
+    parser.add_argument("--shape", choices=[*SHAPES], help="one shape only")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--skip-compile", action="store_true", help="eager settings only")
+    parser.add_argument("--child", choices=[*CONTESTANTS], help=argparse.SUPPRESS)
+    parser.add_argument("--precision", help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for name in [arguments.shape] if arguments.shape else SHAPES:
+        compare(name, arguments)
+
+
+if __name__ == "__main__":
+    main()
