@@ -76,7 +76,7 @@ def nanogpt(text: Path, tokenizer: Path, work: Path, workers: int) -> dict[str, 
     import numpy as np
 
     datasets.disable_caching()
-    encode, end = tiktoken_of(tokenizer)
+    _, end = tiktoken_of(tokenizer)
     datasets.Dataset.from_dict({"text": documents_of(text)}).save_to_disk(work / "text")
     dataset = datasets.load_from_disk(work / "text")
 

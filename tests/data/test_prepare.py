@@ -265,6 +265,7 @@ def test_ctrl_c_ends_the_processes_too_and_the_same_command_goes_on(corpus, toke
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_one_message(corpus, tokenizer_folder, tmp_path):
     many = tmp_path / "many.txt"
     many.write_text("\n<|endoftext|>\n".join([corpus.read_text()] * 20))
