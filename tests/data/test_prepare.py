@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -198,39 +199,51 @@ def start(corpus, tokenizer_folder, output, workers, unit_bytes):
     return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def kill_until_it_finishes(corpus, tokenizer_folder, tmp_path, unit_bytes, longest):
-    """Kill a preparation with two processes at random moments; returns how often that hit it."""
-    whole = start(corpus, tokenizer_folder, tmp_path / "whole", 1, unit_bytes)
-    assert "training tokens" in whole.communicate()[0]
-    chance = random.Random(0)
-    killed = 0
-    while True:
-        process = start(corpus, tokenizer_folder, tmp_path / "killed", 2, unit_bytes)
-        # From when it writes on; later each time, or it might never finish.
-        while not (tmp_path / "killed").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, longest) * (1 + killed / 4))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed += 1
-    assert process.returncode == 0, process.communicate()[0]
+def kill(process, when):
+    """Kill ``process`` after ``when`` seconds of writing, unless it finishes before."""
+    output = Path(process.args[1]).with_suffix("")
+    while not list(output.glob(".prepare/units/*.json")) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(when)
+    process.kill()
+    process.wait()
+
+
+def test_kill_9_changes_nothing(corpus, tokenizer_folder, tmp_path):
+    for output, processes in (("whole", 1), ("killed", 2)):
+        process = start(corpus, tokenizer_folder, tmp_path / output, processes, SMALL // 4)
+        if output == "killed":
+            kill(process, 0.05)
+            assert (tmp_path / "killed" / ".prepare").is_dir()
+            assert not (tmp_path / "killed" / "manifest.json").exists()
+            process = start(corpus, tokenizer_folder, tmp_path / output, 1, SMALL // 4)
+        assert "training tokens" in process.communicate()[0]
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
-    return killed
-
-
-def test_kill_9_at_any_moment_changes_nothing(corpus, tokenizer_folder, tmp_path):
-    assert kill_until_it_finishes(corpus, tokenizer_folder, tmp_path, SMALL // 4, longest=3.0) >= 1
 
 
 @pytest.mark.slow
-def test_kill_9_of_a_larger_preparation(tokenizer_folder, tmp_path):
+def test_kill_9_at_random_moments_until_it_finishes_changes_nothing(tokenizer_folder, tmp_path):
     text = bundled_corpus("train").read_text(encoding="utf-8")
     pieces = [text[start : start + 3000].strip() for start in range(0, len(text), 2971)]
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n<|endoftext|>\n".join(f"{copy} {piece}" for copy in range(30) for piece in pieces))
-    assert kill_until_it_finishes(corpus, tokenizer_folder, tmp_path, 500_000, longest=6.0) >= 4
+    process = start(corpus, tokenizer_folder, tmp_path / "whole", 1, 500_000)
+    assert "training tokens" in process.communicate()[0]
+    chance = random.Random(0)
+    killed = 0
+    while not (tmp_path / "killed" / "manifest.json").exists():
+        process = start(corpus, tokenizer_folder, tmp_path / "killed", 2, 500_000)
+        if killed % 3 == 2:  # anywhere, from its first import on
+            time.sleep(chance.uniform(0, 6))
+            process.kill()
+            process.wait()
+        else:
+            kill(process, chance.uniform(0, 1.5))
+        killed += 1
+    process = start(corpus, tokenizer_folder, tmp_path / "killed", 2, 500_000)
+    assert "training tokens" in process.communicate()[0]
+    assert killed >= 4
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 def test_ctrl_c_ends_the_processes_too_and_the_same_command_goes_on(corpus, tokenizer_folder, tmp_path):
@@ -250,9 +263,9 @@ def test_ctrl_c_ends_the_processes_too_and_the_same_command_goes_on(corpus, toke
     while any(Path(f"/proc/{child}").exists() for child in children.split()):
         assert time.monotonic() < latest
         time.sleep(0.05)
-    assert "training tokens" in start(many, tokenizer_folder, tmp_path / "data", 1, SMALL).communicate()[0]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_one_message(corpus, tokenizer_folder, tmp_path):
     many = tmp_path / "many.txt"
     many.write_text("\n<|endoftext|>\n".join([corpus.read_text()] * 20))
@@ -438,8 +451,6 @@ def test_a_mixture_is_described_in_yaml(corpus, texts, tokenizer_folder, tmp_pat
 def test_a_source_that_makes_no_sense_is_refused(sources, message, tmp_path, capsys):
     (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"sources": sources, "output": str(tmp_path / "data")}))
     assert main(["data", "prepare", "--config", str(tmp_path / "mixture.yaml")]) == 2
-    import re
-
     error = capsys.readouterr().err
     assert re.search(message, error), error
 

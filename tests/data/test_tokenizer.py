@@ -1,11 +1,15 @@
+import json
+import shutil
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from scratch_gpt.cli import main
 from scratch_gpt.config import TokenizerSettings
 from scratch_gpt.data.encoding import encode
-from scratch_gpt.data.tokenizer import SPECIAL_TOKENS, fingerprint, load_tokenizer, train_tokenizer
+from scratch_gpt.data.tokenizer import SPECIAL_TOKENS, any_tokenizer, fingerprint, load_tokenizer, train_tokenizer
 from scratch_gpt.errors import UserError
 
 
@@ -91,3 +95,94 @@ def test_fingerprint_differs_between_tokenizers(tokenizer_folder, tmp_path):
 def test_missing_tokenizer_names_the_command_that_makes_one(tmp_path):
     with pytest.raises(UserError, match="scratch-gpt tokenizer train"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("words", ["gpt2", "gpt4"])
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_words_and_digits_are_cut_as_asked(words, digits):
+    text = "1234567 people!\n\nIt's 2024, (they say) 99 of 1000.\n" * 30
+    settings = TokenizerSettings(265, words=words, digits=digits)
+    cut = train_tokenizer([text], settings).pre_tokenizer.pre_tokenize_str
+    runs = [piece for piece, _ in cut("1234567")]
+    assert "".join(runs) == "1234567"
+    assert {len(run) for run in runs[:-1]} == {digits}
+    signs = [piece for piece, _ in cut("a(they")]
+    assert signs == (["a", "(they"] if words == "gpt4" else ["a", "(", "they"])
+
+
+def test_long_documents_are_learnt_from_up_to_their_cap():
+    settings = TokenizerSettings(261, max_document_characters=50)
+    tokenizer = train_tokenizer(["ab " * 20 + "zy" * 500], settings)
+    assert not any("zy" in token for token in tokenizer.get_vocab())
+
+
+def test_an_existing_tokenizer_is_taken_and_completed(tokenizer_folder, tmp_path, capsys):
+    assert main(["tokenizer", "train", "--from", str(tokenizer_folder), "--output", str(tmp_path / "same")]) == 0
+    assert "added" not in capsys.readouterr().out
+    assert fingerprint(tmp_path / "same") == fingerprint(tokenizer_folder)
+
+    bare = load_tokenizer(tokenizer_folder).backend_tokenizer
+    rules = json.loads(bare.to_str())
+    rules["added_tokens"] = []
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "tokenizer.json").write_text(json.dumps(rules))
+    (tmp_path / "bare" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert main(["tokenizer", "train", "--from", str(tmp_path / "bare"), "--output", str(tmp_path / "full")]) == 0
+    printed = capsys.readouterr().out
+    for what in ("eos_token <|endoftext|>", "pad_token <|pad|>", "chat template"):
+        assert f"added: {what}" in printed
+    full = load_tokenizer(tmp_path / "full")
+    assert (full.eos_token, full.pad_token) == ("<|endoftext|>", "<|pad|>")
+    text = "It is a truth, universally acknowledged."
+    assert full(text)["input_ids"] == load_tokenizer(tokenizer_folder)(text)["input_ids"]
+    assert full.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == (
+        "<|im_start|>user\na<|im_end|>\n"
+    )
+
+
+def test_gpt2s_two_files_make_gpt2s_tokenizer(shared_data, tmp_path):
+    folder = shared_data / "tokenizers" / "gpt2"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folder / name, tmp_path)
+    text = "Hello   world's 12345\n\n naïve 👩🏽‍🚀"
+    assert any_tokenizer(str(tmp_path))(text)["input_ids"] == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused_by_prepare(tokenizer_folder, corpus, tmp_path, capsys):
+    rules = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    rules["added_tokens"] = []
+    rules["model"]["vocab"] = {
+        ("<|other|>" if k == "<|endoftext|>" else k): v for k, v in rules["model"]["vocab"].items()
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    arguments = ["--corpus", str(corpus), "--tokenizer-path", str(tmp_path), "--output", str(tmp_path / "data")]
+    assert main(["data", "prepare", *arguments]) == 2
+    assert "neither <|endoftext|> nor an eos_token" in capsys.readouterr().err
+
+
+def test_report_puts_tokenizers_side_by_side(tokenizer_folder, corpus, tmp_path, capsys):
+    (tmp_path / "all.txt").write_text("e" * 10 + "\n<|endoftext|>\n" + "e" * 10)
+    lower = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    lower["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "lower" / "tokenizer.json").write_text(json.dumps(lower))
+    (tmp_path / "lower" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    lists = [
+        "--tokenizers",
+        f"[{tokenizer_folder},{tmp_path / 'lower'}]",
+        "--texts",
+        f"[{corpus},{tmp_path / 'all.txt'}]",
+    ]
+    assert main(["tokenizer", "report", *lists]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["text", "bytes", "tokenizer", "vocabulary", "bytes/token", "in", "use", "round", "trip"]
+    assert len(rows) == 4
+    assert rows[0].endswith("exact")
+    assert rows[1].endswith("30 of 30 documents differ")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    seen = set(tokenizer("e" * 10)["input_ids"])
+    assert f"{20 / (2 * len(tokenizer('e' * 10)['input_ids'])):.3f}" in rows[2]
+    assert f"{len(seen) / 400:.1%}" in rows[2]

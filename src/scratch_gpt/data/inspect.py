@@ -31,7 +31,7 @@ def inspect_command(settings: DataInspectSettings) -> None:
         print("  left out    " + ", ".join(f"{count:,} {what}" for what, count in entry["removed"].items()))
         options = {option: value for option, value in entry.get("options", {}).items() if value}
         if options:
-            print("  options     " + ", ".join(f"{option} {value}" for option, value in options.items()))
+            print("  options     " + ", ".join(f"{option} {value!r}" for option, value in options.items()))
     if settings.tokenizer_path is None:
         return
     if fingerprint(settings.tokenizer_path) != manifest["tokenizer"]:
