@@ -101,7 +101,9 @@ def test_inputs_precede_their_targets_and_positions_count_from_the_document(leng
     stream, starts = stream_of(lengths), set(np.cumsum([0, *lengths]).tolist())
     data = training_data({"text": stream}, context, *packing)
     cursor = data.order.at_step(Cursor(), 0, 1)
-    [batch] = data.read_step(cursor, data.order.packings["text"].rows_per_epoch, 1).batches
+    rows = data.order.packings["text"].rows_per_epoch
+    assert all(count > 0 for index in range(rows) for _, count in data.order.packings["text"].row(index))
+    [batch] = data.read_step(cursor, rows, 1).batches
     real = batch.labels != IGNORE_INDEX
     assert torch.equal(((batch.input_ids + 1) % len(stream))[real], batch.labels[real])
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
