@@ -362,19 +362,28 @@ def temporary_in_loss(config: ScratchGPTConfig, load: Workload) -> float:
     large = vocabulary > LARGE_VOCABULARY
     chunk = min(CHUNK_SIZE_LARGE_VOCABULARY if large else CHUNK_SIZE_SMALL_VOCABULARY, load.tokens)
     following = min(chunk, load.tokens - chunk)
-    softcap = FP32 if config.final_logit_softcapping else 0
-    if load.precision == "fp32":
-        return vocabulary * (chunk * (2 * FP32 + softcap) + following * (FP32 + softcap))
-    logits = vocabulary * (chunk * (2 * FP32 + BF16 + softcap) + following * (FP32 + BF16 + softcap))
-    return logits + vocabulary * hidden * BF16  # and the head in bfloat16
+    kept = 2 * FP32 + (FP32 if config.final_logit_softcapping else 0)  # of a chunk's element, to the next chunk
+    if load.precision == "bf16":
+        kept += BF16
+    new = FP32 if load.precision == "fp32" else FP32 + BF16
+    logits = vocabulary * (chunk * kept + following * new)
+    if config.final_logit_softcapping:  # two more for the derivative of tanh
+        logits = max(logits, vocabulary * chunk * 5 * FP32)
+    return logits + (vocabulary * hidden * BF16 if load.precision == "bf16" else 0)  # and the head in bfloat16
 
 
 def temporary_in_block(config: ScratchGPTConfig, load: Workload) -> float:
-    """Bytes of the gradients inside one block at the worst moment of its backward pass.
+    """Bytes of the gradients inside one block at the worst moment of its backward pass, beside what it saved.
 
-    In the MLP these are of the activation's input and result (and of `up_proj`'s output), in attention that keeps its
-    scores, those before and after the softmax; with them the gradient of the residual stream, twice for a moment.
+    In the MLP they are those of the activation's input and result (and of `up_proj`'s output). In attention that keeps
+    its scores they are those before and after the softmax; by then what the MLP saved is gone. With them the gradient of
+    the residual stream, twice for a moment.
     """
     inner = (3 if config.mlp_type == "gated" else 2) * config.intermediate_size * load.matmul_bytes
-    scores = 2 * config.num_attention_heads * load.context * FP32 if attention_is_materialised(config, load) else 0
-    return load.tokens * (2 * config.hidden_size * FP32 + max(inner, scores) / load.tensor_parallel)
+    in_mlp = load.tokens * inner / load.tensor_parallel
+    in_attention = 0.0
+    if attention_is_materialised(config, load):
+        scores = 2 * config.num_attention_heads * load.context * FP32
+        saved_by_mlp = bytes_of(_mlp(config, config.intermediate_size, load.matmul_bytes), load)
+        in_attention = load.tokens * scores / load.tensor_parallel - saved_by_mlp
+    return load.tokens * 2 * config.hidden_size * FP32 + max(in_mlp, in_attention)
