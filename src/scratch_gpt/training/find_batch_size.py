@@ -7,10 +7,10 @@ Each try is a process of its own, so that one that the system kills for its memo
 """
 
 import multiprocessing
+import re
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -85,11 +85,10 @@ def search(attempt: Callable[[int], Try], limit_rows: int) -> list[Try]:
     tries = [attempt(1)]
     while tries[-1].fits and tries[-1].rows < limit_rows:
         tries.append(attempt(min(2 * tries[-1].rows, limit_rows)))
-    low = max((one.rows for one in tries if one.fits), default=0)
-    high = tries[-1].rows
-    while not tries[-1].fits or high - low > 1:
-        if high - low <= 1:
-            break
+    if tries[-1].fits:
+        return tries
+    low, high = max((one.rows for one in tries if one.fits), default=0), tries[-1].rows
+    while high - low > 1:
         tries.append(attempt((low + high) // 2))
         low, high = (tries[-1].rows, high) if tries[-1].fits else (low, tries[-1].rows)
     return tries
@@ -99,7 +98,7 @@ def in_a_process(function: Callable[..., Try], settings: FindBatchSizeSettings, 
     """``function(settings, rows, limit)`` in a fresh process; one that a signal ended did not fit.
 
     Raises:
-        RuntimeError: it failed for another reason than memory; the message is its traceback.
+        RuntimeError: it failed for another reason than memory; its traceback is on the error stream.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
@@ -107,23 +106,16 @@ def in_a_process(function: Callable[..., Try], settings: FindBatchSizeSettings, 
     process.start()
     there.close()
     try:
-        result = here.recv()
+        return here.recv()
     except EOFError:
-        result = None
-    finally:
         process.join()
-    if isinstance(result, Try):
-        return result
-    if result is None and process.exitcode is not None and process.exitcode < 0:
+    if process.exitcode is not None and process.exitcode < 0:
         return Try(rows, fits=False, why_not=f"out of memory: the process was ended by signal {-process.exitcode}")
-    raise RuntimeError(f"trying {rows} rows failed:\n{result or f'exit code {process.exitcode}'}")
+    raise RuntimeError(f"trying {rows} rows failed, see the traceback above")
 
 
 def _report(channel: Connection, function: Callable[..., Try], *arguments: Any) -> None:
-    try:
-        channel.send(function(*arguments))
-    except Exception:
-        channel.send(traceback.format_exc())
+    channel.send(function(*arguments))
 
 
 def try_batch(settings: FindBatchSizeSettings, rows: int, limit: int) -> Try:
@@ -131,7 +123,6 @@ def try_batch(settings: FindBatchSizeSettings, rows: int, limit: int) -> Try:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config, _ = planned_config(settings)
     context = planned_context(settings, config)
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     try:
         _hold_to(limit, device)
         model = build_model(config, settings.seed).to(device).train()
@@ -215,10 +206,9 @@ def out_of_memory_advice(error: BaseException, settings: PretrainSettings) -> st
     training = settings.training
     rows = training.device_batch_size
     step = training.total_batch_size // training.context_length if training.context_length else None
-    what = str(error).split("\n")[0].split(". ")[0].strip() or type(error).__name__
-    if "] . " in what or "DefaultCPUAllocator" in what:
-        what = "DefaultCPUAllocator" + what.split("DefaultCPUAllocator", 1)[-1]
-    return f"out of memory ({what}): {_mend(rows, step, training.context_length)}"
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), flags=re.IGNORECASE)
+    what = f"out of memory (it asked for {asked.group(1)} more)" if asked else "out of memory"
+    return f"{what}: {_mend(rows, step, training.context_length)}"
 
 
 def _mend(rows: int | None, step: int | None, context: int | None) -> str:
@@ -231,9 +221,8 @@ def _mend(rows: int | None, step: int | None, context: int | None) -> str:
         smaller = max(n for n in range(1, present // 2 + 1) if present % n == 0)
         now = f"now {present}" if rows is not None else f"now the whole step, {present} rows"
         ways.append(f"take --training.device_batch_size {smaller} ({now}; the losses stay the same, in more passes)")
-    ways.append("recompute activations with --training.activation_checkpointing full (about a quarter slower)")
+    ways.append("recompute activations with --training.activation_checkpointing full (about a fifth slower)")
     shorter = f"{context // 2} (now {context})" if context and context > 1 else "smaller than the model's longest"
     ways.append(f"shorten --training.context_length to {shorter}; the model then learns from shorter texts")
-    ordinals = ("first ", "then ", "last ")[-len(ways) :]
-    text = "; ".join(ordinal + way for ordinal, way in zip(ordinals, ways, strict=True))
+    text = "first " + "; then ".join(ways)
     return f"{text}. `scratch-gpt find-batch-size` measures what fits, `scratch-gpt plan` says what takes how much."

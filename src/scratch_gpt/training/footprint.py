@@ -254,7 +254,7 @@ def attention_is_materialised(config: ScratchGPTConfig, load: Workload) -> bool:
         return True
     if load.device == "cpu":
         return bool(config.attention_dropout) or _is_short_bf16(load)
-    # In float32 CUDA has torch's memory-efficient kernel only, which takes no groups of heads.
+    # In float32 CUDA has torch's memory-efficient kernel only, which takes no groups of heads (pytorch#181528).
     return load.precision == "fp32" and config.num_key_value_heads < config.num_attention_heads
 
 

@@ -218,7 +218,6 @@ class Plan:
         self.flops = footprint.flops_per_token(self.config, self.context)
         self.device: Literal["cuda", "cpu"] = _device(settings)
         self.device_bytes = _device_bytes(settings, self.device)
-        # Only a branch with Muon has this setting.
         self.optimizer: str = getattr(settings.training, "optimizer", "adamw")
 
     def rows(self, precision: Precision) -> list[Row]:
