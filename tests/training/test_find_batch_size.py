@@ -51,11 +51,11 @@ def test_real_tries_stop_at_the_limit():
     small = in_a_process(try_batch, settings, 2, 2 * 10**9)
     assert small.fits
     assert small.tokens_per_second > 0
-    # beyond by far: the weights and activations of 200,000 rows are tens of GB
-    large = in_a_process(try_batch, settings, 200_000, small.peak_bytes + 200 * 10**6)
+    # beyond by far: the activations of 20,000 rows are gigabytes
+    large = in_a_process(try_batch, settings, 20_000, small.peak_bytes + 200 * 10**6)
     assert not large.fits
     assert "out of memory" in large.why_not
-    assert large.peak_bytes < small.peak_bytes + 400 * 10**6  # it was refused, not taken and then given back
+    assert 0 < large.peak_bytes < small.peak_bytes + 300 * 10**6  # refused, not taken and then found too much
 
 
 def test_peak_memory_sees_what_was_taken_and_given_back():

@@ -142,7 +142,7 @@ def try_batch(settings: FindBatchSizeSettings, rows: int, limit: int) -> Try:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return Try(rows, fits=False, why_not="out of memory")
+        return Try(rows, fits=False, why_not="out of memory", peak_bytes=peak_memory(device))
     peak = peak_memory(device)
     if peak > limit:
         return Try(rows, fits=False, why_not=f"out of memory: it took {peak / GB:.2f} GB", peak_bytes=peak)
