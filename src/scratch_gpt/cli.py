@@ -22,6 +22,11 @@ VERBS: dict[str, tuple[type, str]] = {
     "data inspect": (config.DataInspectSettings, "scratch_gpt.data.inspect:inspect_command"),
     "data import-datatrove": (config.DatatroveImportSettings, "scratch_gpt.data.datatrove:import_command"),
     "data export-datatrove": (config.DatatroveExportSettings, "scratch_gpt.data.datatrove:export_command"),
+    "plan": (config.PlanSettings, "scratch_gpt.training.planner:plan_command"),
+    "find-batch-size": (
+        config.FindBatchSizeSettings,
+        "scratch_gpt.training.find_batch_size:find_batch_size_command",
+    ),
     "pretrain": (config.PretrainSettings, "scratch_gpt.training.pretrain:pretrain_command"),
     "evaluate": (config.EvaluateSettings, "scratch_gpt.evaluation.evaluate:evaluate_command"),
     "generate": (config.GenerateSettings, "scratch_gpt.serving.generate:generate_command"),

@@ -314,6 +314,48 @@ class PretrainSettings(TextSettings):
 
 
 @dataclass
+class PlannedTokenizerSettings(TokenizerSettings):
+    """The tokenizer of a run that is only planned."""
+
+    vocab_size: int | None = None  # type: ignore[assignment]
+    """Number of tokens; left out: the preset's own."""
+
+
+@dataclass
+class PlanSettings(PretrainSettings):
+    """Before a run: parameters, FLOPs, memory per device and layout, largest batch, time and cost. Trains nothing."""
+
+    tokenizer: PlannedTokenizerSettings = field(default_factory=PlannedTokenizerSettings)
+    devices: int = 1
+    """Number of devices."""
+    devices_per_node: int = 8
+    """Devices of one machine, with a fast network between them: tensor parallelism and hsdp's shards stay inside."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Kind of device; auto: this machine's if device_memory is left out, else cuda."""
+    device_memory: str | None = None
+    """Memory of a device, such as 80GB or 24GiB; left out: what this machine has."""
+    flops: float | None = None
+    """Peak FLOP/s of a device in the run's precision, from its data sheet (990e12: H100 SXM, dense bf16)."""
+    mfu: float = 0.4
+    """Share of the peak that the run is expected to reach."""
+    price: float | None = None
+    """Price of one device for one hour."""
+    tokens: float | None = None
+    """Tokens to train on; left out: max_steps times training.total_batch_size."""
+
+
+@dataclass
+class FindBatchSizeSettings(PretrainSettings):
+    """Try real training steps on this machine, with larger and larger device batches, until memory runs out."""
+
+    tokenizer: PlannedTokenizerSettings = field(default_factory=PlannedTokenizerSettings)
+    limit_memory: str | None = None
+    """Memory that a try may take, such as 4GB; left out: the GPU's, on CPU what is free now."""
+    limit_rows: int = 256
+    """Largest device batch to try."""
+
+
+@dataclass
 class QuickstartSettings(PretrainSettings):
     """The whole way in a few minutes: tokenizer, shards, pretraining, samples, a reload elsewhere, benchmark, card."""
 
@@ -438,7 +480,7 @@ def parse_settings(settings_class: type[Settings], arguments: Sequence[str], pro
 _AT_LEAST = {"warmup_steps": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "decay_fraction": 0, "temperature": 0}
 _AT_LEAST |= {"top_k": 0, "rows": 0, "seed": 0, "batch_warmup_steps": 0, "final_learning_rate": 0, "muon_momentum": 0}
 _AT_LEAST |= {"sigmas": 0}
-_BELOW_ONE = {"beta1", "beta2", "muon_momentum", "validation_fraction"}
+_BELOW_ONE = {"beta1", "beta2", "mfu", "muon_momentum", "validation_fraction"}
 _MORE_THAN_ZERO = {"max_steps", "minutes", "max_characters", "hidden_size", "num_hidden_layers", "num_attention_heads"}
 _MORE_THAN_ZERO |= {"num_key_value_heads", "intermediate_size", "max_position_embeddings", "context_length"}
 _MORE_THAN_ZERO |= {"total_batch_size", "device_batch_size", "learning_rate", "max_grad_norm", "log_every"}
@@ -446,6 +488,7 @@ _MORE_THAN_ZERO |= {"eval_every", "save_every", "keep_last", "limit", "max_new_t
 _MORE_THAN_ZERO |= {"workers", "max_document_characters"}
 _MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_learning_rate"}
 _MORE_THAN_ZERO |= {"activation_checkpointing_every", "max_hours", "keep_every"}
+_MORE_THAN_ZERO |= {"devices", "devices_per_node", "flops", "mfu", "price", "tokens", "limit_rows"}
 
 
 # Sections whose keys the user chooses.
@@ -467,6 +510,22 @@ def check_limits(settings: Any) -> None:
             problems.append(f"--{name} is {value}; it must be below 1")
     if problems:
         raise UserError("\n".join(problems))
+
+
+_BYTES = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """``80GB`` (10^9 bytes each), ``24GiB`` (2^30 each), ``512 MB`` or a plain number of bytes.
+
+    Raises:
+        UserError: anything else; it calls the setting ``name``.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if match is None or match.group(2).upper() not in _BYTES or not float(match.group(1)):
+        raise UserError(f"--{name} is {text!r}; give an amount of memory such as 80GB, 24GiB or 512MB")
+    return int(float(match.group(1)) * _BYTES[match.group(2).upper()])
 
 
 def save_settings(settings: Any, path: Path) -> None:

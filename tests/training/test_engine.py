@@ -163,3 +163,12 @@ def test_continued_pretraining_begins_where_the_other_run_ended(clean, corpus, t
 def test_resuming_from_nothing_is_refused(corpus, tmp_path, capsys, folder, message):
     assert main([*arguments(tmp_path / "run", corpus), "--resume-from", str(tmp_path / folder)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_running_out_of_memory_says_what_to_change(corpus, tmp_path, monkeypatch, capsys):
+    def exhausted(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    monkeypatch.setattr(Loop, "_forward_backward", exhausted)
+    assert main([*arguments(tmp_path / "run", corpus), "--training.device_batch_size", "4"]) == 2
+    assert "take --training.device_batch_size 2 (now 4" in capsys.readouterr().err

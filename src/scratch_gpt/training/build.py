@@ -1,7 +1,7 @@
 """From settings to a freshly initialised model that fits its tokenizer."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
 
@@ -20,19 +20,25 @@ def build_config(settings: ModelSettings, tokenizer: "PreTrainedTokenizerBase") 
     Raises:
         UserError: an unknown preset or field, or fields that contradict each other.
     """
+    return configure(
+        settings,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def configure(settings: ModelSettings, **of_tokenizer: Any) -> ScratchGPTConfig:
+    """As :func:`build_config`, with the tokenizer's fields of ScratchGPTConfig by name; left out: the preset's own."""
     given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
     name, overrides = given.pop("preset"), given.pop("overrides")
     known = {f.name for f in dataclasses.fields(ScratchGPTConfig)} | set(ScratchGPTConfig.attribute_map)
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise UserError(f"--model.overrides: ScratchGPTConfig has no field {', '.join(unknown)}")
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
     try:
-        return preset(name, vocab_size=len(tokenizer), **ids, **{**given, **overrides})
+        return preset(name, **of_tokenizer, **{**given, **overrides})
     except (ValueError, TypeError) as error:  # huggingface_hub's strict validation raises both
         raise UserError(f"--model: {error}") from error
 

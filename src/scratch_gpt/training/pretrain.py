@@ -35,6 +35,7 @@ from scratch_gpt.training.checkpoint import (
     read_state,
     save_model,
 )
+from scratch_gpt.training.find_batch_size import is_out_of_memory, out_of_memory_advice
 from scratch_gpt.training.launch import launched_processes
 from scratch_gpt.training.loop import BatchShape, Loop
 from scratch_gpt.training.optimizer import build_optimizer
@@ -65,11 +66,16 @@ def pretrain_command(settings: PretrainSettings) -> None:
 
 
 def _train(settings: PretrainSettings, run_dir: Path) -> None:
-    pretraining = Pretraining(settings, run_dir)
-    if settings.dry_run:
-        pretraining.describe()
-    else:
-        pretraining.run()
+    try:
+        pretraining = Pretraining(settings, run_dir)
+        if settings.dry_run:
+            pretraining.describe()
+        else:
+            pretraining.run()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(out_of_memory_advice(error, settings)) from error
 
 
 def prepare_tokenizer(settings: PretrainSettings, run_dir: Path) -> None:
