@@ -4,7 +4,8 @@
     accelerate launch --num_processes 8 -m scratch_gpt pretrain --config pretrain.yaml
 
 Accelerate brings device, launch and autocast. The loop owns the data order, the schedule and the checkpoints, because
-each of them must be a pure function of the step: then the same command after a crash writes the same losses.
+each of them must follow from a few integers, the step and the rows consumed: then the same command after a crash writes
+the same losses. So Accelerate does not prepare the loader, whose state it would keep per process.
 """
 
 import math
