@@ -74,7 +74,7 @@ def test_real_stories_waste_little(shared_data, tokenizer_folder):
     if not path.is_file():
         pytest.skip(f"{path} is absent")
     backend = load_tokenizer(tokenizer_folder).backend_tokenizer
-    stream = TokenStream.of_documents(encode(read_documents([path]), backend), 0)
+    stream = TokenStream.of_documents([(backend.encode(text).ids, 1) for text in read_documents([path])], 0)
     packing = BestFit(stream, 1024, 0)
     assert 0 <= packing.waste < 0.05  # stories of about half a row
     assert sum(count for index in range(packing.rows_per_epoch) for _, count in packing.row(index)) == len(stream)

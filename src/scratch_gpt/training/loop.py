@@ -1,7 +1,8 @@
 """The training loop: read, forward and backward, judge, step, record, save, validate.
 
 Accelerate brings device, launch and autocast. The loop owns the data order, the schedule and the checkpoints, because
-each of them must be a pure function of the step: then the same command after a crash writes the same losses.
+each of them must follow from a few integers, the step and the rows consumed: then the same command after a crash writes
+the same losses. So Accelerate does not prepare the loader, whose state it would keep per process.
 """
 
 import time
