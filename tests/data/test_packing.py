@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scratch_gpt.data.encoding import encode
 from scratch_gpt.data.packing import BestFit, best_fit, best_fit_rows
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.data.sources import read_documents
