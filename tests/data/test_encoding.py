@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -72,6 +72,8 @@ def test_any_text_gets_the_same_ids(encoders, text):
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.sampled_from("  \n\r\t'srela1.é👩"), max_size=40), window=st.integers(1, 12))
+@example(text="\n\n  \nx", window=4)
+@example(text="a'rex", window=3)
 def test_a_long_document_is_cut_where_the_words_end(encoders, text, window):
     fast, _ = encoders
     whole = [word for some in fast.words(text) for word in some]

@@ -73,7 +73,7 @@ class WordEncoder:
         self.ids_of = _Words(tokenizer, dtype).__getitem__
 
     def encode(self, text: str) -> bytes:
-        return b"".join(itertools.chain.from_iterable(map(self.ids_of, words) for words in self.words(text)))
+        return b"".join([b"".join(map(self.ids_of, words)) for words in self.words(text)])
 
     def words(self, text: str) -> Iterator[list[str]]:
         """The words of ``text``, some at a time."""

@@ -85,7 +85,10 @@ def _read_text(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
 
     def document() -> Iterator[str]:
         if lines:
-            text = _decode(b"".join(lines), reading, lambda byte: f"{path}: not UTF-8 at byte {begin + byte}")
+            raw = b"".join(lines)
+            lines.clear()  # a document may be large, and is held here until the next one is asked for
+            text = _decode(raw, reading, lambda byte: f"{path}: not UTF-8 at byte {begin + byte}")
+            del raw
             text = text if isinstance(text, Broken) else _checked(text.rstrip("\n"), reading, lambda: str(path))
             if text and not text.isspace():  # blank lines between two separators are layout, not a document
                 yield text
@@ -96,7 +99,7 @@ def _read_text(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
             position += len(line)
             if separator in line and line.strip() == separator:
                 yield from document()
-                lines, begin = [], position
+                begin = position
                 if piece.end is not None and position >= piece.end:
                     return
             else:
