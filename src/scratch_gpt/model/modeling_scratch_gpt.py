@@ -50,7 +50,7 @@ class ScratchGPTRMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and not is_tracing(x):
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not is_tracing(x):
             return _RMSNormOnCPU.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
