@@ -388,3 +388,20 @@ def test_a_registered_attention_function_gets_the_window_of_each_layer_and_the_c
     AttentionInterface.register("recorder", recorder)
     build("mixture", attn="recorder")(ids, extra="seen", use_cache=False)
     assert seen == [(0, 5, "seen", 1), (1, None, "seen", 1), (2, 5, "seen", 1)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+def test_few_rows_without_gradients_give_what_nn_linear_gives(monkeypatch, bias, rows):
+    from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTLinear
+
+    torch.manual_seed(0)
+    linear, x = ScratchGPTLinear(48, 33, bias=bias), torch.randn(1, rows, 48)
+    expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), expected.detach())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert linear(x).dtype == torch.bfloat16
+        monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: pytest.fail("the general matrix product"))
+        if rows <= 8:
+            assert linear(x).shape == (1, rows, 33)
