@@ -57,10 +57,13 @@ def test_the_window_holds_good_steps_only_and_the_newest():
 
 def test_bad_steps_in_a_row_lead_to_a_rollback_and_rollbacks_to_giving_up():
     guard = filled(GuardSettings(max_skips=2, max_rollbacks=2))
+    saved = guard.state()
+    assert guard.problem(3.1, 1.0) is None and guard.losses != saved["losses"]
     for _ in range(2):
         for expected in (False, True):
             assert guard.problem(99.0, 1.0) and guard.must_roll_back == expected
-        guard.rolled_back()
+        guard.rolled_back(saved)
+        assert (guard.losses, guard.grad_norms) == (saved["losses"], saved["grad_norms"])
     assert guard.must_give_up and not guard.must_roll_back
     assert guard.problem(3.0, 1.0) is None and not guard.must_give_up
 

@@ -54,8 +54,9 @@ class Guard:
     def must_give_up(self) -> bool:
         return self.rollbacks >= self.settings.max_rollbacks
 
-    def rolled_back(self) -> None:
-        """The window of the bad time is that of other weights, and is kept only up to the checkpoint's."""
+    def rolled_back(self, state: dict[str, Any]) -> None:
+        """The weights are those of a checkpoint with this ``state`` again, and so is the window."""
+        self.losses, self.grad_norms = list(state["losses"]), list(state["grad_norms"])
         self.rollbacks += 1
         self.skipped = 0
 

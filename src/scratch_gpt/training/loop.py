@@ -180,8 +180,8 @@ class Loop:
                 f"step {state.step + 1:,}: {problem}; the step was not taken, nor were the {self.guard.skipped - 1} tries "
                 f"before it. Lower --training.learning_rate (now {self.training.learning_rate}) and start over with --fresh."
             )
-        self.guard.rolled_back()
         before = read_state(checkpoint)
+        self.guard.rolled_back(before.guard)
         load_model(self.accelerator.unwrap_model(self.model), checkpoint / "model.safetensors")
         load_checkpoint(self.accelerator, checkpoint, self.optimizer)
         state.step, state.record = before.step, before.record
