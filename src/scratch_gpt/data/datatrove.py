@@ -22,7 +22,7 @@ from scratch_gpt.data.shards import read_manifest, write_shards
 from scratch_gpt.data.sources import is_held_out
 from scratch_gpt.data.tokenizer import end_of_text, fingerprint, load_tokenizer
 from scratch_gpt.errors import UserError
-from scratch_gpt.files import disk_errors, new_folder
+from scratch_gpt.files import disk_errors, new_folder, sha256
 
 DOCUMENTS_PER_BATCH = 1024
 
@@ -37,9 +37,7 @@ def import_command(settings: DatatroveImportSettings) -> None:
     vocab_size, end = max(backend.get_vocab().values()) + 1, end_of_text(tokenizer)
     train = find_token_files(settings.path)
     held_out = train if settings.validation_path is None else find_token_files(settings.validation_path)
-    digest = hashlib.sha256()
-    for file in dict.fromkeys([*train, *held_out]):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    digests = "\n".join(sha256(file) for file in dict.fromkeys([*train, *held_out]))
 
     def documents(files: list[Path], validation: bool) -> Iterator[tuple[np.ndarray, int]]:
         read: Iterator[np.ndarray] = itertools.chain.from_iterable(
@@ -63,7 +61,7 @@ def import_command(settings: DatatroveImportSettings) -> None:
             tokenizer=fingerprint(settings.tokenizer_path),
             description={
                 "source": f"{Path(settings.path).name}, tokenized by datatrove",
-                "text": digest.hexdigest(),
+                "text": hashlib.sha256(digests.encode()).hexdigest(),
                 "held_out": f"{settings.validation_fraction:.0%} of the documents, {how}" if how == "by hash" else how,
             },
         )
