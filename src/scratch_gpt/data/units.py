@@ -37,7 +37,8 @@ class Unit:
 def plan_units(source: Source, unit_bytes: int) -> list[Unit]:
     """The source's units, in the order of its text."""
     units: list[Unit] = []
-    for split, places in (("train", source.places), ("validation", source.held_out)):
+    by_split: dict[Split, tuple[Place, ...]] = {"train": source.places, "validation": source.held_out}
+    for split, places in by_split.items():
         size = max(unit_bytes, sum(_size(place) for place in places) // UNITS_PER_SOURCE)
         pieces: list[Piece] = []
         filled = 0
@@ -51,9 +52,9 @@ def plan_units(source: Source, unit_bytes: int) -> list[Unit]:
                 pieces.append(piece)
                 filled += num_bytes
                 if filled >= size:
-                    close(split, pieces)  # type: ignore[arg-type]
+                    close(split, pieces)
                     pieces, filled = [], 0
-        close(split, pieces)  # type: ignore[arg-type]
+        close(split, pieces)
     return units
 
 
