@@ -158,7 +158,7 @@ def ours(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) 
             BatchShape(rows, rows, 1),
             state,
         )
-        loop.settings.max_steps = steps + 1  # the last step, which would validate and save, is not reached
+        # stopped one step before the last, which would validate and save
         loop._finish_record = finish(loop, steps)  # type: ignore[method-assign]
         try:
             loop.run()
