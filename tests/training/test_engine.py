@@ -15,7 +15,7 @@ from tests.training.test_runs import arguments, assert_same_run, losses
 STEPS = 60
 LONG = ["--max-steps", str(STEPS), "--training.save_every", "10", "--training.eval_every", "60"]
 LONG += ["--training.schedule", "constant"]
-GUARD = ["--guard.sigmas", "4", "--guard.max_skips", "3"]
+GUARD = ["--guard.window", "20", "--guard.max_skips", "3"]
 ROWS_PER_STEP = 8
 
 
@@ -81,6 +81,15 @@ def test_poisoned_data_leads_to_a_rollback_and_does_no_harm(clean, poison, corpu
     assert main([*arguments(unguarded, corpus, "--guard.sigmas", "0"), *LONG]) == 0
     assert not read_events(unguarded / "metrics.jsonl")
     assert validation(unguarded) > validation(clean) + 0.06
+
+
+def test_what_stays_high_is_accepted_and_ends_no_run(poison, corpus, tmp_path):
+    poison({step: 50.0 for step in range(30, 400)})
+    run = [*arguments(tmp_path / "run", corpus, *GUARD, "--guard.max_rollbacks", "1"), *LONG]
+    assert main(run) == 0
+    events = [event["event"] for event in read_events(tmp_path / "run" / "metrics.jsonl")]
+    assert events == [*(["skipped"] * 3), "rolled back", *(["skipped"] * 3), "accepted"]
+    assert list(losses(tmp_path / "run")) == list(range(1, STEPS + 1))
 
 
 def test_a_run_stopped_and_resumed_after_skips_is_the_same(poison, corpus, tmp_path):

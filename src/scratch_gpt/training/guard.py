@@ -1,9 +1,11 @@
 """The guard: losses that jump and gradients that are not finite do not reach the weights.
 
 A step whose loss or gradient norm is not finite, or lies ``sigmas`` standard deviations above the mean of the last
-``window`` good steps, is skipped: its rows are passed over and the step is done with the next ones (the rule of OLMo 2,
-2025, arXiv:2501.00656, section 3.1). After ``max_skips`` bad steps in a row the trouble is in the weights rather than
-in the data: the loop goes back to the newest checkpoint and on from there with the data that follows.
+``window`` good steps, is skipped: its rows are passed over and the step is done with the next ones (as OLMo 2 does, 2025,
+arXiv:2501.00656, section 3.1; here on a logarithmic scale, since gradient norms have a long tail). After ``max_skips``
+bad steps in a row the trouble is in the weights rather than in the data: the loop goes back to the newest checkpoint and
+on from there with the data that follows. What stays high even then, but finite, is taken for the new normal: the guard
+stops no run that would have got over it.
 
 The verdict is a pure function of what all processes have agreed on, and of a window that checkpoints carry.
 """
@@ -15,10 +17,8 @@ from typing import Any
 
 from scratch_gpt.config import GuardSettings
 
-FEWEST_STEPS = 20
-"""Good steps before a deviation can be told from the fall of the loss at the beginning."""
 NARROWEST = 0.02
-"""Smallest standard deviation, as a share of the mean: a loss that hardly varies is no reason to skip small changes."""
+"""Smallest standard deviation of the logarithm: a loss that hardly varies is no reason to skip small changes."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Guard:
                 return self._bad(f"the {name} is {value}")
             if self.settings.sigmas > 0 and (deviation := self._deviation(value, seen)) > self.settings.sigmas:
                 return self._bad(
-                    f"the {name} is {value:.4g}, {deviation:.1f} standard deviations above the mean {statistics.fmean(seen):.4g}"
+                    f"the {name} is {value:.4g}, {deviation:.1f} standard deviations above the mean {_mean(seen):.4g}"
                 )
         for value, seen in ((loss, self.losses), (grad_norm, self.grad_norms)):
             seen.append(value)
@@ -60,6 +60,11 @@ class Guard:
         self.rollbacks += 1
         self.skipped = 0
 
+    def accept(self) -> None:
+        """Begin anew: what was out of line is what is to be expected now."""
+        self.losses, self.grad_norms = [], []
+        self.skipped = self.rollbacks = 0
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint carries."""
         return {
@@ -73,9 +78,17 @@ class Guard:
         self.skipped += 1
         return problem
 
-    @staticmethod
-    def _deviation(value: float, seen: list[float]) -> float:
-        if len(seen) < FEWEST_STEPS:
+    def _deviation(self, value: float, seen: list[float]) -> float:
+        if len(seen) < self.settings.window:  # early on a deviation cannot be told from the run finding its feet
             return 0.0
-        mean = statistics.fmean(seen)
-        return (value - mean) / max(statistics.pstdev(seen, mean), NARROWEST * abs(mean), 1e-12)
+        logs = [_log(one) for one in seen]
+        mean = statistics.fmean(logs)
+        return (_log(value) - mean) / max(statistics.pstdev(logs, mean), NARROWEST)
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, 1e-12))
+
+
+def _mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(_log, values)))

@@ -5,6 +5,7 @@ each of them must follow from a few integers, the step and the rows consumed: th
 the same losses. So Accelerate does not prepare the loader, whose state it would keep per process.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -119,7 +120,7 @@ class Loop:
             self.optimizer.step()
         self.optimizer.zero_grad()
         if problem is not None:
-            self._do_not_take(problem)
+            self._do_not_take(problem, finite=math.isfinite(step_loss) and math.isfinite(grad_norm))
             return False
         state.step += 1
         state.guard = self.guard.state()
@@ -168,7 +169,7 @@ class Loop:
             loss += micro_loss.detach()
         return loss
 
-    def _do_not_take(self, problem: str) -> None:
+    def _do_not_take(self, problem: str, finite: bool) -> None:
         """Pass over the data of a bad step; after several in a row, go back to where the weights were good."""
         state = self.state
         self._event("skipped", problem)
@@ -176,10 +177,15 @@ class Loop:
             return
         checkpoint, _ = find_checkpoint(self.run_dir)
         if checkpoint is None or self.guard.must_give_up:
-            raise UserError(
-                f"step {state.step + 1:,}: {problem}; the step was not taken, nor were the {self.guard.skipped - 1} tries "
-                f"before it. Lower --training.learning_rate (now {self.training.learning_rate}) and start over with --fresh."
-            )
+            if not finite:
+                raise UserError(
+                    f"step {state.step + 1:,}: {problem}; the step was not taken, nor were the {self.guard.skipped - 1} "
+                    f"tries before it. Lower --training.learning_rate (now {self.training.learning_rate}) and start over "
+                    "with --fresh."
+                )
+            self.guard.accept()
+            self._event("accepted", "this is the new normal, or a run in trouble: the guard begins anew")
+            return
         before = read_state(checkpoint)
         self.guard.rolled_back(before.guard)
         load_model(self.accelerator.unwrap_model(self.model), checkpoint / "model.safetensors")
