@@ -11,7 +11,7 @@ import time
 import pytest
 
 from scratch_gpt.data.sources import bundled_corpus
-from scratch_gpt.training.metrics import read_metrics
+from scratch_gpt.training.metrics import read_events, read_metrics
 from tests.conftest import TINY_RUN
 
 pytestmark = pytest.mark.slow
@@ -32,6 +32,7 @@ def test_quickstart_writes_readable_english_in_its_time(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((run_dir / "evaluation" / "results.json").read_text())
     print(f"{time.perf_counter() - start:.0f} s, {results['bits_per_byte']:.3f} bits per byte")
+    assert not read_events(run_dir / "metrics.jsonl")  # the default recipe gives the guard no work
     assert results["bits_per_byte"] < 1.9  # 2.9 at the first step; 1.6 is usual
     known = set(re.findall(r"[a-z]+", bundled_corpus("train").read_text().lower()))
     words = re.findall(r"[a-z]+", " ".join(results["samples"]).lower())
