@@ -7,14 +7,21 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from scratch_gpt.model import (
+    ScratchGPTForQuestionAnswering,
     ScratchGPTForSequenceClassification,
     ScratchGPTForTokenClassification,
     ScratchGPTModel,
 )
+from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTLinear
 
 
 def assert_equal(a, b, tolerance=2e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    torch.compiler.reset()
 
 
 @torch.no_grad()
@@ -224,6 +231,19 @@ def test_residual_projections_start_smaller(build):
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
 
 
+@torch.no_grad()
+def test_one_row_takes_another_way_when_compiled_and_gives_the_same(build, style):
+    model, products = build(style), []
+
+    def count(graph, example_inputs):
+        products.extend(node for node in graph.graph.nodes if node.target is torch.mv)
+        return graph.forward
+
+    compiled, ids = torch.compile(model, backend=count, fullgraph=True), torch.tensor([[7]])
+    assert_equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert len(products) == sum(isinstance(module, ScratchGPTLinear) for module in model.modules())
+
+
 def test_full_graph_compile_gives_the_same_logits(build, style, ids):
     model = build(style)
     graphs = []
@@ -365,6 +385,21 @@ def test_classification_losses_reach_every_weight(build, style, ids):
         assert all(p.grad is not None for p in model.parameters())
 
 
+def test_an_answer_is_scored_at_its_start_and_its_end(build, style, ids):
+    model = build(style, ScratchGPTForQuestionAnswering).train()
+    starts, ends = torch.tensor([1, 0]), torch.tensor([3, ids.shape[1]])  # the second answer ends beyond the text
+    outputs = model(ids, start_positions=starts, end_positions=ends)
+    hidden = model.transformer(ids).last_hidden_state
+    scores = hidden @ model.qa_outputs.weight.T + model.qa_outputs.bias
+    assert_equal(outputs.start_logits, scores[..., 0])
+    assert_equal(outputs.end_logits, scores[..., 1])
+    start_loss = -scores[..., 0].log_softmax(-1)[[0, 1], [1, 0]].mean()
+    end_loss = -scores[0, :, 1].log_softmax(-1)[3]
+    assert_equal(outputs.loss, (start_loss + end_loss) / 2)
+    outputs.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_copied_model_is_independent(build, ids):
     model = build()
     twin = copy.deepcopy(model)
@@ -393,8 +428,6 @@ def test_a_registered_attention_function_gets_the_window_of_each_layer_and_the_c
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 8, 9])
 def test_few_rows_without_gradients_give_what_nn_linear_gives(monkeypatch, bias, rows):
-    from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTLinear
-
     torch.manual_seed(0)
     linear, x = ScratchGPTLinear(48, 33, bias=bias), torch.randn(1, rows, 48)
     expected = torch.nn.functional.linear(x, linear.weight, linear.bias)

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GPT2Config,
@@ -24,6 +25,7 @@ from transformers.models.auto import modeling_auto
 from scratch_gpt.model import (
     ScratchGPTConfig,
     ScratchGPTForCausalLM,
+    ScratchGPTForQuestionAnswering,
     ScratchGPTForSequenceClassification,
     ScratchGPTForTokenClassification,
     ScratchGPTModel,
@@ -34,6 +36,7 @@ HEADS = {
     AutoModelForCausalLM: ScratchGPTForCausalLM,
     AutoModelForSequenceClassification: ScratchGPTForSequenceClassification,
     AutoModelForTokenClassification: ScratchGPTForTokenClassification,
+    AutoModelForQuestionAnswering: ScratchGPTForQuestionAnswering,
 }
 
 

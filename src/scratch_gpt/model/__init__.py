@@ -4,6 +4,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -11,6 +12,7 @@ from transformers import (
 from scratch_gpt.model.configuration_scratch_gpt import ScratchGPTConfig
 from scratch_gpt.model.modeling_scratch_gpt import (
     ScratchGPTForCausalLM,
+    ScratchGPTForQuestionAnswering,
     ScratchGPTForSequenceClassification,
     ScratchGPTForTokenClassification,
     ScratchGPTModel,
@@ -24,6 +26,7 @@ for _auto_class, _model_class in (
     (AutoModelForCausalLM, ScratchGPTForCausalLM),
     (AutoModelForSequenceClassification, ScratchGPTForSequenceClassification),
     (AutoModelForTokenClassification, ScratchGPTForTokenClassification),
+    (AutoModelForQuestionAnswering, ScratchGPTForQuestionAnswering),
 ):
     _auto_class.register(ScratchGPTConfig, _model_class, exist_ok=True)
     _model_class.register_for_auto_class(_auto_class)
@@ -31,6 +34,7 @@ for _auto_class, _model_class in (
 __all__ = [
     "ScratchGPTConfig",
     "ScratchGPTForCausalLM",
+    "ScratchGPTForQuestionAnswering",
     "ScratchGPTForSequenceClassification",
     "ScratchGPTForTokenClassification",
     "ScratchGPTModel",

@@ -20,6 +20,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_scratch_gpt.ScratchGPTForCausalLM",
     "AutoModelForSequenceClassification": "modeling_scratch_gpt.ScratchGPTForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_scratch_gpt.ScratchGPTForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_scratch_gpt.ScratchGPTForQuestionAnswering",
 }
 
 
