@@ -295,6 +295,17 @@ class ScratchGPTAttention(nn.Module):
         return self.resid_dropout(output), weights
 
 
+class ScratchGPTGELU(nn.Module):
+    """GPT-2's activation: `0.5 x (1 + tanh(u))` with `u = sqrt(2/pi) (x + 0.044715 x^3)` (Hendrycks & Gimpel 2016)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            # The same as x / (1 + exp(-2u)); compiled, torch's tanh takes twice as long as its sigmoid.
+            wide = x.float()
+            return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
+        return F.gelu(x, approximate="tanh")
+
+
 class ScratchGPTMLP(nn.Module):
     """`down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))` (Shazeer 2020)."""
 
@@ -306,9 +317,8 @@ class ScratchGPTMLP(nn.Module):
         self.up_proj = ScratchGPTLinear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = ScratchGPTLinear(intermediate_size, hidden_size, bias=bias)
         self.down_proj.writes_to_residual_stream = True
-        # GPT-2's activation, in one operation instead of eight
-        fused = {"gelu_new": "gelu_pytorch_tanh"}
-        self.act_fn = ACT2FN[fused.get(config.hidden_act, config.hidden_act)]
+        tanh_gelus = ("gelu_new", "gelu_pytorch_tanh")  # the same function, as eight operations and as one
+        self.act_fn = ScratchGPTGELU() if config.hidden_act in tanh_gelus else ACT2FN[config.hidden_act]
         self.resid_dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -897,8 +907,11 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Tokens per chunk. Measured on CPU: a small vocabulary's chunk should stay in the cache, a large one's should be long
-# enough to pay for adding up the head's gradient once per chunk (512 x 50,257 logits are 103 MB in float32).
-CHUNK_SIZE_SMALL_VOCABULARY, CHUNK_SIZE_LARGE_VOCABULARY, LARGE_VOCABULARY = 256, 512, 16384
+# enough to pay for adding up the head's gradient once per chunk (1,024 x 50,257 logits are 103 MB in bfloat16).
+CHUNK_SIZE_SMALL_VOCABULARY, CHUNK_SIZE_LARGE_VOCABULARY, LARGE_VOCABULARY = 512, 1024, 16384
+# Between the matrix products of a chunk, so many logits at a time go through the float32 softmax: on CPU they stay in the
+# cache, elsewhere they are few enough not to count.
+PIECE_SIZE, PIECE_SIZE_CPU = 2**24, 2**19
 
 
 def linear_cross_entropy(
@@ -972,50 +985,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         scale = 1.0 / divisor.float()
 
+        need_any = need_hidden or need_weight or need_bias
+        piece = max(1, (PIECE_SIZE_CPU if device_type == "cpu" else PIECE_SIZE) // weight.shape[0])  # rows
+
         with torch.autocast(device_type, enabled=False):
             matrix = weight.to(dtype)
             for start in range(0, hidden.shape[0], chunk_size):
                 rows = slice(start, start + chunk_size)
                 chunk = hidden[rows].to(dtype)  # (chunk, hidden)
+                logits = chunk @ matrix.t()  # (chunk, vocab), and soon their gradient
                 targets = labels[rows].unsqueeze(1)  # (chunk, 1)
-                counts = targets != ignore_index
-                targets = targets.masked_fill(~counts, 0)
-
-                logits = (chunk @ matrix.t()).float()  # (chunk, vocab)
-                if bias is not None:
-                    logits += bias.float()
-                if softcap is not None:
-                    squashed = logits.div_(softcap).tanh_()
-                    logits = squashed * softcap
-                logits[:, vocab_size:] = -math.inf
-                log_probs = torch.log_softmax(logits, dim=-1)
-                loss -= (log_probs.gather(1, targets) * counts).sum()
-                if not (need_hidden or need_weight or need_bias):
-                    continue
-
-                # d loss / d logits = (softmax - one_hot) / divisor, and zero for ignored tokens
-                row_scale = counts * scale
-                grad_logits = log_probs.exp_().mul_(row_scale)
-                grad_logits.scatter_add_(1, targets, -row_scale)
-                if softcap is not None:
-                    grad_logits.mul_(1 - squashed * squashed)  # d tanh
-                if need_bias:
-                    grad_bias += grad_logits.sum(0)
-                grad_logits = grad_logits.to(dtype)
+                row_scale = (targets != ignore_index) * scale
+                targets = targets.masked_fill(targets == ignore_index, 0)
+                for some in zip(logits.split(piece), targets.split(piece), row_scale.split(piece), strict=True):
+                    loss += _loss_of_piece(*some, bias, softcap, vocab_size, need_any, grad_bias)
                 if need_hidden:
-                    grad_hidden[rows] = grad_logits @ matrix
+                    grad_hidden[rows] = logits @ matrix
                 if need_weight:
                     if dtype == torch.float32:
-                        grad_weight.addmm_(grad_logits.t(), chunk)
+                        grad_weight.addmm_(logits.t(), chunk)
                     else:
-                        grad_weight += grad_logits.t() @ chunk
+                        grad_weight += logits.t() @ chunk
+                del logits  # or the next chunk's would be beside them
 
         ctx.save_for_backward(
             grad_hidden,
             grad_weight.to(weight.dtype) if need_weight else None,
             grad_bias.to(bias.dtype) if need_bias else None,
         )
-        return loss * scale
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -1026,6 +1024,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if scaled:
             grads = tuple(grad * grad_loss.to(grad.dtype) if grad is not None else None for grad in grads)
         return *grads, None, None, None, None, None, None, None
+
+
+def _loss_of_piece(logits, targets, row_scale, bias, softcap, vocab_size, need_gradient, grad_bias):
+    """The loss of some rows of logits (rows, vocab), which are overwritten with its gradient.
+
+    d loss / d logits = (softmax - one_hot) * row_scale, where row_scale (rows, 1) is 1 / divisor and zero for ignored
+    tokens. `grad_bias` is added to.
+    """
+    scores = logits.float() if bias is None else logits.float() + bias.float()
+    if softcap is not None:
+        squashed = (scores / softcap).tanh_()
+        scores = squashed * softcap
+    if vocab_size < scores.shape[1]:
+        scores = scores.index_fill(1, torch.arange(vocab_size, scores.shape[1], device=scores.device), -math.inf)
+    log_probs = torch.log_softmax(scores, dim=-1)
+    loss = -(log_probs.gather(1, targets) * row_scale).sum()
+    if need_gradient:
+        gradient = log_probs.exp_().mul_(row_scale)
+        gradient.scatter_add_(1, targets, -row_scale)
+        if softcap is not None:
+            gradient.mul_(1 - squashed * squashed)  # d tanh
+        if grad_bias is not None:
+            grad_bias += gradient.sum(0)
+        logits.copy_(gradient)
+    return loss
 
 
 # `AutoModel.register` fills the lazy mappings but not these tables of names, which Trainer reads to know that a model

@@ -18,6 +18,8 @@ from scratch_gpt.model.modeling_scratch_gpt import (
     CHUNK_SIZE_LARGE_VOCABULARY,
     CHUNK_SIZE_SMALL_VOCABULARY,
     LARGE_VOCABULARY,
+    PIECE_SIZE,
+    PIECE_SIZE_CPU,
 )
 
 FP32, BF16, INT64 = 4, 2, 8
@@ -353,23 +355,20 @@ def temporary(config: ScratchGPTConfig, load: Workload, copies: bool = True) -> 
 def temporary_in_loss(config: ScratchGPTConfig, load: Workload) -> float:
     """Bytes that the loss holds at its worst moment, beside what it saves.
 
-    Of a chunk it holds the float32 logits and their softmax, which becomes their gradient, and in bf16 the rounded
-    gradient. They live until the next chunk's logits exist, in bf16 before and after they became float32.
+    Of a chunk it holds the logits, which become their gradient, and in float32 what the softmax of some of its rows
+    takes.
     """
     vocabulary, hidden = config.padded_vocab_size, config.hidden_size
     if load.tensor_parallel > 1:  # a split head: all logits, in float32 their softmax and its gradient
         return load.tokens * config.vocab_size * (load.matmul_bytes + 3 * FP32)
     large = vocabulary > LARGE_VOCABULARY
     chunk = min(CHUNK_SIZE_LARGE_VOCABULARY if large else CHUNK_SIZE_SMALL_VOCABULARY, load.tokens)
-    following = min(chunk, load.tokens - chunk)
-    kept = 2 * FP32 + (FP32 if config.final_logit_softcapping else 0)  # of a chunk's element, to the next chunk
-    if load.precision == "bf16":
-        kept += BF16
-    new = FP32 if load.precision == "fp32" else FP32 + BF16
-    logits = vocabulary * (chunk * kept + following * new)
-    if config.final_logit_softcapping:  # two more for the derivative of tanh
-        logits = max(logits, vocabulary * chunk * 5 * FP32)
-    return logits + (vocabulary * hidden * BF16 if load.precision == "bf16" else 0)  # and the head in bfloat16
+    piece = min(chunk, max(1, (PIECE_SIZE_CPU if load.device == "cpu" else PIECE_SIZE) // vocabulary))
+    floats = 1 if load.precision == "fp32" else 2  # log-softmax; the logits themselves
+    if config.final_logit_softcapping:  # and what the derivative of tanh takes
+        floats = 5
+    in_bf16 = 2 * vocabulary * hidden * BF16 if load.precision == "bf16" else 0  # the head, and its gradient of a chunk
+    return vocabulary * (chunk * load.matmul_bytes + piece * floats * FP32) + in_bf16
 
 
 def temporary_in_block(config: ScratchGPTConfig, load: Workload) -> float:
