@@ -157,8 +157,9 @@ class TrainingSettings:
     """AdamW: decay of the second moment."""
     max_grad_norm: float = 1.0
     """The global gradient norm is clipped to this."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: measured at the start, the faster of the two on this machine."""
+    precision: Literal["auto", "bf16", "fp32", "fp16", "fp8"] = "auto"
+    """auto: bf16 or fp32, the faster on this machine, measured at the start; fp16: CUDA, with dynamic loss scaling;
+    fp8: CUDA from compute capability 8.9, blocks in float8 and the rest in bf16, needs `pip install scratch-gpt[fp8]`."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each block; auto: only where it pays within the run, measured."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

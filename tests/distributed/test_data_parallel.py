@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from scratch_gpt.cli import main
-from scratch_gpt.training.metrics import read_metrics
+from scratch_gpt.training.metrics import read_events, read_metrics
 from tests.conftest import TINY_RUN
 
 CONFIG = Path(__file__).parents[2] / "configs" / "accelerate" / "ddp_cpu.yaml"
 
 
-def launch(arguments, **environment):
+def launch(arguments, program=("-m", "scratch_gpt"), **environment):
     command = [
         sys.executable,
         "-m",
@@ -27,7 +27,7 @@ def launch(arguments, **environment):
         "0",
     ]
     return subprocess.run(
-        [*command, "-m", "scratch_gpt", *arguments],
+        [*command, *program, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -63,6 +63,46 @@ def test_two_processes_give_the_run_of_one_and_each_goes_on_with_the_other(corpu
     assert main([*arguments(two, corpus, 15)]) == 0
     assert main([*arguments(one, corpus, 15)]) == 0
     compare(15)
+
+
+OVERFLOW = """
+import math, sys, torch
+from scratch_gpt.cli import main
+from scratch_gpt.training import loop
+from scratch_gpt.training.loss_scale import LossScale
+
+def forward_backward(self, data, original=loop.Loop._forward_backward):
+    weight = self.accelerator.unwrap_model(self.model).lm_head.weight
+    last = self.accelerator.process_index == self.accelerator.num_processes - 1
+    if not last or data.cursor.row // 8 != 3:
+        return original(self, data)
+    hook = weight.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    loss = original(self, data)
+    hook.remove()
+    return loss
+
+loop.Loop._forward_backward = forward_backward
+loop.LossScale = lambda _, **state: LossScale(True, **state)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_gradients_that_overflow_in_one_process_are_dropped_by_all(corpus, tmp_path):
+    script = tmp_path / "overflow.py"
+    script.write_text(OVERFLOW)
+    run = arguments(tmp_path / "two", corpus, 6)
+    done = launch(run, [str(script)], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = arguments(tmp_path / "one", corpus, 6)
+    alone = subprocess.run([sys.executable, script, *run], capture_output=True, text=True, check=False, timeout=240)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    losses = []
+    for name in ("one", "two"):
+        metrics = tmp_path / name / "metrics.jsonl"
+        assert [(event["event"], event["step"]) for event in read_events(metrics)] == [("overflow", 3)]
+        losses.append([record["loss"] for record in read_metrics(metrics)])
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=2e-4)
 
 
 def test_independent_copies_are_refused(corpus, tmp_path):

@@ -83,6 +83,20 @@ def test_bfloat16_is_as_close_to_float32_as_the_full_logits_are():
         assert (a.float() - t).norm() <= 1.2 * (b.float() - t).norm() + 1e-3 * t.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_float16_gradients_of_a_large_step_are_not_lost_before_the_loss_is_scaled(dtype):
+    hidden, weight, bias, labels = problem()
+    weight, bias = ((t.detach() / 4).to(dtype).requires_grad_() for t in (weight, bias))
+    inputs = (hidden, weight, bias)
+    exact = [t.detach().float().requires_grad_() for t in inputs]
+    tokens, scale = 2**24, 2.0**16
+    truth = torch.autograd.grad(scale * reference(*exact, labels, tokens), exact)
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(hidden, weight, labels, bias, tokens, chunk_size=8)
+    for ours, true in zip(torch.autograd.grad(scale * loss, inputs), truth, strict=True):
+        assert (ours.float() - true).norm() < 2e-3 * true.norm()
+
+
 def test_a_wrong_number_of_labels_is_a_value_error():
     hidden, weight, _, labels = problem()
     with pytest.raises(ValueError, match="37 hidden states, but 36 labels"):

@@ -182,6 +182,14 @@ def test_parameters_are_exact_and_add_up(name):
     assert (parameters.head > 0) == (not config.tie_word_embeddings)
 
 
+def test_fp16_takes_the_memory_of_bf16_and_fp8_less_by_the_copies_of_the_weights():
+    plan = Plan(replace(settings(), devices=1))
+    half, fp16, fp8 = (plan.row(Layout("single", 1, ""), each, False) for each in ("bf16", "fp16", "fp8"))
+    assert fp16.memory == half.memory
+    copies = plan.config.num_hidden_layers * footprint.copied_weights(plan.config).size(half.load)
+    assert fp8.memory == replace(half.memory, activations=half.memory.activations - copies)
+
+
 def test_fsdp2_really_holds_the_planned_share():
     from torch.distributed.fsdp import fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -984,6 +984,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         scale = 1.0 / divisor.float()
+        # A gradient divided by the tokens of a large step would vanish in float16, before the caller's loss scaling comes
+        # to its help in the backward pass: there it is divided then.
+        early, late = (1.0, scale) if dtype == torch.float16 else (scale, None)
 
         need_any = need_hidden or need_weight or need_bias
         piece = max(1, (PIECE_SIZE_CPU if device_type == "cpu" else PIECE_SIZE) // weight.shape[0])  # rows
@@ -995,7 +998,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chunk = hidden[rows].to(dtype)  # (chunk, hidden)
                 logits = chunk @ matrix.t()  # (chunk, vocab), and soon their gradient
                 targets = labels[rows].unsqueeze(1)  # (chunk, 1)
-                row_scale = (targets != ignore_index) * scale
+                row_scale = (targets != ignore_index) * early
                 targets = targets.masked_fill(targets == ignore_index, 0)
                 for some in zip(logits.split(piece), targets.split(piece), row_scale.split(piece), strict=True):
                     loss += _loss_of_piece(*some, bias, softcap, vocab_size, need_any, grad_bias)
@@ -1007,11 +1010,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     else:
                         grad_weight += logits.t() @ chunk
                 del logits  # or the next chunk's would be beside them
+        if late is not None:
+            loss *= late
 
         ctx.save_for_backward(
             grad_hidden,
             grad_weight.to(weight.dtype) if need_weight else None,
             grad_bias.to(bias.dtype) if need_bias else None,
+            late,
         )
         return loss
 
@@ -1019,10 +1025,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         # A grad_loss other than 1 is a loss scaled by the caller (gradient accumulation, mixed objectives).
+        *grads, late = ctx.saved_tensors
+        if late is not None:
+            grad_loss = grad_loss * late
         scaled = grad_loss.device.type != "cpu" or is_tracing(grad_loss) or grad_loss.item() != 1.0
-        grads = ctx.saved_tensors
         if scaled:
-            grads = tuple(grad * grad_loss.to(grad.dtype) if grad is not None else None for grad in grads)
+            grads = [grad * grad_loss.to(grad.dtype) if grad is not None else None for grad in grads]
         return *grads, None, None, None, None, None, None, None
 
 

@@ -39,13 +39,15 @@ class TrainerState:
     cursor: Cursor
     """Which of their rows were consumed."""
     precision: str
-    """bf16 or fp32, as chosen at the start of the run."""
+    """bf16, fp32, fp16 or fp8, as chosen at the start of the run."""
     compiled: bool
     """Whether the blocks were compiled."""
     learning_rate_scale: float = 1.0
     """What rollbacks have made of the learning rate."""
     guard: dict[str, Any] = field(default_factory=dict)
     """The guard's window."""
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    """In fp16: the factor, and the steps since it last changed."""
     record: dict[str, Any] = field(default_factory=dict)
     """The metrics of the last step, in case a crash comes before their line is written."""
 

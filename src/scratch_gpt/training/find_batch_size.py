@@ -24,8 +24,10 @@ from scratch_gpt.config import FindBatchSizeSettings, PretrainSettings, parse_by
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
 from scratch_gpt.training.build import build_model
+from scratch_gpt.training.float8 import use_float8
 from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.planner import GB, planned_config, planned_context
+from scratch_gpt.training.precision import autocast, check_precision, has_bf16
 from scratch_gpt.training.recompute import checkpoint_activations
 
 TIMED_STEPS = 3
@@ -53,6 +55,7 @@ def find_batch_size_command(settings: FindBatchSizeSettings) -> None:
     context = planned_context(settings, config)
     limit = _limit(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_precision(settings.training.precision, torch.device(device))
     say(
         f"{settings.model.preset}, vocabulary {config.vocab_size:,} ({vocabulary}), context {context:,}, "
         f"{precision(settings, device)} on {device}, at most {limit / GB:.1f} GB"
@@ -128,13 +131,15 @@ def try_batch(settings: FindBatchSizeSettings, rows: int, limit: int) -> Try:
         _hold_to(limit, device)
         model = build_model(config, settings.seed).to(device).train()
         checkpoint_activations(model, settings.training)
+        if settings.training.precision == "fp8":
+            use_float8(model)
         optimizer = build_optimizer(model, settings.training)
         ids = torch.randint(config.vocab_size, (rows, context), device=device)
-        half = torch.autocast(device, torch.bfloat16, enabled=precision(settings, device) == "bf16")
+        mixed = autocast(device, precision(settings, device))
         seconds = []
         for _ in range(1 + TIMED_STEPS):
             start = time.perf_counter()
-            with half:
+            with mixed:
                 loss = model(input_ids=ids, labels=ids, shift_labels=ids).loss
             loss.backward()
             optimizer.step()
@@ -155,7 +160,7 @@ def precision(settings: PretrainSettings, device: str) -> str:
     """What `pretrain` would take, without the measurement that auto stands for: bf16 where the device can."""
     if settings.training.precision != "auto":
         return settings.training.precision
-    return "fp32" if device == "cuda" and not torch.cuda.is_bf16_supported() else "bf16"
+    return "bf16" if has_bf16(torch.device(device)) else "fp32"
 
 
 def _limit(settings: FindBatchSizeSettings) -> int:

@@ -4,8 +4,9 @@ Floating-point operations as torch's FLOP counter counts them, and memory: the t
 the backward pass, written down as a table with an entry for each line of `modeling_scratch_gpt.py` that saves one, and
 what comes and goes in between. The tests hold each against measured bytes.
 
-It is this project's training that is described: float32 weights, gradients and optimizer state, and with bf16 an autocast
-that computes the matrix products in bfloat16 and leaves the residual stream in float32.
+It is this project's training that is described: float32 weights, gradients and optimizer state, and but for fp32 an
+autocast that computes the matrix products in bfloat16 (fp16: float16; fp8: the blocks' in float8, of which nothing is
+kept) and leaves the residual stream in float32.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from scratch_gpt.model.modeling_scratch_gpt import (
     PIECE_SIZE_CPU,
 )
 
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 FP32, BF16, INT64 = 4, 2, 8
 SHORT_BF16 = 256
 """Longest context for which attention in bf16 on CPU is made of plain matrix products (`_is_short_bf16`)."""
@@ -33,7 +35,7 @@ class Workload:
 
     rows: int
     context: int
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     device: Literal["cuda", "cpu"] = "cuda"
     checkpointing: bool = False
     """Activation checkpointing of every block: its input is kept, the rest is computed again in the backward pass."""
@@ -46,7 +48,16 @@ class Workload:
     @property
     def matmul_bytes(self) -> int:
         """Bytes of one element in matrix products."""
-        return BF16 if self.precision == "bf16" else FP32
+        return BF16 if self.autocast else FP32
+
+    @property
+    def autocast(self) -> bool:
+        return self.precision != "fp32"
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether the backward pass reads 16-bit copies of the weights; float8 layers keep the weights themselves."""
+        return self.precision in ("bf16", "fp16")
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -179,7 +190,7 @@ def saved_in_block(config: ScratchGPTConfig, layer: int, load: Workload) -> list
 
 
 def _copies(readers: int, load: Workload) -> int:
-    return readers if load.precision == "bf16" else 1
+    return readers if load.autocast else 1
 
 
 def _norm(
@@ -325,7 +336,7 @@ def saved_for_backward(config: ScratchGPTConfig, load: Workload, copies: bool = 
         return [*saved, *(Saved(f"input of block {layer}", config.hidden_size, FP32) for layer in layers)]
     for layer in layers:
         saved += saved_in_block(config, layer, load)
-        if copies and load.precision == "bf16":
+        if copies and load.copies_weights:
             saved += [copied_weights(config)]
     return saved
 
@@ -348,7 +359,7 @@ def temporary(config: ScratchGPTConfig, load: Workload, copies: bool = True) -> 
         return max(in_loss, in_block)
     layers = range(config.num_hidden_layers)
     block = max((bytes_of(saved_in_block(config, layer, load), load) for layer in layers), default=0.0)
-    copied = copied_weights(config).size(load) if copies and load.precision == "bf16" else 0.0
+    copied = copied_weights(config).size(load) if copies and load.copies_weights else 0.0
     return max(in_loss + copied * len(layers), in_block + block + copied)
 
 
@@ -364,11 +375,11 @@ def temporary_in_loss(config: ScratchGPTConfig, load: Workload) -> float:
     large = vocabulary > LARGE_VOCABULARY
     chunk = min(CHUNK_SIZE_LARGE_VOCABULARY if large else CHUNK_SIZE_SMALL_VOCABULARY, load.tokens)
     piece = min(chunk, max(1, (PIECE_SIZE_CPU if load.device == "cpu" else PIECE_SIZE) // vocabulary))
-    floats = 1 if load.precision == "fp32" else 2  # log-softmax; the logits themselves
+    floats = 2 if load.autocast else 1  # log-softmax; the logits themselves
     if config.final_logit_softcapping:  # and what the derivative of tanh takes
         floats = 5
-    in_bf16 = 2 * vocabulary * hidden * BF16 if load.precision == "bf16" else 0  # the head, and its gradient of a chunk
-    return vocabulary * (chunk * load.matmul_bytes + piece * floats * FP32) + in_bf16
+    in_16_bits = 2 * vocabulary * hidden * BF16 if load.autocast else 0  # the head, and its gradient of a chunk
+    return vocabulary * (chunk * load.matmul_bytes + piece * floats * FP32) + in_16_bits
 
 
 def temporary_in_block(config: ScratchGPTConfig, load: Workload) -> float:

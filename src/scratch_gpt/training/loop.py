@@ -30,6 +30,7 @@ from scratch_gpt.training.checkpoint import (
     save_checkpoint,
 )
 from scratch_gpt.training.guard import Guard
+from scratch_gpt.training.loss_scale import LossScale
 from scratch_gpt.training.metrics import MetricsFile
 from scratch_gpt.training.optimizer import Optimizers
 from scratch_gpt.training.schedule import learning_rate, rows_at
@@ -74,6 +75,7 @@ class Loop:
         self.accelerator, self.model, self.tokenizer, self.optimizer = accelerator, model, tokenizer, optimizer
         self.data, self.validation_streams, self.shape, self.state = data, validation_streams, shape, state
         self.guard = Guard(settings.guard, **state.guard)
+        self.loss_scale = LossScale(state.precision == "fp16", **state.loss_scale)
         self.metrics = MetricsFile(
             run_dir / "metrics.jsonl", state.step, state.cursor.row, write=accelerator.is_main_process
         )
@@ -99,7 +101,7 @@ class Loop:
                         bar.update(state.step, f"step {state.step}/{max_steps} loss {state.record['loss']:.3f}")
 
     def _train_step(self, reader: ReadAhead[StepData], stop: StopRequest) -> bool:
-        """One optimizer step; False if it was skipped, or undone by a rollback."""
+        """One optimizer step; False if it was not taken, or undone by a rollback."""
         state, max_steps = self.state, self.settings.max_steps
         rate = learning_rate(state.step, max_steps, self.training) * state.learning_rate_scale
         for group in self.optimizer.param_groups:
@@ -109,21 +111,26 @@ class Loop:
         data = next(reader)
         data_seconds = time.perf_counter() - asked
         loss = self._forward_backward(data)
+        self.loss_scale.unscale(self.model.parameters())
         grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm))
         shared = torch.stack([loss, torch.tensor(float(stop.requested), device=loss.device)])
         step_loss, stop_votes = self.accelerator.reduce(shared, "sum").tolist()
 
         state.cursor = data.cursor
         state.tokens += data.num_targets
-        problem = self.guard.problem(step_loss, grad_norm)
+        overflow = self.loss_scale.overflow(step_loss, grad_norm)
+        problem = overflow or self.guard.problem(step_loss, grad_norm)
         if problem is None:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        if overflow is not None:  # says nothing of the data: the next rows are tried with a smaller scale
+            self._event("overflow", overflow)
+            return False
         if problem is not None:
             self._do_not_take(problem, finite=math.isfinite(step_loss) and math.isfinite(grad_norm))
             return False
         state.step += 1
-        state.guard = self.guard.state()
+        state.guard, state.loss_scale = self.guard.state(), self.loss_scale.state()
 
         seconds = self.clock.tick()
         order = self.data.order
@@ -165,7 +172,7 @@ class Loop:
                     num_items_in_batch=data.num_targets,
                 ).loss
             # Data parallelism averages gradients over processes; what we want is their sum.
-            (micro_loss * self.accelerator.num_processes).backward()
+            (micro_loss * (self.accelerator.num_processes * self.loss_scale.scale)).backward()
             loss += micro_loss.detach()
         return loss
 

@@ -23,7 +23,7 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig
 from scratch_gpt.training import footprint
 from scratch_gpt.training.build import build_config, configure
-from scratch_gpt.training.footprint import BF16, FP32, Parameters, Workload
+from scratch_gpt.training.footprint import BF16, FP32, Parameters, Precision, Workload
 
 GB = 1e9
 FILL = 0.92
@@ -35,8 +35,6 @@ DEEPSPEED_BUCKET = 500_000_000
 DEEPSPEED_LIVE = 1_000_000_000
 """Gathered parameters that DeepSpeed's ZeRO-3 keeps at a time (its default)."""
 LARGEST_BATCH = 2**20
-
-Precision = Literal["fp32", "bf16"]
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -113,7 +111,7 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
-    """What the blocks save for the backward pass; in bf16 with autocast's copies of their weights."""
+    """What the blocks save for the backward pass; in bf16 and fp16 with autocast's copies of their weights."""
     loss: float
     """The gradients that the chunked loss computes ahead."""
     temporary: float
@@ -131,7 +129,7 @@ def memory(
 ) -> Memory:
     """Of a step with gradient accumulation, when the gradients of earlier forward passes are there in the next one.
 
-    Weights, gradients and AdamW's moments are float32. DeepSpeed differs: in bf16 its weights and gradients are bf16, with
+    Weights, gradients and AdamW's moments are float32. DeepSpeed differs: its weights and gradients have 16 bits, too, with
     float32 weights beside the moments (Rajbhandari et al., 2020, arXiv:1910.02054, section 3.1).
     """
     load = replace(load, tensor_parallel=layout.tensor_parallel)
@@ -139,7 +137,7 @@ def memory(
     share = held / parameters.total
     weight_bytes = gradient_bytes = FP32
     state = footprint.optimizer_bytes(parameters, optimizer) * share
-    if layout.deepspeed and load.precision == "bf16":
+    if layout.deepspeed and load.autocast:
         weight_bytes = gradient_bytes = BF16
         state += FP32 * held
     copies = not layout.gathers_weights and not layout.deepspeed

@@ -1,4 +1,6 @@
-"""Which arithmetic is fastest here: measured on the model and batch that will be trained, before the run starts.
+"""What the model computes in: which precisions this machine has, and which arithmetic is fastest on it.
+
+The speed is measured on the model and batch that will be trained, before the run starts.
 
 Not every CPU has bf16 instructions, and where they are emulated bf16 is slower than fp32; a compiled block saves
 element-wise passes over memory but takes half a minute to compile. So both are tried, and the choice is said.
@@ -14,8 +16,12 @@ import torch
 
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.data.batches import Batch
+from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTForCausalLM
+from scratch_gpt.training.float8 import check_float8
 
+AUTOCAST = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}
+"""Accelerate's word for the autocast of each precision. Weights, gradients and optimizer are float32 in all of them."""
 COMPILE_WORTH_TRYING_SECONDS = 240.0
 """Eager duration of a run from which on compiling is tried: below, the time to compile is not earned back."""
 
@@ -23,11 +29,41 @@ COMPILE_WORTH_TRYING_SECONDS = 240.0
 @dataclass
 class Arithmetic:
     precision: str
-    """bf16 (autocast, weights stay float32) or fp32."""
+    """fp32, or under autocast bf16, fp16 (with a loss scale) or fp8 (in the blocks, the rest in bf16)."""
     compiled: bool
     seconds_per_step: float
     """Measured forward + backward of one process's share of an optimizer step."""
     reason: str
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what this machine does not have, or only seems to have.
+
+    Raises:
+        UserError: says what is missing, and what to take instead.
+    """
+    if precision == "fp8":
+        check_float8(device)
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"precision fp16 needs a CUDA GPU, and this run is on {device.type}: there Accelerate computes in float32 "
+            "without a word. Take bf16 or auto"
+        )
+    if precision == "bf16" and not has_bf16(device):
+        raise UserError(
+            f"precision bf16 needs a GPU of compute capability 8.0 or higher, and {torch.cuda.get_device_name(device)} "
+            "would only emulate it, slower than fp32: take fp16 or fp32"
+        )
+
+
+def has_bf16(device: torch.device) -> bool:
+    """False for a GPU that has no bf16 instructions. A CPU without them is found out by measuring."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device, dtype, enabled=precision != "fp32")
 
 
 def choose_arithmetic(
@@ -40,6 +76,7 @@ def choose_arithmetic(
 ) -> Arithmetic:
     """Measure forward + backward on ``batch`` and leave ``model`` as it was, compiled if that is the choice.
 
+    For fp8 the model must have its layers already.
     The length of the run, which decides whether compiling is tried, is ``max_steps``, else ``budget_seconds``.
     """
     rng = torch.get_rng_state()
@@ -49,6 +86,8 @@ def choose_arithmetic(
         seconds[precision] = measure(model, batch, precision)
     precision = min(seconds, key=seconds.__getitem__)
     reason = "as asked" if settings.precision != "auto" else "the only choice"
+    if settings.precision == "auto" and not has_bf16(batch.input_ids.device):
+        reason = "this GPU has no bf16; --training.precision fp16 would be faster"
     if len(seconds) > 1:
         slower = max(seconds, key=seconds.__getitem__)
         reason = f"{seconds[slower] / seconds[precision]:.1f}x the speed of {slower} here"
@@ -79,7 +118,7 @@ def measure(model: ScratchGPTForCausalLM, batch: Batch, precision: str, repeats:
 
 def _forward_backward(model: ScratchGPTForCausalLM, batch: Batch, precision: str) -> None:
     device = batch.input_ids.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(device, precision):
         model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -98,7 +137,7 @@ def _timed(action: Callable[[], None]) -> float:
 
 def _candidates(device: torch.device) -> list[str]:
     if device.type == "cuda":
-        return ["bf16"] if torch.cuda.is_bf16_supported() else ["fp32"]
+        return ["bf16"] if has_bf16(device) else ["fp32"]
     return ["bf16", "fp32"] if device.type == "cpu" else ["fp32"]
 
 

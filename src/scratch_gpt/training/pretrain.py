@@ -36,11 +36,12 @@ from scratch_gpt.training.checkpoint import (
     save_model,
 )
 from scratch_gpt.training.find_batch_size import is_out_of_memory, out_of_memory_advice
+from scratch_gpt.training.float8 import check_tokens, use_float8
 from scratch_gpt.training.launch import launched_processes
 from scratch_gpt.training.loop import BatchShape, Loop
 from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.optimizer import describe as describe_groups
-from scratch_gpt.training.precision import Arithmetic, choose_arithmetic, compile_blocks
+from scratch_gpt.training.precision import AUTOCAST, Arithmetic, check_precision, choose_arithmetic, compile_blocks
 from scratch_gpt.training.recompute import checkpoint_activations
 from scratch_gpt.training.run import record_settings, run_directory, stored_settings
 from scratch_gpt.training.schedule import learning_rate
@@ -49,6 +50,7 @@ from scratch_gpt.training.schedule import learning_rate
 def pretrain_command(settings: PretrainSettings) -> None:
     """`scratch-gpt pretrain`."""
     state = launched_processes()
+    check_precision(settings.training.precision, state.device)
     # One process looks at the run directory and holds its lock; the others wait until it is ready.
     if state.is_main_process:
         with run_directory(settings) as run_dir:
@@ -200,7 +202,7 @@ class Pretraining:
 
     def run(self) -> None:
         """Train to the last step and write ``final/``; see :meth:`Loop.run` for what may end it before."""
-        accelerator = Accelerator(mixed_precision="bf16" if self.arithmetic.precision == "bf16" else "no")
+        accelerator = Accelerator(mixed_precision=AUTOCAST[self.arithmetic.precision])
         model = accelerator.prepare_model(self.model)
         optimizer = build_optimizer(self.model, self.settings.training)
         state = TrainerState(
@@ -312,8 +314,13 @@ class Pretraining:
 
     def _choose_arithmetic(self, processes: PartialState) -> Arithmetic:
         """Measured at the start of a run; a resumed run keeps the choice, or its losses would not be the same."""
-        if self.checkpoint is not None:
-            state = read_state(self.checkpoint)
+        state = read_state(self.checkpoint) if self.checkpoint is not None else None
+        precision = state.precision if state is not None else self.settings.training.precision
+        check_precision(precision, processes.device)
+        if precision == "fp8":
+            check_tokens(self.shape.device_rows, self.context_length)
+            use_float8(self.model)
+        if state is not None:
             if state.data != self.data_fingerprint:
                 raise UserError(
                     f"{self.run_dir} was trained on other token shards than are in "

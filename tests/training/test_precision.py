@@ -1,0 +1,106 @@
+"""Which precisions are taken where, and what is said of those that are not."""
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from scratch_gpt.cli import main
+from scratch_gpt.config import TrainingSettings
+from scratch_gpt.data.batches import read_rows
+from scratch_gpt.data.packing import pack
+from scratch_gpt.errors import UserError
+from scratch_gpt.training import float8
+from scratch_gpt.training.precision import _candidates, autocast, check_precision, choose_arithmetic
+from tests.training.test_parts import random_stream, tiny_model
+from tests.training.test_runs import arguments
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """``gpu(major, minor, torchao)``: a machine with this compute capability, with or without the package."""
+
+    def pretend(major, minor, torchao=True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: major >= 8)
+        spec = importlib.util.find_spec("json") if torchao else None
+        monkeypatch.setattr(float8, "find_spec", lambda name: spec)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("precision", "machine", "message"),
+    [
+        ("bf16", (7, 5), "bf16 needs a GPU of compute capability 8.0 or higher, and Some GPU would only emulate it"),
+        ("fp8", (8, 0), "fp8 needs a GPU of compute capability 8.9 or higher .*this one has 8.0: take bf16 or auto"),
+        ("fp8", (9, 0, False), "fp8 needs the package torchao: pip install 'scratch-gpt.fp8.'"),
+    ],
+)
+def test_a_gpu_is_told_what_it_lacks(gpu, precision, machine, message):
+    gpu(*machine)
+    with pytest.raises(UserError, match=message):
+        check_precision(precision, GPU)
+
+
+@pytest.mark.parametrize("machine", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0)])
+def test_a_gpu_takes_the_others(gpu, machine):
+    gpu(*machine)
+    taken = {"fp32", "fp16", "auto"} | ({"bf16"} if machine >= (8, 0) else set())
+    for precision in taken | ({"fp8"} if machine >= (8, 9) else set()):
+        check_precision(precision, GPU)
+    assert _candidates(GPU) == (["bf16"] if machine >= (8, 0) else ["fp32"])
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "find-batch-size"])
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("fp16", "fp16 needs a CUDA GPU, and this run is on cpu: there Accelerate computes in float32"),
+        ("fp8", "fp8 needs a CUDA GPU, and this run is on cpu: take bf16 or auto"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+def test_without_a_gpu_they_are_refused_before_anything_is_written(verb, precision, message, corpus, tmp_path, capsys):
+    run = arguments(tmp_path / "run", corpus, "--training.precision", precision)
+    assert main([verb, *run[1:]]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cpu_takes_the_others_and_measures_them():
+    for precision in ("fp32", "bf16", "auto"):
+        check_precision(precision, CPU)
+    assert _candidates(CPU) == ["bf16", "fp32"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp8", torch.bfloat16)],
+)
+def test_matrix_products_have_the_precision_that_was_asked_for(precision, dtype):
+    with autocast("cpu", precision):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_a_named_precision_is_not_measured_against_another():
+    stream = random_stream()
+    packing = pack(stream, "concat", 16, False, 0)
+    batch = read_rows([(stream, packing.row(index)) for index in range(4)], 16, False)
+    settings = TrainingSettings(precision="fp16", compile="off")
+    choice = choose_arithmetic(tiny_model().train(), batch, 1, settings, 10)
+    assert (choice.precision, choice.reason) == ("fp16", "as asked")
+
+
+def test_sizes_that_float8_does_not_take_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8", SimpleNamespace(convert_to_float8_training=None))
+    with pytest.raises(UserError, match=r"stay in bf16: attn.k_proj \(16 x 8\), attn.v_proj \(16 x 8\)\. Change"):
+        float8.use_float8(tiny_model(num_key_value_heads=1, intermediate_size=64))
+    with pytest.raises(UserError, match="3 rows x 24 tokens are 72: change"):
+        float8.check_tokens(3, 24)
+    float8.check_tokens(2, 24)
