@@ -1,5 +1,7 @@
 """What a person sees: summary lines that stay, and a progress bar that goes."""
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,35 +9,44 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 console = Console(highlight=False, soft_wrap=True)
+LINE_SECONDS = 60.0
 
 
 def say(text: str = "") -> None:
     """One line, on the main process of a launch only, shown as it is (brackets are no markup)."""
-    import os
-
-    if os.environ.get("RANK", "0") == "0":
+    if on_main_process():
         console.print(text, markup=False)
+
+
+def on_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def progress_bar(description: str, total: int, done: int = 0) -> Iterator["ProgressLine"]:
-    """A bar with the time left, on a terminal only."""
+    """A bar with the time left; where no terminal shows it, a line every :data:`LINE_SECONDS`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    hidden = not (console.is_terminal and on_main_process())
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         yield ProgressLine(progress, progress.add_task(description, total=total, completed=done, status=""))
 
 
 class ProgressLine:
     def __init__(self, progress: Progress, task: TaskID):
         self.progress, self.task = progress, task
+        self.last_line = time.monotonic()
 
     def update(self, completed: int, status: str = "") -> None:
         self.progress.update(self.task, completed=completed, status=status)
+        if self.progress.disable and time.monotonic() - self.last_line >= LINE_SECONDS:
+            left = self.progress.tasks[self.task].time_remaining
+            say(f"  {status}" + ("" if left is None else f"  {duration(left)} left"))
+            self.last_line = time.monotonic()
 
 
 def duration(seconds: float) -> str:

@@ -31,10 +31,11 @@ from scratch_gpt.training.checkpoint import (
 )
 from scratch_gpt.training.guard import Guard
 from scratch_gpt.training.loss_scale import LossScale
-from scratch_gpt.training.metrics import MetricsFile
+from scratch_gpt.training.metrics import MetricsFile, speed
 from scratch_gpt.training.optimizer import Optimizers
 from scratch_gpt.training.schedule import learning_rate, rows_at
 from scratch_gpt.training.stop import StopRequest
+from scratch_gpt.training.utilisation import ModelFlops
 from scratch_gpt.training.validation import validate
 
 
@@ -80,6 +81,9 @@ class Loop:
             run_dir / "metrics.jsonl", state.step, state.cursor.row, write=accelerator.is_main_process
         )
         self.clock = Clock()
+        self.flops = ModelFlops(
+            accelerator, accelerator.unwrap_model(model).config, data.context_length, state.precision
+        )
 
     def run(self) -> None:
         """Train to the last step.
@@ -98,7 +102,8 @@ class Loop:
             while state.step < max_steps:
                 with ReadAhead(self._read_steps()) as reader:  # anew after a step that was not taken
                     while state.step < max_steps and self._train_step(reader, stop):
-                        bar.update(state.step, f"step {state.step}/{max_steps} loss {state.record['loss']:.3f}")
+                        status = f"step {state.step:>5,}/{max_steps:,}  loss {state.record['loss']:.3f}"
+                        bar.update(state.step, f"{status}  {speed(state.record)}")
 
     def _train_step(self, reader: ReadAhead[StepData], stop: StopRequest) -> bool:
         """One optimizer step; False if it was not taken, or undone by a rollback."""
@@ -132,7 +137,7 @@ class Loop:
         state.step += 1
         state.guard, state.loss_scale = self.guard.state(), self.loss_scale.state()
 
-        seconds = self.clock.tick()
+        tokens_per_second = data.num_targets / self.clock.tick()
         order = self.data.order
         state.record = {
             "step": state.step,
@@ -140,7 +145,8 @@ class Loop:
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "tokens": state.tokens,
-            "tokens_per_second": round(data.num_targets / seconds, 1),
+            "tokens_per_second": round(tokens_per_second, 1),
+            "mfu": self.flops.utilisation(tokens_per_second),
             "data_seconds": round(data_seconds, 6),
             "phase": data.cursor.phase,
             "epochs": {name: round(epochs, 4) for name, epochs in order.epochs(data.cursor).items()},
@@ -238,7 +244,7 @@ class Loop:
                 record_best(self.run_dir, step, result.bits_per_byte)
             say(
                 f"  step {step:>5,}  loss {record['loss']:.3f}  validation {result.bits_per_byte:.3f} bits per byte  "
-                f"{record['tokens_per_second']:,.0f} tokens/s  {left} left"
+                f"{speed(record)}  {left} left"
             )
         if step % self.training.log_every == 0 or "validation_loss" in record:
             self.metrics.write(record)

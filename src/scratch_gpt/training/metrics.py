@@ -36,6 +36,12 @@ class MetricsFile:
             self.last_step = record["step"]
 
 
+def speed(record: dict[str, Any]) -> str:
+    """Of a step, for the console."""
+    mfu = "" if record.get("mfu") is None else f"  MFU {record['mfu']:.0%}"
+    return f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of all steps; a last line that a crash cut short is left out."""
     return [record for record in _read(path) if "event" not in record]
