@@ -1,0 +1,140 @@
+"""A model whose blocks are spread over processes computes what it does in one."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+
+from scratch_gpt.config import TrainingSettings
+from scratch_gpt.data.batches import Batch
+from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
+from scratch_gpt.training.footprint import flops_per_token
+from scratch_gpt.training.pipeline import Pipeline, split
+from scratch_gpt.training.recompute import checkpoint_activations
+from tests.model.conftest import SIZE, STYLES
+
+LAYOUTS = {"four stages": ((4, 1), "1f1b"), "two by two": ((2, 2), "1f1b"), "interleaved": ((2, 2), "interleaved1f1b")}
+MICRO_BATCHES, ROWS, CONTEXT = 4, 2, 12
+WORLD = 4
+
+
+def build(style):
+    torch.manual_seed(0)
+    fields = {**SIZE, **STYLES[style], "num_hidden_layers": 6}
+    if "layer_types" in fields:
+        fields["layer_types"] = 2 * fields["layer_types"]
+    config = ScratchGPTConfig(**fields)
+    model = ScratchGPTForCausalLM(config).train()
+    checkpoint_activations(model, TrainingSettings(activation_checkpointing="full", activation_checkpointing_every=2))
+    return model
+
+
+def batches(copy):
+    """The micro-batches of one of two data-parallel copies: packed documents, some targets left out."""
+    random = torch.Generator().manual_seed(copy)
+    for _ in range(MICRO_BATCHES):
+        ids = torch.randint(1, SIZE["vocab_size"], (ROWS, CONTEXT + 1), generator=random)
+        labels = ids[:, 1:].clone()
+        labels[0, 7 + copy :] = -100
+        yield Batch(ids[:, :-1], labels, torch.cat([torch.arange(5), torch.arange(7)]).expand(ROWS, -1))
+
+
+SMALL = Batch(*(tensor[:1, :9] for tensor in next(batches(0))._tensors()))
+"""One row, shorter than those that the pipeline trains on."""
+
+
+def work(rank, folder, store_file):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store_file, WORLD), rank=rank, world_size=WORLD)
+    for layout, (shape, schedule) in LAYOUTS.items():
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pipeline", "data"))
+        copy = mesh.get_local_rank("data")
+        for style in ("gpt2", "modern", "mixture"):
+            own = [batch for one in range(2) if shape[1] == 1 or one == copy for batch in batches(one)]
+            pipeline = Pipeline(build(style), mesh, schedule, CONTEXT, contextlib.nullcontext)
+            parameters = dict(pipeline.model.named_parameters())
+            num_targets = sum(int((batch.labels != -100).sum()) for one in range(2) for batch in batches(one))
+            loss = pipeline.forward_backward(own, num_targets, loss_factor=8.0)
+            result = {
+                "loss": loss,
+                "gradients": pipeline.gather({name: p.grad / 8 for name, p in parameters.items()}),
+                "weights": pipeline.gather(parameters),
+                "validation": pipeline(SMALL.input_ids, SMALL.position_ids, SMALL.labels, 1).loss,
+                "names": list(parameters),
+                "stages": len(pipeline.stages),
+            }
+            if pipeline.tied_end is not None:
+                result["tied gradient"] = pipeline.tied_end.grad / 8
+            torch.save(result, folder / f"{layout} {style} {rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    mp.spawn(work, args=(folder, str(folder / "store")), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("style", ["gpt2", "modern", "mixture"])
+def test_a_step_through_the_pipeline_is_that_of_one_process(folder, style, layout):
+    model = build(style)
+    everything = [batch for copy in range(2) for batch in batches(copy)]
+    num_targets = sum(int((batch.labels != -100).sum()) for batch in everything)
+    loss = torch.zeros(())
+    for batch in everything:
+        arguments = {"labels": batch.labels, "shift_labels": batch.labels, "num_items_in_batch": num_targets}
+        part = model(batch.input_ids, position_ids=batch.position_ids, **arguments).loss
+        part.backward()
+        loss += part.detach()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    arguments = {"labels": SMALL.labels, "shift_labels": SMALL.labels, "num_items_in_batch": 1}
+    validation = model(SMALL.input_ids, position_ids=SMALL.position_ids, **arguments).loss.detach()
+
+    shape, schedule = LAYOUTS[layout]
+    results = [torch.load(folder / f"{layout} {style} {rank}.pt") for rank in range(WORLD)]
+    whole_loss = sum(results[rank]["loss"] for rank in range(shape[1]))  # of one process from each copy
+    torch.testing.assert_close(whole_loss, loss)
+    for what, expected in (("gradients", gradients), ("weights", dict(model.named_parameters()))):
+        assert results[0][what].keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(
+                results[0][what][name], tensor.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    for result in results:
+        torch.testing.assert_close(result["validation"], validation)
+        if "tied gradient" in result:
+            assert torch.equal(result["tied gradient"], results[0]["gradients"]["transformer.wte.weight"])
+    # each process holds its stages and no more
+    per_process = 2 if schedule == "interleaved1f1b" else 1
+    stages = split(model.config, CONTEXT, shape[0] * per_process).blocks
+    for rank, result in enumerate(results):
+        stage = rank // shape[1]
+        blocks = {int(name.split(".")[2]) for name in result["names"] if ".h." in name}
+        assert blocks == {block for number in range(stage, len(stages), shape[0]) for block in stages[number]}
+        assert ("transformer.wte.weight" in result["names"]) == (stage == 0)
+        assert ("lm_head.weight" in result["names"]) == (stage == shape[0] - 1)
+        assert result["stages"] == per_process
+        at_an_end = model.config.tie_word_embeddings and stage in (0, shape[0] - 1)
+        assert ("tied gradient" in result) == at_an_end
+
+
+@pytest.mark.parametrize("vocab_size", [97, 1000, 4000])
+@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+def test_no_split_has_a_faster_slowest_stage(stages, vocab_size):
+    config = ScratchGPTConfig(**{**SIZE, "num_hidden_layers": 8, "vocab_size": vocab_size})
+    chosen = split(config, CONTEXT, stages)
+    assert [block for blocks in chosen.blocks for block in blocks] == list(range(8))
+    assert sum(chosen.shares) == pytest.approx(1)
+    head = 6 * vocab_size * config.hidden_size / flops_per_token(config, CONTEXT).total
+    block = (1 - head) / 8
+    slowest = []
+    for cuts in itertools.combinations(range(1, 8), stages - 1):
+        sizes = [end - start for start, end in itertools.pairwise([0, *cuts, 8])]
+        slowest.append(max(*(size * block for size in sizes), sizes[-1] * block + head))
+    assert max(chosen.shares) == pytest.approx(min(slowest))
