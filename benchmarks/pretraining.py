@@ -115,8 +115,6 @@ def trainer(shape: tuple[int, ...], precision: str, compiled: bool, checkout: st
 
 def ours(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) -> list[float]:
     """The loop of `scratch-gpt pretrain`, guard, metrics and all."""
-    from accelerate import Accelerator
-
     from scratch_gpt.config import PhaseSettings, PretrainSettings, TrainingSettings
     from scratch_gpt.data.loader import TrainingData
     from scratch_gpt.data.mixture import Cursor, TrainingOrder
@@ -125,6 +123,7 @@ def ours(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) 
     from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
     from scratch_gpt.model.presets import GPT2_STYLE
     from scratch_gpt.training.checkpoint import TrainerState
+    from scratch_gpt.training.layout import choose_layout
     from scratch_gpt.training.loop import BatchShape, Loop
     from scratch_gpt.training.metrics import read_metrics
     from scratch_gpt.training.optimizer import build_optimizer
@@ -143,14 +142,14 @@ def ours(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) 
     data = TrainingData(
         {"random": stream}, TrainingOrder({"random": packing}, [PhaseSettings("pretrain")]), context, False, vocabulary
     )
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
+    layout = choose_layout()
     state = TrainerState(0, 0, "", Cursor(), precision, compiled)
     with tempfile.TemporaryDirectory() as folder:
         loop = Loop(
             PretrainSettings(run_dir=folder, max_steps=steps + 1, training=training),
             Path(folder),
-            accelerator,
-            accelerator.prepare_model(model),
+            layout,
+            layout.spread(model, precision),
             None,
             build_optimizer(model, training),
             data,

@@ -72,8 +72,8 @@ from scratch_gpt.training import loop
 from scratch_gpt.training.loss_scale import LossScale
 
 def forward_backward(self, data, original=loop.Loop._forward_backward):
-    weight = self.accelerator.unwrap_model(self.model).lm_head.weight
-    last = self.accelerator.process_index == self.accelerator.num_processes - 1
+    weight = self.layout.unwrap(self.model).lm_head.weight
+    last = self.layout.rank == self.layout.world - 1
     if not last or data.cursor.row // 8 != 3:
         return original(self, data)
     hook = weight.register_hook(lambda gradient: torch.full_like(gradient, math.inf))

@@ -81,6 +81,16 @@ class _RMSNormOnCPU(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None
 
 
+class ScratchGPTLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm`, also where sharded training has gathered the weights in bfloat16 and the input is float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32 or self.weight.dtype == torch.float32:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), bias, self.eps)
+
+
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
@@ -118,7 +128,7 @@ def build_norm(config: ScratchGPTConfig, size: int) -> nn.Module:
     """The norm that the config asks for, over a last dimension of `size`."""
     if config.norm_type == "rmsnorm":
         return ScratchGPTRMSNorm(size, eps=config.layer_norm_epsilon)
-    return nn.LayerNorm(size, eps=config.layer_norm_epsilon, bias=config.norm_bias)
+    return ScratchGPTLayerNorm(size, eps=config.layer_norm_epsilon, bias=config.norm_bias)
 
 
 class ScratchGPTRotaryEmbedding(nn.Module):

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from scratch_gpt.data.mixture import Cursor
 from scratch_gpt.files import disk_errors, flush, new_folder, sha256, write_json
+from scratch_gpt.model import ScratchGPTForCausalLM
+from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.optimizer import Optimizers, load_state_tensors, state_tensors
 
 STATE = "trainer_state"
@@ -53,7 +54,7 @@ class TrainerState:
 
 
 def save_checkpoint(
-    accelerator: Accelerator,
+    layout: Layout,
     run_dir: Path,
     model: torch.nn.Module,
     tokenizer: Any,
@@ -70,13 +71,14 @@ def save_checkpoint(
     """
     target = run_dir / f"checkpoint-{state.step}"
     rng = {
-        kind: accelerator.gather(own.unsqueeze(0).to(accelerator.device)).cpu() for kind, own in _rng_states().items()
+        kind: layout.accelerator.gather(own.unsqueeze(0).to(layout.device)).cpu() for kind, own in _rng_states().items()
     }
-    if accelerator.is_main_process:
+    weights, moments = layout.gather(weight_tensors(layout.unwrap(model))), layout.gather(state_tensors(optimizer))
+    if layout.is_main:
         with disk_errors(f"{target} (earlier checkpoints are untouched)"), new_folder(target) as folder:
-            save_model(accelerator.unwrap_model(model), tokenizer, folder)
+            save_model(layout.unwrap(model), weights, tokenizer, folder)
             (folder / STATE).mkdir()
-            save_file(state_tensors(optimizer), folder / STATE / "optimizer.safetensors")
+            save_file(moments, folder / STATE / "optimizer.safetensors")
             save_file(rng, folder / STATE / "rng.safetensors")
             write_json(folder / STATE / "state.json", dataclasses.asdict(state))
         with disk_errors(f"{target} (earlier checkpoints are untouched)"):
@@ -86,7 +88,7 @@ def save_checkpoint(
             if _step(old) != best_step(run_dir) and not (keep_every and _step(old) % keep_every == 0):
                 (old / STATE / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    layout.accelerator.wait_for_everyone()
     return target
 
 
@@ -102,9 +104,20 @@ def best_step(run_dir: Path) -> int | None:
     return json.loads((run_dir / BEST).read_text())["step"] if (run_dir / BEST).is_file() else None
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A plain Hugging Face directory: weights, config, generation config, code, tokenizer, chat template."""
-    model.save_pretrained(folder)
+def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights by name, as they are spread; tied ones once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def save_model(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
+    """A plain Hugging Face directory: weights, config, generation config, code, tokenizer, chat template.
+
+    ``weights``: those of ``model``, whole. (A sharded model is of another class, which could not be loaded.)
+    """
+    with torch.device("meta"):
+        plain = ScratchGPTForCausalLM(model.config)
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 
@@ -119,14 +132,14 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, optimizer: Optimizers) -> TrainerState:
+def load_checkpoint(layout: Layout, folder: Path, optimizer: Optimizers) -> TrainerState:
     """Restore optimizer and random numbers; the weights were loaded with ``from_pretrained(folder)``."""
     load_optimizer(folder, optimizer)
     rng = load_file(folder / STATE / "rng.safetensors")  # each (processes, bytes)
-    if len(rng["cpu"]) == accelerator.num_processes:
-        torch.set_rng_state(rng["cpu"][accelerator.process_index])
+    if len(rng["cpu"]) == layout.world:
+        torch.set_rng_state(rng["cpu"][layout.rank])
         if "cuda" in rng and torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng["cuda"][accelerator.process_index])
+            torch.cuda.set_rng_state(rng["cuda"][layout.rank])
     return read_state(folder)
 
 

@@ -2,8 +2,8 @@
 
 import os
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from scratch_gpt.errors import UserError
 
@@ -22,4 +22,26 @@ def launched_processes() -> PartialState:
             "ACCELERATE_USE_CPU=true and a configuration file whose distributed_type is MULTI_GPU, such as "
             "configs/accelerate/ddp_cpu.yaml."
         )
+    _let_cpus_shard(state)
     return state
+
+
+def launched_accelerator() -> Accelerator:
+    """Accelerate's view of the launch: the plugins and sizes of its configuration file.
+
+    Raises:
+        UserError: it refuses the combination.
+    """
+    launched_processes()
+    try:
+        return Accelerator()
+    except (ValueError, ImportError) as error:
+        raise UserError(f"accelerate refuses this launch: {error}") from error
+
+
+def _let_cpus_shard(state: PartialState) -> None:
+    """Accelerate 1.15 shards on accelerators only, and with MULTI_CPU falls back to copies without a word. torch itself
+    shards on CPUs just as well, so that layouts can be tried without a GPU: only the name has to change.
+    """
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU

@@ -1,8 +1,8 @@
 """The training loop: read, forward and backward, judge, step, record, save, validate.
 
-Accelerate brings device, launch and autocast. The loop owns the data order, the schedule and the checkpoints, because
-each of them must follow from a few integers, the step and the rows consumed: then the same command after a crash writes
-the same losses. So Accelerate does not prepare the loader, whose state it would keep per process.
+The `Layout` says how model and data are spread over the processes. The loop owns the data order, the schedule and the
+checkpoints, because each of them must follow from a few integers, the step and the rows consumed: then the same command
+after a crash writes the same losses, on any number of processes.
 """
 
 import math
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 
 from scratch_gpt.config import PretrainSettings
 from scratch_gpt.console import duration, progress_bar, say
@@ -30,9 +29,11 @@ from scratch_gpt.training.checkpoint import (
     save_checkpoint,
 )
 from scratch_gpt.training.guard import Guard
+from scratch_gpt.training.layout import Layout, load_weights
 from scratch_gpt.training.loss_scale import LossScale
 from scratch_gpt.training.metrics import MetricsFile, speed
 from scratch_gpt.training.optimizer import Optimizers
+from scratch_gpt.training.precision import autocast
 from scratch_gpt.training.schedule import learning_rate, rows_at
 from scratch_gpt.training.stop import StopRequest
 from scratch_gpt.training.utilisation import ModelFlops
@@ -47,11 +48,12 @@ class BatchShape:
     """Rows of a whole step, over all processes."""
     device_rows: int
     """Rows of one forward pass of one process."""
-    processes: int
+    parts: int
+    """Into how many parts the layout divides them."""
 
     def at(self, step: int, settings: PretrainSettings) -> tuple[int, int]:
         """(rows over all processes, forward passes per process) of ``step``, which may belong to the warm-up."""
-        smallest = self.device_rows * self.processes
+        smallest = self.device_rows * self.parts
         rows = rows_at(step, self.rows, smallest, settings.training)
         return rows, rows // smallest
 
@@ -63,7 +65,7 @@ class Loop:
         self,
         settings: PretrainSettings,
         run_dir: Path,
-        accelerator: Accelerator,
+        layout: Layout,
         model: Any,
         tokenizer: Any,
         optimizer: Optimizers,
@@ -73,17 +75,13 @@ class Loop:
         state: TrainerState,
     ):
         self.settings, self.training, self.run_dir = settings, settings.training, run_dir
-        self.accelerator, self.model, self.tokenizer, self.optimizer = accelerator, model, tokenizer, optimizer
+        self.layout, self.model, self.tokenizer, self.optimizer = layout, model, tokenizer, optimizer
         self.data, self.validation_streams, self.shape, self.state = data, validation_streams, shape, state
         self.guard = Guard(settings.guard, **state.guard)
         self.loss_scale = LossScale(state.precision == "fp16", **state.loss_scale)
-        self.metrics = MetricsFile(
-            run_dir / "metrics.jsonl", state.step, state.cursor.row, write=accelerator.is_main_process
-        )
+        self.metrics = MetricsFile(run_dir / "metrics.jsonl", state.step, state.cursor.row, write=layout.is_main)
         self.clock = Clock()
-        self.flops = ModelFlops(
-            accelerator, accelerator.unwrap_model(model).config, data.context_length, state.precision
-        )
+        self.flops = ModelFlops(layout.accelerator, layout.unwrap(model).config, data.context_length, state.precision)
 
     def run(self) -> None:
         """Train to the last step.
@@ -117,9 +115,9 @@ class Loop:
         data_seconds = time.perf_counter() - asked
         loss = self._forward_backward(data)
         self.loss_scale.unscale(self.model.parameters())
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm))
+        grad_norm = self.layout.clip_grad_norm(self.model.parameters(), self.training.max_grad_norm)
         shared = torch.stack([loss, torch.tensor(float(stop.requested), device=loss.device)])
-        step_loss, stop_votes = self.accelerator.reduce(shared, "sum").tolist()
+        step_loss, stop_votes = self.layout.sum(shared).tolist()
 
         state.cursor = data.cursor
         state.tokens += data.num_targets
@@ -166,19 +164,22 @@ class Loop:
 
     def _forward_backward(self, data: StepData) -> torch.Tensor:
         """This process's part of the step's loss (nats per target of the whole step), its gradients accumulated."""
-        loss = torch.zeros((), device=self.accelerator.device)
-        for batch in data.batches:
-            batch = batch.to(self.accelerator.device)
-            with self.accelerator.autocast():
-                micro_loss = self.model(
-                    input_ids=batch.input_ids,
-                    position_ids=batch.position_ids,
-                    labels=batch.labels,
-                    shift_labels=batch.labels,
-                    num_items_in_batch=data.num_targets,
-                ).loss
-            # Data parallelism averages gradients over processes; what we want is their sum.
-            (micro_loss * (self.accelerator.num_processes * self.loss_scale.scale)).backward()
+        device = self.layout.device
+        loss = torch.zeros((), device=device)
+        # Data parallelism averages gradients over processes; what we want is their sum.
+        factor = self.layout.gradient_divisor * self.loss_scale.scale
+        for number, batch in enumerate(data.batches, start=1):
+            batch = batch.to(device)
+            with self.layout.micro_batch(self.model, last=number == len(data.batches)):
+                with autocast(device.type, self.state.precision):
+                    micro_loss = self.model(
+                        input_ids=batch.input_ids,
+                        position_ids=batch.position_ids,
+                        labels=batch.labels,
+                        shift_labels=batch.labels,
+                        num_items_in_batch=data.num_targets,
+                    ).loss
+                (micro_loss * factor).backward()
             loss += micro_loss.detach()
         return loss
 
@@ -201,8 +202,8 @@ class Loop:
             return
         before = read_state(checkpoint)
         self.guard.rolled_back(before.guard)
-        load_model(self.accelerator.unwrap_model(self.model), checkpoint / "model.safetensors")
-        load_checkpoint(self.accelerator, checkpoint, self.optimizer)
+        load_weights(self.layout.unwrap(self.model), load_file(checkpoint / "model.safetensors"))
+        load_checkpoint(self.layout, checkpoint, self.optimizer)
         state.step, state.record = before.step, before.record
         state.learning_rate_scale *= self.settings.guard.rollback_learning_rate
         self.metrics.roll_back(state.step)
@@ -215,7 +216,7 @@ class Loop:
 
     def _save(self) -> None:
         save_checkpoint(
-            self.accelerator,
+            self.layout,
             self.run_dir,
             self.model,
             self.tokenizer,
@@ -231,16 +232,17 @@ class Loop:
         step = record["step"]
         if step % self.training.eval_every == 0 or step == self.settings.max_steps:
             result, by_source = validate(
-                self.accelerator,
+                self.layout,
                 self.model,
                 self.validation_streams,
                 self.data.context_length,
+                self.state.precision,
                 self.training.document_mask,
             )
             record |= {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
             if len(by_source) > 1:
                 record["validation"] = {name: vars(one) for name, one in by_source.items()}
-            if self.accelerator.is_main_process:
+            if self.layout.is_main:
                 record_best(self.run_dir, step, result.bits_per_byte)
             say(
                 f"  step {step:>5,}  loss {record['loss']:.3f}  validation {result.bits_per_byte:.3f} bits per byte  "
@@ -252,13 +254,12 @@ class Loop:
     def _read_steps(self) -> Iterator[StepData]:
         """The data of every step that is left, for this process."""
         order, max_steps = self.data.order, self.settings.max_steps
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
         cursor = self.state.cursor
         for step in range(self.state.step, max_steps):
             cursor = order.at_step(cursor, step, max_steps)
             rows, micro_batches = self.shape.at(step, self.settings)
-            data = self.data.read_step(cursor, rows, micro_batches, process, processes)
-            if self.accelerator.device.type == "cuda":
+            data = self.data.read_step(cursor, rows, micro_batches, self.layout.data_rank, self.layout.data_size)
+            if self.layout.device.type == "cuda":
                 data = replace(data, batches=[batch.pin_memory() for batch in data.batches])
             yield data
             cursor = data.cursor

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from scratch_gpt.config import TrainingSettings
+from scratch_gpt.training.layout import part_of
 
 EPSILON = 1e-8
 
@@ -72,9 +73,9 @@ def _kind(name: str) -> str:
 
 
 def state_tensors(optimizers: Optimizers) -> dict[str, torch.Tensor]:
-    """The state as flat tensors named {parameter}.{state}, for a safetensors file."""
+    """The state as flat tensors named {parameter}.{state}, each as its parameter is spread."""
     return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
+        f"{name}.{key}": value.detach()
         for optimizer in optimizers.optimizers
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
@@ -83,11 +84,18 @@ def state_tensors(optimizers: Optimizers) -> dict[str, torch.Tensor]:
 
 
 def load_state_tensors(optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of :func:`state_tensors`, for optimizers over parameters of the same names."""
+    """Inverse of :func:`state_tensors`, from whole tensors, for optimizers over parameters of the same names."""
+    parameters = {
+        name: parameter
+        for group in optimizers.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
     states: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, _, state = key.rpartition(".")
-        states.setdefault(name, {})[state] = value
+        if name in parameters:
+            like = parameters[name]
+            states.setdefault(name, {})[state] = part_of(value, like) if value.shape == like.shape else value
     for optimizer in optimizers.optimizers:
         names = [name for group in optimizer.param_groups for name in group["param_names"]]
         optimizer.load_state_dict(

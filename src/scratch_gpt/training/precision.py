@@ -20,8 +20,6 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTForCausalLM
 from scratch_gpt.training.float8 import check_float8
 
-AUTOCAST = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}
-"""Accelerate's word for the autocast of each precision. Weights, gradients and optimizer are float32 in all of them."""
 COMPILE_WORTH_TRYING_SECONDS = 240.0
 """Eager duration of a run from which on compiling is tried: below, the time to compile is not earned back."""
 

@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from scratch_gpt.config import PhaseSettings, PretrainSettings
@@ -34,14 +33,16 @@ from scratch_gpt.training.checkpoint import (
     load_optimizer,
     read_state,
     save_model,
+    weight_tensors,
 )
 from scratch_gpt.training.find_batch_size import is_out_of_memory, out_of_memory_advice
 from scratch_gpt.training.float8 import check_tokens, use_float8
 from scratch_gpt.training.launch import launched_processes
+from scratch_gpt.training.layout import Layout, choose_layout
 from scratch_gpt.training.loop import BatchShape, Loop
 from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.optimizer import describe as describe_groups
-from scratch_gpt.training.precision import AUTOCAST, Arithmetic, check_precision, choose_arithmetic, compile_blocks
+from scratch_gpt.training.precision import Arithmetic, check_precision, choose_arithmetic, compile_blocks, has_bf16
 from scratch_gpt.training.recompute import checkpoint_activations
 from scratch_gpt.training.run import record_settings, run_directory, stored_settings
 from scratch_gpt.training.schedule import learning_rate
@@ -179,14 +180,13 @@ class Pretraining:
             settings.training.document_mask,
             self.model.config.vocab_size,
         )
-        processes = launched_processes()
-        world = processes.num_processes
-        self.shape = self._batch_shape(world)
+        self.layout = choose_layout()
+        self.shape = self._batch_shape(self.layout.data_size)
         checkpoint_activations(self.model, settings.training)
-        self.arithmetic = self._choose_arithmetic(processes)
+        self.arithmetic = self._choose_arithmetic()
         say(
             f"model      {self.num_parameters:,} parameters, context {self.context_length}, "
-            f"{self.shape.rows * self.context_length:,} tokens a step on {world} process(es)"
+            f"{self.shape.rows * self.context_length:,} tokens a step on {self.layout.world} process(es)"
         )
         how = "compiled" if self.arithmetic.compiled else "eager"
         say(f"arithmetic {self.arithmetic.precision}, {how}: {self.arithmetic.reason}")
@@ -202,8 +202,11 @@ class Pretraining:
 
     def run(self) -> None:
         """Train to the last step and write ``final/``; see :meth:`Loop.run` for what may end it before."""
-        accelerator = Accelerator(mixed_precision=AUTOCAST[self.arithmetic.precision])
-        model = accelerator.prepare_model(self.model)
+        layout = self.layout
+        model = layout.spread(self.model, self.arithmetic.precision)
+        for number, line in enumerate(layout.describe(model, self.arithmetic.precision, self.data_fingerprint)):
+            say(("layout     " if number == 0 else "           ") + line)
+        torch.manual_seed(self.settings.seed + layout.data_rank)  # each part of the data has dropout of its own
         optimizer = build_optimizer(self.model, self.settings.training)
         state = TrainerState(
             step=0,
@@ -214,16 +217,16 @@ class Pretraining:
             compiled=self.arithmetic.compiled,
         )
         if self.checkpoint is not None:
-            state = load_checkpoint(accelerator, self.checkpoint, optimizer)
+            state = load_checkpoint(layout, self.checkpoint, optimizer)
             say(f"resumed    {self.checkpoint.name}: {state.step:,} of {self.settings.max_steps:,} steps are done")
         elif self.origin is not None and self.settings.resume_optimizer:
             load_optimizer(self.origin, optimizer)
-        if state.step < self.settings.max_steps and accelerator.is_main_process:
+        if state.step < self.settings.max_steps and layout.is_main:
             shutil.rmtree(self.run_dir / "final", ignore_errors=True)  # of a shorter run: it is in the checkpoint
         loop = Loop(
             self.settings,
             self.run_dir,
-            accelerator,
+            layout,
             model,
             self.tokenizer,
             optimizer,
@@ -235,8 +238,8 @@ class Pretraining:
         loop.run()
         read = (f"{name} {epochs:.2f} times" for name, epochs in self.order.epochs(state.cursor).items())
         say(f"data read  {', '.join(read)}")
-        self._save_final(accelerator)
-        accelerator.end_training()
+        self._save_final(layout)
+        layout.accelerator.end_training()
 
     def describe(self) -> None:
         """What `--dry-run` says beyond the lines of every run."""
@@ -255,13 +258,14 @@ class Pretraining:
                 )
         say("dry run: nothing was trained")
 
-    def _save_final(self, accelerator: Accelerator) -> None:
+    def _save_final(self, layout: Layout) -> None:
         target = self.run_dir / "final"
-        if accelerator.is_main_process:
+        weights = layout.gather(weight_tensors(self.model))
+        if layout.is_main:
             with disk_errors(f"{target} (the checkpoints are untouched)"), new_folder(target) as folder:
-                save_model(accelerator.unwrap_model(self.model, keep_fp32_wrapper=False), self.tokenizer, folder)
+                save_model(self.model, weights, self.tokenizer, folder)
             say(f"saved      {target}")
-        accelerator.wait_for_everyone()
+        layout.accelerator.wait_for_everyone()
 
     def _context_length(self) -> int:
         longest = self.model.config.max_position_embeddings
@@ -296,27 +300,28 @@ class Pretraining:
                 say(f"mixture    {phase.name} ({phase.share:.0%} of the steps): {', '.join(shares)} of the rows")
         return order
 
-    def _batch_shape(self, world: int) -> BatchShape:
+    def _batch_shape(self, parts: int) -> BatchShape:
         training = self.settings.training
         rows, remainder = divmod(training.total_batch_size, self.context_length)
-        if remainder or rows == 0 or rows % world:
+        if remainder or rows == 0 or rows % parts:
             raise UserError(
                 f"--training.total_batch_size is {training.total_batch_size} tokens; it must be a multiple of "
-                f"{self.context_length} (context) x {world} (processes)"
+                f"{self.context_length} (context) x {parts} (processes that read rows of their own)"
             )
-        per_process = rows // world
+        per_process = rows // parts
         device_rows = training.device_batch_size or per_process
         if per_process % device_rows:
             raise UserError(
                 f"--training.device_batch_size is {device_rows}; it must divide the {per_process} rows per process and step"
             )
-        return BatchShape(rows, device_rows, world)
+        return BatchShape(rows, device_rows, parts)
 
-    def _choose_arithmetic(self, processes: PartialState) -> Arithmetic:
+    def _choose_arithmetic(self) -> Arithmetic:
         """Measured at the start of a run; a resumed run keeps the choice, or its losses would not be the same."""
         state = read_state(self.checkpoint) if self.checkpoint is not None else None
         precision = state.precision if state is not None else self.settings.training.precision
-        check_precision(precision, processes.device)
+        device = self.layout.device
+        check_precision(precision, device)
         if precision == "fp8":
             check_tokens(self.shape.device_rows, self.context_length)
             use_float8(self.model)
@@ -329,11 +334,17 @@ class Pretraining:
             if state.compiled:
                 compile_blocks(self.model)
             return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")
+        if self.layout.is_sharded:  # the whole model, on which speed is measured, may be too large for one process
+            compiled = self.settings.training.compile == "on"
+            if compiled:
+                compile_blocks(self.model)
+            precision = ("bf16" if has_bf16(device) else "fp32") if precision == "auto" else precision
+            return Arithmetic(precision, compiled, 0.0, "not measured, for the model is sharded")
         start = self.order.at_step(Cursor(), 0, self.settings.max_steps or 1)
-        micro_batches = self.shape.rows // (self.shape.device_rows * self.shape.processes)
-        data = self.data.read_step(start, self.shape.rows, micro_batches, 0, processes.num_processes)
-        batch = data.batches[0].to(processes.device)
-        self.model.to(processes.device)
+        micro_batches = self.shape.rows // (self.shape.device_rows * self.shape.parts)
+        data = self.data.read_step(start, self.shape.rows, micro_batches, 0, self.shape.parts)
+        batch = data.batches[0].to(device)
+        self.model.to(device)
         choice = choose_arithmetic(
             self.model, batch, micro_batches, self.settings.training, self.settings.max_steps, self.budget_seconds
         )

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from scratch_gpt.data.batches import IGNORE_INDEX, evaluation_batches
 from scratch_gpt.data.shards import TokenStream
+from scratch_gpt.training.layout import Layout
+from scratch_gpt.training.precision import autocast
 
 LOGITS_PER_BATCH = 2**26
 """Bound on batch * seq * vocabulary, to keep the logits of a validation batch to a few hundred MB."""
@@ -25,24 +26,25 @@ class Validation:
 
 
 def validate(
-    accelerator: Accelerator,
+    layout: Layout,
     model: nn.Module,
     streams: Mapping[str, TokenStream],
     context_length: int,
+    precision: str,
     document_mask: bool = False,
 ) -> tuple[Validation, dict[str, Validation]]:
     """Score the text of all sources and of each, with all processes of a run, in the run's precision.
 
     Each process takes a share of the batches. ``document_mask``: as the model was trained.
     """
-    vocab_size = accelerator.unwrap_model(model).config.vocab_size
-    share, shares = accelerator.process_index, accelerator.num_processes
-    with accelerator.autocast():
+    vocab_size = layout.unwrap(model).config.vocab_size
+    with autocast(layout.device.type, precision):
         nats = [
-            sum_of_losses(model, stream, context_length, vocab_size, share, shares, document_mask)
+            sum_of_losses(model, stream, context_length, vocab_size, layout.data_rank, layout.data_size, document_mask)
             for stream in streams.values()
         ]
-    sums = accelerator.reduce(torch.stack(nats).to(accelerator.device), "sum")  # (sources, 2)
+    layout.after_evaluation(model)
+    sums = layout.sum(torch.stack(nats).to(layout.device))  # (sources, 2)
     by_source = {
         name: as_validation(total, targets, stream.num_bytes)
         for (name, stream), (total, targets) in zip(streams.items(), sums.tolist(), strict=True)
@@ -65,19 +67,25 @@ def sum_of_losses(
     shares: int = 1,
     document_mask: bool = False,
 ) -> torch.Tensor:
-    """(sum of cross-entropies in nats, number of targets), float64, over every ``shares``-th batch of ``stream``."""
+    """(sum of cross-entropies in nats, number of targets), float64, over every ``shares``-th batch of ``stream``.
+
+    Where a model is sharded all processes must compute as often: one without a batch left takes part with another's.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     batch_size = max(1, min(32, LOGITS_PER_BATCH // (context_length * vocab_size)))
     nats = torch.zeros(2, dtype=torch.float64)
     batches = evaluation_batches(stream, context_length, batch_size, document_mask)
-    for cpu_batch in itertools.islice(batches, share, None, shares):
+    for some in iter(lambda: list(itertools.islice(batches, shares)), []):
+        mine = share < len(some)
+        cpu_batch = some[share if mine else 0]
         batch = cpu_batch.to(device)
         logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         losses = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
-        nats += torch.tensor([losses.item(), (cpu_batch.labels != IGNORE_INDEX).sum().item()], dtype=torch.float64)
+        if mine:
+            nats += torch.tensor([losses.item(), (cpu_batch.labels != IGNORE_INDEX).sum().item()], dtype=torch.float64)
     model.train(was_training)
     return nats

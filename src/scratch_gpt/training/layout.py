@@ -1,0 +1,286 @@
+"""How a model is spread over the processes of a run: the one place that knows.
+
+Accelerate brings processes and devices and reads its configuration file; torch brings the means: DistributedDataParallel,
+and `fully_shard` for FSDP2 (Zhao et al., 2023, arXiv:2304.11277, per parameter since torch 2.6) and HSDP. Accelerate's
+`prepare` is not used: under bf16 it reduces gradients in bf16 and returns a bf16 loss, and it recomputes activations with
+other random numbers.
+
+The loop asks a `Layout` which rows to read, how much a loss counts, and for norms and sums over everything. Checkpoints
+hold whole tensors by name and say nothing of the layout, so that any layout goes on from any other.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from scratch_gpt.errors import UserError
+from scratch_gpt.training.launch import launched_accelerator
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
+
+class Layout:
+    """One model on all processes of the launch. Every method is called by all of them.
+
+    ``strategy`` is single, ddp, fsdp2 or hsdp; ``mesh`` names the dimensions that the processes are arranged in.
+    """
+
+    def __init__(self, accelerator: Accelerator, strategy: str, mesh: DeviceMesh | None = None):
+        self.accelerator, self.strategy, self.mesh = accelerator, strategy, mesh
+        self.device: torch.device = accelerator.device
+        self.world: int = accelerator.num_processes
+        self.rank: int = accelerator.process_index
+        self.is_main: bool = accelerator.is_main_process
+
+    # ------------------------------------------------------------------------------------------------ data
+
+    @property
+    def data_size(self) -> int:
+        """Into how many parts the rows of a step are divided."""
+        return self.world
+
+    @property
+    def data_rank(self) -> int:
+        """Which part this process reads."""
+        return self.rank
+
+    @property
+    def gradient_divisor(self) -> int:
+        """Over how many processes gradients are averaged, where their sum is wanted."""
+        return self.world
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` of every part of the data, added up; the same on all processes, bit for bit."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    # ------------------------------------------------------------------------------------------------ model
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.strategy in ("fsdp2", "hsdp")
+
+    def spread(self, model: Any, precision: str) -> nn.Module:
+        """Put ``model``, whole and the same on every process, in force; returns what to call in its place.
+
+        Raises:
+            UserError: the layout that was asked for did not come true.
+        """
+        model.to(self.device)
+        spread: nn.Module = model
+        if self.is_sharded:
+            self._shard(model, precision)
+        elif self.strategy == "ddp":
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            spread = DistributedDataParallel(model, device_ids=devices)
+        self._check_in_force(spread)
+        return spread
+
+    def _shard(self, model: Any, precision: str) -> None:
+        """Each block is gathered when it computes; embeddings, final norm and head once for forward and backward.
+
+        The loss multiplies by the head's weight without calling the head, whose weight may be that of the embedding: so
+        they are one group, which belongs to the whole model. It stays float32, as autocast has embedding and residual
+        stream; blocks are gathered in the dtype that autocast would cast them to.
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        offload = OffloadPolicy()
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+
+        def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+            return MixedPrecisionPolicy(
+                param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
+            )
+
+        assert self.mesh is not None
+        common: dict[str, Any] = {"mesh": self.mesh, "offload_policy": offload}
+        for block in model.transformer.h:
+            fully_shard(
+                block,
+                mp_policy=policy(COMPUTE_DTYPES[precision]),
+                reshard_after_forward=plugin.reshard_after_forward,
+                **common,
+            )
+        fully_shard(model, mp_policy=policy(torch.float32), **common)
+
+    def _check_in_force(self, model: nn.Module) -> None:
+        if self.is_sharded:
+            assert self.mesh is not None
+            shards = self.mesh["dp_shard"].size()
+            whole = [name for name, parameter in model.named_parameters() if num_shards(parameter) != shards]
+            if whole:
+                raise UserError(
+                    f"{self.strategy} was asked for, but {', '.join(whole[:3])} ({len(whole)} parameters) are not in "
+                    f"{shards} shards"
+                )
+        elif (self.strategy == "ddp") != isinstance(model, DistributedDataParallel):
+            raise UserError(f"{self.strategy} was asked for, but the model is a {type(model).__name__}")
+
+    @staticmethod
+    def unwrap(model: nn.Module) -> Any:
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    @contextmanager
+    def micro_batch(self, model: Any, last: bool) -> Iterator[None]:
+        """Around forward and backward of one of several micro-batches: what can wait for the last is not communicated.
+
+        Shards of gradients are added up at once, for whole ones would not fit where models are sharded.
+        """
+        if isinstance(model, DistributedDataParallel) and not last:
+            with model.no_sync():
+                yield
+            return
+        if self.strategy == "hsdp":
+            model.set_requires_all_reduce(last)
+        yield
+
+    def after_evaluation(self, model: Any) -> None:
+        """Give up the weights that a forward pass has gathered for a backward pass that does not come."""
+        if self.is_sharded:
+            model.reshard()
+
+    # ------------------------------------------------------------------------------------------------ gradients
+
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+        """Scale the gradients so that their norm over the whole model is at most ``max_norm``; returns what it was."""
+        pieces, shares = [], []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                pieces.append(local(parameter.grad))
+                shares.append(num_shards(parameter.grad) / self.world)  # of equal copies each counts for a part
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        norms = torch.stack(torch._foreach_norm(pieces)).to(self.device, exact)
+        squares = norms.square() * torch.tensor(shares, dtype=exact, device=self.device)
+        total = squares.sum()
+        if self.world > 1:
+            dist.all_reduce(total)
+        norm: float = total.sqrt().item()
+        if norm > max_norm:
+            torch._foreach_mul_(pieces, max_norm / (norm + 1e-6))
+        return norm
+
+    # ------------------------------------------------------------------------------------------------ whole tensors
+
+    def gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``tensors`` whole and on the CPU of the main process, one after the other; nothing on the other processes.
+
+        What is whole on the CPU already is not copied.
+        """
+        whole: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor):
+                tensor = tensor.to(self.device).full_tensor()
+            if self.is_main:
+                whole[name] = tensor.detach().cpu().contiguous()
+        return whole
+
+    # ------------------------------------------------------------------------------------------------ words
+
+    def describe(self, model: nn.Module, precision: str, data: str) -> list[str]:
+        """What the processes really run, read off the live ``model``; ``data`` is the fingerprint of the shards.
+
+        Raises:
+            UserError: processes read different data.
+        """
+        parameters = list(model.parameters())
+        blocks = self.unwrap(model).transformer.h
+        sharded = sum(num_shards(parameter) > 1 for parameter in parameters)
+        held, number = sum(local(p).numel() for p in parameters), sum(p.numel() for p in parameters)
+        recomputed = sum(block.gradient_checkpointing for block in blocks)
+        compiled = sum(block._compiled_call_impl is not None for block in blocks)
+        line = (
+            f"{sharded} of {len(parameters)} parameters sharded, {held:,} of {number:,} numbers held; "
+            f"{precision if precision != 'fp32' else 'float32'}, gradients reduced in float32; "
+            f"{recomputed} of {len(blocks)} blocks recomputed, {compiled} compiled; data {data[:8]}"
+        )
+        lines = gather_object([line]) if self.world > 1 else [line]
+        if len({line.rpartition(" ")[2] for line in lines}) > 1:
+            raise UserError("the processes read different data: is the run directory on a file system that all share?")
+        mesh = ""
+        if self.mesh is not None:
+            mesh = ", " + " x ".join(f"{n} {s}" for n, s in zip(self.mesh.mesh_dim_names, self.mesh.shape, strict=True))
+        said = [f"{self.strategy} on {self.world} process(es){mesh}, {self.device.type}"]
+        for line in dict.fromkeys(lines):
+            processes = [rank for rank, its in enumerate(lines) if its == line]
+            who = "each" if len(processes) == self.world else f"process {', '.join(map(str, processes))}"
+            said.append(f"{who}: {line}")
+        return said
+
+
+def choose_layout() -> Layout:
+    """The layout that the configuration file of `accelerate launch` asks for.
+
+    Raises:
+        UserError: it asks for what is not supported, or would not be in force.
+    """
+    for flag, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if parse_flag_from_env(flag):
+            raise UserError(f"{name} is not supported: take one of configs/accelerate/")
+    accelerator = launched_accelerator()
+    world: int = accelerator.num_processes
+    sizes: ParallelismConfig | None = accelerator.parallelism_config
+    if sizes is not None and sizes.total_size != world:
+        raise UserError(f"parallelism_config asks for {sizes.total_size} processes, the launcher started {world}")
+    if sizes is not None and sizes.non_data_parallel_size > 1:
+        raise UserError("parallelism_config: tensor, context and sequence parallelism are not supported")
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if sizes is not None and sizes.dp_shard_size > 1:
+            raise UserError("parallelism_config asks for dp_shard_size without distributed_type: FSDP")
+        return Layout(accelerator, "ddp" if world > 1 else "single")
+
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError(
+            f"FSDP was asked for, but Accelerate runs {accelerator.distributed_type.value} on {world} process"
+        )
+    if accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise UserError("FSDP version 1 is not supported: put fsdp_version: 2 under fsdp_config")
+    if accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise UserError(
+            "fsdp_activation_checkpointing draws other random numbers when it recomputes: leave it false and give "
+            "--training.activation_checkpointing full"
+        )
+    sizes = sizes or ParallelismConfig(dp_shard_size=world)
+    mesh = sizes.get_device_mesh(accelerator.device.type)
+    return Layout(accelerator, "hsdp" if sizes.dp_replicate_size > 1 else "fsdp2", mesh)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of ``tensor`` that this process holds; what changes in it changes in ``tensor``."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_shards(tensor: torch.Tensor) -> int:
+    """In how many different parts ``tensor`` lies on the processes; 1 where each has all of it."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    shards = 1
+    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        assert not placement.is_partial()
+        shards *= 1 if placement == Replicate() else size
+    return shards
+
+
+def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``whole``, of which every process has a copy, as ``like`` is held."""
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, whole: Mapping[str, torch.Tensor]) -> None:
+    """Fill ``model`` as it is spread from whole tensors by name."""
+    for name, parameter in model.named_parameters():
+        local(parameter).copy_(local(part_of(whole[name], parameter)))

@@ -1,0 +1,86 @@
+"""Real processes under `accelerate launch`, with the configuration files that ship, on CPU.
+
+A launch takes seconds, so that one launch does several runs, one after the other. What its processes really had in force is
+written down by the processes themselves (`program.py`), apart from what the runs say of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from scratch_gpt.cli import main
+from scratch_gpt.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STYLES = {  # the first with tied embeddings
+    "gpt2": ["--model.preset", "gpt2", "--model.num_key_value_heads", "4"],
+    "modern": ["--model.num_key_value_heads", "2", "--model.overrides.tie_word_embeddings", "false"],
+}
+TINY = ["--model.hidden_size", "32", "--model.num_attention_heads", "4", "--model.num_hidden_layers", "2"]
+TINY += ["--model.intermediate_size", "64"]
+TINY += ["--model.max_position_embeddings", "32", "--training.total_batch_size", "256", "--training.warmup_steps", "2"]
+TINY += ["--training.precision", "fp32", "--training.compile", "off", "--training.learning_rate", "1e-2"]
+
+
+def arguments(run_dir, shards, style="modern", steps=20, *more):
+    """Of a tiny run on ``shards``, a pair of tokenizer folder and data folder."""
+    tokenizer, data = shards
+    words = ["pretrain", "--run-dir", run_dir, "--tokenizer-path", tokenizer, "--data-path", data, "--max-steps", steps]
+    return [str(word) for word in [*words, *TINY, *STYLES[style], "--training.eval_every", 10, *more]]
+
+
+def configuration(name, folder, processes, **sizes):
+    """configs/accelerate/{name}.yaml for so many processes, and sizes of its parallelism_config."""
+    settings = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text())
+    settings["num_processes"] = processes
+    for key, value in sizes.items():
+        settings["parallelism_config"][f"parallelism_config_{key}"] = value
+    path = folder / f"{name}-{processes}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def launch(config, *runs, timeout=300, check=True, program=("-m", "tests.distributed.program"), **environment):
+    """Do ``runs``, each a list of arguments, in the processes that ``config`` starts; the finished launcher."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", "0", *program, json.dumps(runs)]
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, **environment}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=timeout, env=environment, cwd=ROOT
+    )
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+def alone(*runs):
+    """Do ``runs`` in this process."""
+    for run in runs:
+        assert main(run) == 0
+
+
+def facts(run_dir):
+    """What each process of the run in ``run_dir`` had in force, by rank."""
+    files = sorted(Path(run_dir).glob("facts-*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def curve(run_dir, key="loss"):
+    return [record[key] for record in read_metrics(Path(run_dir) / "metrics.jsonl") if key in record]
+
+
+def assert_same_run(one, other, steps, rel=1e-4, weights=2e-3):
+    """The same losses, gradient norms, validations and final weights."""
+    for key in ("loss", "grad_norm", "tokens", "validation_bits_per_byte"):
+        assert curve(other, key) == pytest.approx(curve(one, key), rel=rel), key
+    assert len(curve(other)) == steps
+    expected, got = (load_file(Path(run) / "final" / "model.safetensors") for run in (one, other))
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert (tensor - got[name]).abs().max() < weights * tensor.abs().max().clamp(min=0.1), name

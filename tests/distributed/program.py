@@ -1,0 +1,70 @@
+"""Do several runs in the processes of one launch, and write down what was in force: facts-{rank}.json in each run_dir."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+
+from scratch_gpt.cli import main
+from scratch_gpt.training.loop import Loop
+
+reduced: set[str] = set()
+"""Dtypes in which gradients were sent to the process that keeps their sum."""
+
+
+def noting(collective):
+    def send(output, input, *arguments, **keywords):
+        reduced.add(str(input.dtype))
+        return collective(output, input, *arguments, **keywords)
+
+    return send
+
+
+def run(loop, original=Loop.run):
+    reduced.clear()
+    loss_dtypes = set()
+    hook = loop.model.register_forward_hook(lambda model, inputs, output: note(output.loss))
+
+    def note(loss):
+        loss_dtypes.update([] if loss is None else [str(loss.dtype)])
+
+    try:
+        original(loop)
+    finally:
+        hook.remove()
+        parameters = list(loop.model.parameters())
+        placements = {str(p.placements) for p in parameters if isinstance(p, DTensor)}
+        held = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        facts = {
+            "model": type(loop.model).__name__,
+            "world": dist.get_world_size(),
+            "parameters": len(parameters),
+            "dtensors": sum(isinstance(p, DTensor) for p in parameters),
+            "placements": sorted(placements),
+            "meshes": sorted({str(p.device_mesh.mesh.tolist()) for p in parameters if isinstance(p, DTensor)}),
+            "held": sum(p.numel() for p in held),
+            "total": sum(p.numel() for p in parameters),
+            "dtypes": sorted({str(p.dtype) for p in held}),
+            "loss": sorted(loss_dtypes),
+            "reduced": sorted(reduced),
+        }
+        Path(loop.run_dir, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
+
+
+Loop.run = run
+for name in ("reduce_scatter_single", "reduce_scatter_tensor"):  # of torch 2.13, and before
+    if hasattr(dist, name):
+        setattr(dist, name, noting(getattr(dist, name)))
+Accelerator.end_training = lambda self: None  # the next run needs the processes
+torch.set_num_threads(1)
+
+if __name__ == "__main__":
+    code = 0
+    for arguments in json.loads(sys.argv[1]):
+        code = code or main(arguments)
+    dist.destroy_process_group()
+    sys.exit(code)
