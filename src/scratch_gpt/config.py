@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from scratch_gpt.errors import UserError
+from scratch_gpt.files import write_text
 
 # ------------------------------------------------------------------------------------------------ sections
 
@@ -176,6 +177,8 @@ class TrainingSettings:
     """Number of checkpoints to keep, beside the one with the best validation."""
     keep_every: int | None = None
     """Keep the checkpoints of every n-th step as well."""
+    async_save: Literal["auto", "on", "off"] = "auto"
+    """Write checkpoints in the background, from a copy in memory; auto: on a GPU, since on a CPU it does not pay."""
 
 
 @dataclass
@@ -531,7 +534,7 @@ def parse_bytes(text: str, name: str) -> int:
 
 def save_settings(settings: Any, path: Path) -> None:
     """Write ``settings`` as a YAML file that ``--config`` takes."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
 
 
 def flatten(settings: Any) -> dict[str, Any]:

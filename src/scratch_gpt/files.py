@@ -16,15 +16,14 @@ from scratch_gpt.errors import UserError
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary sibling to fill; flushed to disk and renamed to ``target`` when the block ends well, else removed."""
-    temporary = target.with_name(f".{target.name}.partial")
+    temporary = _partial(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            flush(file)
-        if target.exists():
-            shutil.rmtree(target)
+        for path in (temporary, *temporary.rglob("*")):
+            flush(path)
+        remove_folder(target)
         temporary.rename(target)
         flush(target.parent)
     except BaseException:
@@ -32,9 +31,36 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete ``folder``, if it is there, so that at no moment a part of it goes by its name."""
+    if folder.is_dir():
+        doomed = _partial(folder.with_name(f"{folder.name}.old"))
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        flush(folder.parent)
+        shutil.rmtree(doomed)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted in ``folder``."""
+    for path in filter(is_partial, folder.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def is_partial(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
 def write_text(target: Path, text: str) -> None:
     """Replace ``target`` in one step."""
-    temporary = target.with_name(f".{target.name}.partial")
+    temporary = _partial(target)
     try:
         temporary.write_text(text, encoding="utf-8")
         flush(temporary)

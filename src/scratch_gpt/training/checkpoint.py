@@ -2,23 +2,26 @@
 
 Everything is written to a temporary folder, flushed, renamed; then ``trainer_state/complete.json`` with a SHA-256 of
 every file is written last. Deleting removes that marker first. A folder without its marker, or whose files are not what
-the marker says, is not a checkpoint.
+the marker says, is not a checkpoint. Taking what is to be saved (:class:`Snapshot`) and writing it are two functions, so
+that ``saver.py`` can do the second in the background.
 """
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
+from scratch_gpt.console import say
 from scratch_gpt.data.mixture import Cursor
-from scratch_gpt.files import disk_errors, flush, new_folder, sha256, write_json
+from scratch_gpt.files import disk_errors, flush, new_folder, remove_folder, sha256, write_json
 from scratch_gpt.model import ScratchGPTForCausalLM
+from scratch_gpt.training.launch import launched_processes
 from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.optimizer import Optimizers, load_state_tensors, state_tensors
 
@@ -53,50 +56,88 @@ class TrainerState:
     """The metrics of the last step, in case a crash comes before their line is written."""
 
 
-def save_checkpoint(
-    layout: Layout,
-    run_dir: Path,
-    model: torch.nn.Module,
-    tokenizer: Any,
-    optimizer: Optimizers,
-    state: TrainerState,
-    keep_last: int,
-    keep_every: int | None = None,
-) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, in CPU memory."""
+
+    weights: dict[str, torch.Tensor]
+    """As :func:`weight_tensors`, whole."""
+    optimizer: dict[str, torch.Tensor]
+    """As :func:`state_tensors`, whole."""
+    rng: dict[str, torch.Tensor]
+    """By kind of generator, each (processes, bytes)."""
+    state: dict[str, Any]
+    """Fields of :class:`TrainerState`."""
+
+
+def take_snapshot(
+    layout: Layout, model: torch.nn.Module, optimizer: Optimizers, state: TrainerState, copy: bool
+) -> Snapshot:
+    """What all processes have at this moment, on the main process; on the others there are no tensors in it.
+
+    ``copy``: into memory of its own, which later steps do not change; else good until the next step only.
+    """
+    return Snapshot(
+        weights=layout.gather(weight_tensors(layout.unwrap(model)), copy),
+        optimizer=layout.gather(state_tensors(optimizer), copy),
+        rng={
+            kind: layout.accelerator.gather(own.unsqueeze(0).to(layout.device)).cpu()
+            for kind, own in _rng_states().items()
+        },
+        state=dataclasses.asdict(state),
+    )
+
+
+def write_checkpoint(
+    snapshot: Snapshot, run_dir: Path, plain: Any, tokenizer: Any, keep_last: int, keep_every: int | None = None
+) -> None:
     """Write ``run_dir/checkpoint-{step}`` and then delete all but the newest ``keep_last``, the best, and those of
     every ``keep_every``-th step.
+
+    ``plain``: see :func:`plain_model`.
 
     Raises:
         UserError: it could not be written (a full disk); earlier checkpoints are untouched.
     """
-    target = run_dir / f"checkpoint-{state.step}"
-    rng = {
-        kind: layout.accelerator.gather(own.unsqueeze(0).to(layout.device)).cpu() for kind, own in _rng_states().items()
-    }
-    weights, moments = layout.gather(weight_tensors(layout.unwrap(model))), layout.gather(state_tensors(optimizer))
-    if layout.is_main:
-        with disk_errors(f"{target} (earlier checkpoints are untouched)"), new_folder(target) as folder:
-            save_model(layout.unwrap(model), weights, tokenizer, folder)
+    step = snapshot.state["step"]
+    target = run_dir / f"checkpoint-{step}"
+    with disk_errors(f"{target} (earlier checkpoints are untouched)"):
+        for folder in _folders(run_dir):
+            if _step(folder) >= step or not is_complete(folder):  # not valid, or the run would have gone on from it
+                delete_checkpoint(folder)
+        with new_folder(target) as folder:
+            save_model(plain, snapshot.weights, tokenizer, folder)
             (folder / STATE).mkdir()
-            save_file(moments, folder / STATE / "optimizer.safetensors")
-            save_file(rng, folder / STATE / "rng.safetensors")
-            write_json(folder / STATE / "state.json", dataclasses.asdict(state))
-        with disk_errors(f"{target} (earlier checkpoints are untouched)"):
-            write_json(target / STATE / MARKER, {"sha256": {n: sha256(target / n) for n in _file_names(target)}})
-            flush(target / STATE)
-        for old in list(_folders(run_dir))[keep_last:]:
-            if _step(old) != best_step(run_dir) and not (keep_every and _step(old) % keep_every == 0):
-                (old / STATE / MARKER).unlink(missing_ok=True)
-                shutil.rmtree(old)
-    layout.accelerator.wait_for_everyone()
-    return target
+            save_file(snapshot.optimizer, folder / STATE / "optimizer.safetensors")
+            save_file(snapshot.rng, folder / STATE / "rng.safetensors")
+            write_json(folder / STATE / "state.json", snapshot.state)
+        write_json(target / STATE / MARKER, {"sha256": {n: sha256(target / n) for n in _file_names(target)}})
+    for old in list(_folders(run_dir))[keep_last:]:
+        if _step(old) != best_step(run_dir) and not (keep_every and _step(old) % keep_every == 0):
+            with disk_errors(f"{run_dir} while deleting {old.name}"):
+                delete_checkpoint(old)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    if is_complete(folder):
+        (folder / STATE / MARKER).unlink()
+        flush(folder / STATE)
+    remove_folder(folder)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether it was written to its end; :func:`find_checkpoint` verifies what it holds."""
+    return (folder / STATE / MARKER).is_file()
 
 
 def record_best(run_dir: Path, step: int, bits_per_byte: float) -> None:
-    """Note ``checkpoint-{step}``, if it is there and better than the best so far, so that it is kept."""
+    """Note ``checkpoint-{step}``, if it is there and better than the best that is there, so that it is kept."""
     best = json.loads((run_dir / BEST).read_text()) if (run_dir / BEST).is_file() else None
-    if (run_dir / f"checkpoint-{step}").is_dir() and (best is None or bits_per_byte < best["bits_per_byte"]):
-        write_json(run_dir / BEST, {"step": step, "bits_per_byte": bits_per_byte})
+    if best is not None and not is_complete(run_dir / f"checkpoint-{best['step']}"):
+        best = None
+    if is_complete(run_dir / f"checkpoint-{step}") and (best is None or bits_per_byte < best["bits_per_byte"]):
+        with disk_errors(str(run_dir / BEST)):
+            write_json(run_dir / BEST, {"step": step, "bits_per_byte": bits_per_byte})
 
 
 def best_step(run_dir: Path) -> int | None:
@@ -109,14 +150,19 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def save_model(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
-    """A plain Hugging Face directory: weights, config, generation config, code, tokenizer, chat template.
-
-    ``weights``: those of ``model``, whole. (A sharded model is of another class, which could not be loaded.)
-    """
+def plain_model(model: Any) -> Any:
+    """``model`` without its weights and as no layout has changed it: a sharded model is of a class nobody can load."""
     with torch.device("meta"):
         plain = ScratchGPTForCausalLM(model.config)
     plain.generation_config = model.generation_config
+    return plain
+
+
+def save_model(plain: Any, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
+    """A plain Hugging Face directory: weights, config, generation config, code, tokenizer, chat template.
+
+    ``plain``: see :func:`plain_model`; ``weights``: whole.
+    """
     plain.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
@@ -130,6 +176,17 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
             return folder, problems
         problems.append(f"{folder.name} is not used: {problem}")
     return None, problems
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest valid checkpoint, as the main process finds it for all; newer folders that are not one are named."""
+    found: list[Path | None] = [None]
+    if launched_processes().is_main_process:
+        found[0], problems = find_checkpoint(run_dir)
+        for problem in problems:
+            say(problem)
+    broadcast_object_list(found)
+    return found[0]
 
 
 def load_checkpoint(layout: Layout, folder: Path, optimizer: Optimizers) -> TrainerState:
@@ -176,11 +233,10 @@ def _file_names(folder: Path) -> list[str]:
 
 
 def _problem(folder: Path) -> str | None:
-    marker = folder / STATE / MARKER
-    if not marker.is_file():
+    if not is_complete(folder):
         return "it was not finished"
     try:
-        checksums = json.loads(marker.read_text())["sha256"]
+        checksums = json.loads((folder / STATE / MARKER).read_text())["sha256"]
     except (ValueError, KeyError):
         return f"{STATE}/{MARKER} is damaged"
     for name, expected in checksums.items():

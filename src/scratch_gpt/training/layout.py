@@ -173,17 +173,17 @@ class Layout:
 
     # ------------------------------------------------------------------------------------------------ whole tensors
 
-    def gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def gather(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
         """``tensors`` whole and on the CPU of the main process, one after the other; nothing on the other processes.
 
-        What is whole on the CPU already is not copied.
+        What is whole on the CPU already is not copied, unless ``copy`` says so.
         """
         whole: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):
                 tensor = tensor.to(self.device).full_tensor()
             if self.is_main:
-                whole[name] = tensor.detach().cpu().contiguous()
+                whole[name] = tensor.detach().to("cpu", copy=copy).contiguous()
         return whole
 
     # ------------------------------------------------------------------------------------------------ words

@@ -22,11 +22,9 @@ from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.errors import StoppedOnRequest, UserError
 from scratch_gpt.training.checkpoint import (
     TrainerState,
-    find_checkpoint,
     load_checkpoint,
+    newest_checkpoint,
     read_state,
-    record_best,
-    save_checkpoint,
 )
 from scratch_gpt.training.guard import Guard
 from scratch_gpt.training.layout import Layout, load_weights
@@ -34,6 +32,7 @@ from scratch_gpt.training.loss_scale import LossScale
 from scratch_gpt.training.metrics import MetricsFile, speed
 from scratch_gpt.training.optimizer import Optimizers
 from scratch_gpt.training.precision import autocast
+from scratch_gpt.training.saver import Saver
 from scratch_gpt.training.schedule import learning_rate, rows_at
 from scratch_gpt.training.stop import StopRequest
 from scratch_gpt.training.utilisation import ModelFlops
@@ -75,11 +74,12 @@ class Loop:
         state: TrainerState,
     ):
         self.settings, self.training, self.run_dir = settings, settings.training, run_dir
-        self.layout, self.model, self.tokenizer, self.optimizer = layout, model, tokenizer, optimizer
+        self.layout, self.model, self.optimizer = layout, model, optimizer
         self.data, self.validation_streams, self.shape, self.state = data, validation_streams, shape, state
         self.guard = Guard(settings.guard, **state.guard)
         self.loss_scale = LossScale(state.precision == "fp16", **state.loss_scale)
         self.metrics = MetricsFile(run_dir / "metrics.jsonl", state.step, state.cursor.row, write=layout.is_main)
+        self.saver = Saver(layout, run_dir, model, tokenizer, settings.training)
         self.clock = Clock()
         self.flops = ModelFlops(layout.accelerator, layout.unwrap(model).config, data.context_length, state.precision)
 
@@ -91,12 +91,13 @@ class Loop:
             UserError: a checkpoint could not be written (the previous one stays valid), or the run diverged.
         """
         state, max_steps = self.state, self.settings.max_steps
-        if state.record and self.metrics.last_step < state.step:  # killed between its checkpoint and its line
-            self._finish_record(left="?")
         with (
             StopRequest(self.settings.max_hours) as stop,
             progress_bar("pretraining", max_steps, state.step) as bar,
+            self.saver,
         ):
+            if state.record and self.metrics.last_step < state.step:  # killed between its checkpoint and its line
+                self._finish_record(left="?")
             while state.step < max_steps:
                 with ReadAhead(self._read_steps()) as reader:  # anew after a step that was not taken
                     while state.step < max_steps and self._train_step(reader, stop):
@@ -116,7 +117,8 @@ class Loop:
         loss = self._forward_backward(data)
         self.loss_scale.unscale(self.model.parameters())
         grad_norm = self.layout.clip_grad_norm(self.model.parameters(), self.training.max_grad_norm)
-        shared = torch.stack([loss, torch.tensor(float(stop.requested), device=loss.device)])
+        must_stop = stop.requested or self.saver.failed
+        shared = torch.stack([loss, torch.tensor(float(must_stop), device=loss.device)])
         step_loss, stop_votes = self.layout.sum(shared).tolist()
 
         state.cursor = data.cursor
@@ -152,10 +154,12 @@ class Loop:
         }
         last = state.step == max_steps
         if state.step % self.training.save_every == 0 or last or stop_votes:
-            self._save()
+            self.metrics.flush()  # a checkpoint may not know of steps whose lines a power failure takes
+            self.saver.save(self.optimizer, state)
         self._finish_record(left=duration((max_steps - state.step) * self.clock.mean))
         self.clock.skip()
         if stop_votes and not last:
+            self.saver.wait()
             raise StoppedOnRequest(
                 f"stopped after step {state.step:,} of {max_steps:,}, saved in "
                 f"{self.run_dir}/checkpoint-{state.step}. The same command goes on from there."
@@ -189,7 +193,8 @@ class Loop:
         self._event("skipped", problem)
         if not self.guard.must_roll_back:
             return
-        checkpoint, _ = find_checkpoint(self.run_dir)
+        self.saver.wait()
+        checkpoint = newest_checkpoint(self.run_dir)
         if checkpoint is None or self.guard.must_give_up:
             if not finite:
                 raise UserError(
@@ -214,18 +219,6 @@ class Loop:
         say(f"  step {state.step + 1:>5,}  {event}: {reason}")
         self.metrics.write({"event": event, "step": state.step + 1, "row": state.cursor.row, "reason": reason})
 
-    def _save(self) -> None:
-        save_checkpoint(
-            self.layout,
-            self.run_dir,
-            self.model,
-            self.tokenizer,
-            self.optimizer,
-            self.state,
-            self.training.keep_last,
-            self.training.keep_every,
-        )
-
     def _finish_record(self, left: str) -> None:
         """Validate if that is due, then write the step's line."""
         record = self.state.record
@@ -242,8 +235,7 @@ class Loop:
             record |= {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
             if len(by_source) > 1:
                 record["validation"] = {name: vars(one) for name, one in by_source.items()}
-            if self.layout.is_main:
-                record_best(self.run_dir, step, result.bits_per_byte)
+            self.saver.record_best(step, result.bits_per_byte)
             say(
                 f"  step {step:>5,}  loss {record['loss']:.3f}  validation {result.bits_per_byte:.3f} bits per byte  "
                 f"{speed(record)}  {left} left"

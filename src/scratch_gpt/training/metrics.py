@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scratch_gpt.files import write_text
+from scratch_gpt.files import disk_errors, flush, write_text
 
 
 class MetricsFile:
@@ -25,15 +25,24 @@ class MetricsFile:
     def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         records = [record for record in _read(self.path) if wanted(record)]
         if self.writes:
-            write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
+            with disk_errors(f"{self.path} (the checkpoints are untouched)"):
+                write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
         self.last_step: int = max((record["step"] for record in records if "event" not in record), default=0)
 
     def write(self, record: dict[str, Any]) -> None:
         if self.writes:
-            with self.path.open("a", encoding="utf-8") as file:
+            with (
+                disk_errors(f"{self.path} (the checkpoints are untouched)"),
+                self.path.open("a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(record) + "\n")
         if "event" not in record:
             self.last_step = record["step"]
+
+    def flush(self) -> None:
+        """Ask the operating system to put what was written on disk."""
+        if self.writes:
+            flush(self.path)
 
 
 def speed(record: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@
 This file makes what is not there yet and finds what is; the training itself is in ``loop.py``.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -31,6 +30,8 @@ from scratch_gpt.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_optimizer,
+    newest_checkpoint,
+    plain_model,
     read_state,
     save_model,
     weight_tensors,
@@ -44,7 +45,7 @@ from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.optimizer import describe as describe_groups
 from scratch_gpt.training.precision import Arithmetic, check_precision, choose_arithmetic, compile_blocks, has_bf16
 from scratch_gpt.training.recompute import checkpoint_activations
-from scratch_gpt.training.run import record_settings, run_directory, stored_settings
+from scratch_gpt.training.run import has_trained, record_settings, run_directory, stored_settings
 from scratch_gpt.training.schedule import learning_rate
 
 
@@ -58,7 +59,8 @@ def pretrain_command(settings: PretrainSettings) -> None:
             if (run_dir / "final").is_dir() and stored_settings(run_dir).get("max_steps") == settings.max_steps:
                 say(f"{run_dir}/final is finished ({settings.max_steps:,} steps). --fresh starts over.")
                 return
-            record_settings(run_dir, settings)
+            if not (settings.dry_run and has_trained(run_dir)):
+                record_settings(run_dir, settings)
             prepare_tokenizer(settings, run_dir)
             prepare_data(settings, run_dir)
             state.wait_for_everyone()
@@ -153,10 +155,8 @@ class Pretraining:
             for split in ("train", "validation")
         )
 
-        self.checkpoint, problems = find_checkpoint(run_dir)
-        for problem in problems:
-            say(problem)
-        self.origin = find_origin(settings)
+        self.checkpoint = newest_checkpoint(run_dir)
+        self.origin = find_origin(settings) if self.checkpoint is None else None
         if self.checkpoint is None:
             config = build_config(settings.model, self.tokenizer)
             self.model = build_model(config, settings.seed)
@@ -221,8 +221,6 @@ class Pretraining:
             say(f"resumed    {self.checkpoint.name}: {state.step:,} of {self.settings.max_steps:,} steps are done")
         elif self.origin is not None and self.settings.resume_optimizer:
             load_optimizer(self.origin, optimizer)
-        if state.step < self.settings.max_steps and layout.is_main:
-            shutil.rmtree(self.run_dir / "final", ignore_errors=True)  # of a shorter run: it is in the checkpoint
         loop = Loop(
             self.settings,
             self.run_dir,
@@ -263,7 +261,7 @@ class Pretraining:
         weights = layout.gather(weight_tensors(self.model))
         if layout.is_main:
             with disk_errors(f"{target} (the checkpoints are untouched)"), new_folder(target) as folder:
-                save_model(self.model, weights, self.tokenizer, folder)
+                save_model(plain_model(self.model), weights, self.tokenizer, folder)
             say(f"saved      {target}")
         layout.accelerator.wait_for_everyone()
 

@@ -4,7 +4,6 @@ config.yaml  metrics.jsonl  tokenizer/  data/  checkpoint-{step}/  final/
 """
 
 import fcntl
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +13,14 @@ import yaml
 
 from scratch_gpt.config import FREE_KEYS, PretrainSettings, flatten, save_settings
 from scratch_gpt.errors import UserError
+from scratch_gpt.files import is_partial, remove_folder, remove_partial
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 # Settings that may differ between the calls that make up one run: they do not change what was already learnt.
 FREE = {"run_dir", "fresh", "max_steps", "minutes", "training.log_every", "training.eval_every"}
-FREE |= {"training.save_every", "training.keep_last", "training.keep_every", "dry_run", "max_hours"}
+FREE |= {"training.save_every", "training.keep_last", "training.keep_every", "training.async_save"}
+FREE |= {"dry_run", "max_hours"}
 # The data order does not depend on how many rows a step takes; the losses do.
 FREE |= {"training.total_batch_size", "training.device_batch_size"}
 
@@ -35,7 +36,7 @@ def run_directory(settings: PretrainSettings) -> Iterator[Path]:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir} is a file")
     has_run = (run_dir / CONFIG).is_file()
-    if run_dir.is_dir() and not has_run and any(file.name != LOCK for file in run_dir.iterdir()):
+    if run_dir.is_dir() and not has_run and any(f.name != LOCK and not is_partial(f) for f in run_dir.iterdir()):
         raise UserError(f"{run_dir} holds files that are not a run's: choose another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK).open("w") as lock:
@@ -43,6 +44,7 @@ def run_directory(settings: PretrainSettings) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another process is writing {run_dir}: wait for it or choose another --run-dir") from error
+        remove_partial(run_dir)
         if has_run and settings.fresh:
             _empty(run_dir)
         elif has_run:
@@ -57,6 +59,8 @@ def stored_settings(run_dir: Path) -> dict[str, Any]:
 
 
 def record_settings(run_dir: Path, settings: PretrainSettings) -> None:
+    if stored_settings(run_dir).get("max_steps") != settings.max_steps:
+        remove_folder(run_dir / "final")  # of a shorter run: it is in the checkpoint
     save_settings(settings, run_dir / CONFIG)
 
 
@@ -84,10 +88,8 @@ def _check_same_run(run_dir: Path, settings: PretrainSettings) -> None:
 
 
 def _empty(run_dir: Path) -> None:
-    """Delete what runs write, and nothing else."""
-    for name in ("tokenizer", "data", "final", "evaluation"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-    for folder in run_dir.glob("checkpoint-*"):
-        shutil.rmtree(folder)
-    for name in (CONFIG, "metrics.jsonl", "best.json"):
+    """Delete what runs write, and nothing else; the settings last, by which a run is known."""
+    for folder in (*run_dir.glob("checkpoint-*"), *map(run_dir.joinpath, ("final", "evaluation", "tokenizer", "data"))):
+        remove_folder(folder)
+    for name in ("best.json", "metrics.jsonl", CONFIG):
         (run_dir / name).unlink(missing_ok=True)
