@@ -194,9 +194,9 @@ def load_checkpoint(layout: Layout, folder: Path, optimizer: Optimizers) -> Trai
     load_optimizer(folder, optimizer)
     rng = load_file(folder / STATE / "rng.safetensors")  # each (processes, bytes)
     if len(rng["cpu"]) == layout.world:
-        torch.set_rng_state(rng["cpu"][layout.rank])
+        torch.set_rng_state(rng["cpu"][layout.rank].clone())  # torch 2.13 crashes over a view into a larger tensor
         if "cuda" in rng and torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng["cuda"][layout.rank])
+            torch.cuda.set_rng_state(rng["cuda"][layout.rank].clone())
     return read_state(folder)
 
 

@@ -1,0 +1,44 @@
+"""A checkpoint says nothing of how the model was spread: any layout goes on from any other."""
+
+import shutil
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.launch import alone, arguments, assert_same_run, configuration, curve, facts, launch
+
+HALF, STEPS = 6, 12
+CONSTANT = ["--training.schedule", "constant", "--training.save_every", "3", "--training.eval_every", "3"]
+DROPOUT = ["--model.overrides.hidden_dropout", "0.2", "--training.activation_checkpointing", "full"]
+
+
+def test_a_run_goes_on_in_another_layout_and_on_other_numbers_of_processes(shards, tmp_path):
+    def run(name, steps, *more):
+        return arguments(tmp_path / name, shards, "gpt2", steps, *CONSTANT, *more)
+
+    alone(run("single", STEPS), run("1 to 2", HALF))
+    done = launch(
+        configuration("fsdp2", tmp_path, 2),
+        run("uninterrupted", STEPS, *DROPOUT),
+        run("interrupted", HALF, *DROPOUT),
+        run("interrupted", STEPS, *DROPOUT),
+        run("1 to 2", STEPS),
+        run("half", HALF),
+    )
+    assert "resumed    checkpoint-6: 6 of 12 steps are done" in done.stdout
+    for key in ("loss", "grad_norm", "validation_loss"):
+        assert curve(tmp_path / "interrupted", key) == curve(tmp_path / "uninterrupted", key), key  # bit for bit
+
+    for name in ("checkpoint-3", "checkpoint-6", "final"):  # of a sharded run: plain models
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "half" / name)
+        assert type(model).__name__ == "ScratchGPTForCausalLM" and model.dtype == torch.float32
+        assert model.config.architectures == ["ScratchGPTForCausalLM"]
+
+    for name in ("2 to 1", "2 to 4", "2 to ddp"):
+        shutil.copytree(tmp_path / "half", tmp_path / name)
+    launch(configuration("hsdp", tmp_path, 4, dp_replicate_size=2, dp_shard_size=2), run("2 to 4", STEPS))
+    launch(configuration("ddp", tmp_path, 2), run("2 to ddp", STEPS - 3))
+    assert facts(tmp_path / "2 to 4")[3]["placements"] == ["(Replicate(), Shard(dim=0))"]
+    alone(run("2 to ddp", STEPS), run("2 to 1", STEPS))
+    for name in ("1 to 2", "2 to 1", "2 to 4", "2 to ddp"):
+        assert_same_run(tmp_path / "single", tmp_path / name, STEPS)
