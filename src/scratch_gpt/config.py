@@ -198,6 +198,18 @@ class GuardSettings:
     """Multiplies the learning rate at each rollback."""
 
 
+@dataclass
+class ParallelSettings:
+    """How the model is spread over processes, beyond what the configuration file of `accelerate launch` says."""
+
+    pipeline: int = 1
+    """Processes in a row, each with some of the blocks (see pipeline.yaml); the others are copies with other data."""
+    pipeline_schedule: Literal["1f1b", "interleaved1f1b"] = "1f1b"
+    """1f1b: one stage for each process; interleaved1f1b: two that lie apart, for less waiting and more communication."""
+    pipeline_microbatches: int | None = None
+    """Micro-batches of a step; left out: as training.device_batch_size says, or 4 for each process of the pipeline."""
+
+
 # ------------------------------------------------------------------------------------------------ verbs
 
 
@@ -315,6 +327,7 @@ class PretrainSettings(TextSettings):
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
 
 @dataclass
@@ -492,6 +505,7 @@ _MORE_THAN_ZERO |= {"eval_every", "save_every", "keep_last", "limit", "max_new_t
 _MORE_THAN_ZERO |= {"workers", "max_document_characters"}
 _MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_learning_rate"}
 _MORE_THAN_ZERO |= {"activation_checkpointing_every", "max_hours", "keep_every"}
+_MORE_THAN_ZERO |= {"pipeline", "pipeline_microbatches"}
 _MORE_THAN_ZERO |= {"devices", "devices_per_node", "flops", "mfu", "price", "tokens", "limit_rows"}
 
 

@@ -51,6 +51,7 @@ def run(loop, original=Loop.run):
             "dtypes": sorted({str(p.dtype) for p in held}),
             "loss": sorted(loss_dtypes),
             "reduced": sorted(reduced),
+            "stages": len(getattr(loop.model, "stages", ())),
         }
         Path(loop.run_dir, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
 

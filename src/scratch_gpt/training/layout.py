@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from scratch_gpt.errors import UserError
+from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock
 from scratch_gpt.training.launch import launched_accelerator
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -53,6 +54,15 @@ class Layout:
     def data_rank(self) -> int:
         """Which part this process reads."""
         return self.rank
+
+    @property
+    def random_rank(self) -> int:
+        """Processes of the same one draw the same random numbers."""
+        return self.data_rank
+
+    def device_rows(self, rows: int, asked: int | None) -> int:
+        """Rows of one forward pass of a process that reads ``rows`` a step."""
+        return asked or rows
 
     @property
     def gradient_divisor(self) -> int:
@@ -153,13 +163,17 @@ class Layout:
 
     # ------------------------------------------------------------------------------------------------ gradients
 
+    def share(self, parameter: nn.Parameter) -> float:
+        """What this process's gradient counts for: of equal copies on several processes each is a part."""
+        return num_shards(parameter) / self.world
+
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
         """Scale the gradients so that their norm over the whole model is at most ``max_norm``; returns what it was."""
         pieces, shares = [], []
         for parameter in parameters:
             if parameter.grad is not None:
                 pieces.append(local(parameter.grad))
-                shares.append(num_shards(parameter.grad) / self.world)  # of equal copies each counts for a part
+                shares.append(self.share(parameter))
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         norms = torch.stack(torch._foreach_norm(pieces)).to(self.device, exact)
         squares = norms.square() * torch.tensor(shares, dtype=exact, device=self.device)
@@ -195,7 +209,7 @@ class Layout:
             UserError: processes read different data.
         """
         parameters = list(model.parameters())
-        blocks = self.unwrap(model).transformer.h
+        blocks = [block for block in self.unwrap(model).transformer.h if isinstance(block, ScratchGPTBlock)]
         sharded = sum(num_shards(parameter) > 1 for parameter in parameters)
         held, number = sum(local(p).numel() for p in parameters), sum(p.numel() for p in parameters)
         recomputed = sum(block.gradient_checkpointing for block in blocks)

@@ -31,6 +31,7 @@ from scratch_gpt.training.layout import Layout, load_weights
 from scratch_gpt.training.loss_scale import LossScale
 from scratch_gpt.training.metrics import MetricsFile, speed
 from scratch_gpt.training.optimizer import Optimizers
+from scratch_gpt.training.pipeline import Pipeline
 from scratch_gpt.training.precision import autocast
 from scratch_gpt.training.saver import Saver
 from scratch_gpt.training.schedule import learning_rate, rows_at
@@ -169,6 +170,9 @@ class Loop:
     def _forward_backward(self, data: StepData) -> torch.Tensor:
         """This process's part of the step's loss (nats per target of the whole step), its gradients accumulated."""
         device = self.layout.device
+        if isinstance(self.model, Pipeline):
+            batches = [batch.to(device) for batch in data.batches]
+            return self.model.forward_backward(batches, data.num_targets, self.loss_scale.scale)
         loss = torch.zeros((), device=device)
         # Data parallelism averages gradients over processes; what we want is their sum.
         factor = self.layout.gradient_divisor * self.loss_scale.scale

@@ -11,6 +11,7 @@ remains the only description of the forward pass.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,16 +20,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from scratch_gpt.config import PretrainSettings
 from scratch_gpt.data.batches import Batch
+from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.training.footprint import flops_per_token
+from scratch_gpt.training.layout import Layout
+from scratch_gpt.training.precision import autocast
 
 STAGES_PER_PROCESS = {"1f1b": 1, "interleaved1f1b": 2}
-EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
+EMBEDDING = "transformer.wte.weight"
 
 
 # ------------------------------------------------------------------------------------------------ the split
@@ -42,12 +46,12 @@ class Split:
     shares: tuple[float, ...]
 
     def describe(self, processes: int) -> Iterator[str]:
-        """One line for each stage; stage s is on process s modulo ``processes``."""
+        """One line for each stage; stage s is in place s modulo ``processes`` of the pipeline."""
         last = len(self.blocks) - 1
         for stage, (blocks, share) in enumerate(zip(self.blocks, self.shares, strict=True)):
             parts = [f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"]
             parts = ["embedding"] * (stage == 0) + parts + ["head and loss"] * (stage == last)
-            yield f"stage {stage} on process {stage % processes}: {', '.join(parts)}, {share:.0%} of the FLOPs"
+            yield f"stage {stage} in place {stage % processes}: {', '.join(parts)}, {share:.0%} of the FLOPs"
 
 
 def split(config: ScratchGPTConfig, context_length: int, stages: int) -> Split:
@@ -89,11 +93,16 @@ def _shallow_copy(module: nn.Module) -> Any:
 
 
 def _keep(model: Any, blocks: set[int], first: bool, last: bool) -> None:
-    """Drop all of ``model`` but these blocks, the embeddings of the first stage and the head of the last."""
+    """Drop all of ``model`` but these blocks, the embeddings of the first stage and the head of the last.
+
+    A tied head remains the embedding's matrix, also by name.
+    """
     backbone = model.transformer
     backbone.h = nn.ModuleList(block if i in blocks else PassThrough() for i, block in enumerate(backbone.h))
     if not first:
-        backbone.wte, backbone.wpe, backbone.drop = None, None, nn.Identity()
+        backbone.wpe, backbone.drop = None, nn.Identity()
+        if not (last and model.config.tie_word_embeddings):
+            backbone.wte = None
     if not last:
         backbone.ln_f, model.lm_head = nn.Identity(), None
 
@@ -157,13 +166,13 @@ class Pipeline(nn.Module):
         mesh: DeviceMesh,
         schedule: str,
         context_length: int,
+        device: torch.device,
         autocast: Callable[[], AbstractContextManager],
     ):
         super().__init__()
         self.group, self.data_group = mesh["pipeline"].get_group(), mesh["data"].get_group()
         self.rank, self.size = self.group.rank(), self.group.size()
-        self.device = next(model.parameters()).device
-        self.schedule = schedule
+        self.schedule, self.device = schedule, device
         self.num_stages = self.size * STAGES_PER_PROCESS[schedule]
         self.split = split(model.config, context_length, self.num_stages)
         own = range(self.rank, self.num_stages, self.size)
@@ -171,12 +180,12 @@ class Pipeline(nn.Module):
             Stage(model, self.split.blocks[stage], stage == 0, stage == self.num_stages - 1, autocast) for stage in own
         )
         _keep(model, {i for stage in own for i in self.split.blocks[stage]}, 0 in own, self.num_stages - 1 in own)
-        self.model = model
+        self.model = model.to(device)
 
         self.tied_end: nn.Parameter | None = None
-        """This process's copy of a matrix that is both embedding and head."""
+        """This process's copy of the matrix that the first stage embeds with and the last one has as its head."""
         if model.config.tie_word_embeddings:
-            self.tied_end = dict(model.named_parameters()).get(EMBEDDING if self.rank == 0 else HEAD)
+            self.tied_end = dict(model.named_parameters()).get(EMBEDDING)
             ends = [dist.get_global_rank(self.group, rank) for rank in (0, self.size - 1)]
             self.tied_group, _ = dist.new_subgroups_by_enumeration(_of_all_processes(ends))
         self.loss_factor = 1.0
@@ -235,38 +244,36 @@ class Pipeline(nn.Module):
         return self._schedules[micro_batches, shape]
 
     @torch.no_grad()
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        labels: torch.Tensor,
-        num_items_in_batch: int,
-        **arguments: Any,
-    ) -> CausalLMOutputWithPast:
-        """The loss of one batch of any shape, without gradients, on every process of the pipeline."""
-        inputs, loss = input_ids, torch.zeros((), device=self.device)
+    def sum_of_losses(self, batch: Batch) -> torch.Tensor:
+        """The sum of the cross-entropies of a batch of any shape in nats, on every process of the pipeline."""
+        inputs, loss = batch.input_ids, torch.zeros((), device=self.device)
         for index in range(self.num_stages):
             here, there = index % self.size, (index + 1) % self.size
             if here == self.rank:
-                output = self.stages[index // self.size](inputs, labels, num_items_in_batch, position_ids)
+                output = self.stages[index // self.size](inputs, batch.labels, 1, batch.position_ids)
                 if index == self.num_stages - 1:
                     loss = output
                 else:
                     dist.send(output, group=self.group, group_dst=there)
             elif there == self.rank and index < self.num_stages - 1:
-                inputs = torch.empty(*input_ids.shape, self.model.config.hidden_size, device=self.device)
+                inputs = torch.empty(*batch.input_ids.shape, self.model.config.hidden_size, device=self.device)
                 dist.recv(inputs, group=self.group, group_src=here)
         dist.broadcast(loss, group=self.group, group_src=self.size - 1)
-        return CausalLMOutputWithPast(loss=loss)
+        return loss
 
-    def gather(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of all processes of the pipeline, by name, tied ones once: on its first process, on the CPU."""
+    def gather(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
+        """The tensors of all processes of the pipeline, by name, tied ones once: on its first process, on the CPU.
+
+        What is there already is not copied, unless ``copy`` says so.
+        """
         if self.rank > 0 and self.tied_end is not None:
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMBEDDING)}
         described: list[Any] = [None] * self.size
         own = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         dist.all_gather_object(described, own, group=self.group)
-        whole = {name: tensor.detach().cpu() for name, tensor in tensors.items()} if self.rank == 0 else {}
+        whole: dict[str, torch.Tensor] = {}
+        if self.rank == 0:
+            whole = {name: tensor.detach().to("cpu", copy=copy).contiguous() for name, tensor in tensors.items()}
         for source in range(1, self.size):
             for name, (shape, dtype) in described[source].items():
                 if self.rank == source:
@@ -283,3 +290,121 @@ def _of_all_processes(own: list[int]) -> list[list[int]]:
     lists: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lists, own)
     return [list(one) for one in sorted({tuple(one) for one in lists})]
+
+
+# ------------------------------------------------------------------------------------------------ the layout
+
+
+class PipelineLayout(Layout):
+    """Pipelines side by side, each a copy of the model with other data; process p has place p // copies in its own."""
+
+    def __init__(self, layout: Layout, settings: PretrainSettings, context_length: int):
+        self.settings, self.context_length = settings.parallel, context_length
+        places, copies = self.settings.pipeline, layout.world // self.settings.pipeline
+        mesh = init_device_mesh(layout.device.type, (places, copies), mesh_dim_names=("pipeline", "data"))
+        super().__init__(layout.accelerator, "pipeline", mesh)
+        self.places, self.num_stages = places, places * STAGES_PER_PROCESS[self.settings.pipeline_schedule]
+        self.pipeline: Pipeline
+
+    @property
+    def data_size(self) -> int:
+        return self.world // self.places
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank % self.data_size
+
+    @property
+    def random_rank(self) -> int:
+        return self.rank
+
+    @property
+    def is_sharded(self) -> bool:
+        return True
+
+    def device_rows(self, rows: int, asked: int | None) -> int:
+        """Rows of a micro-batch: as many micro-batches keep the stages busy.
+
+        Raises:
+            UserError: the schedule cannot run so many.
+        """
+        micro_batches = self.settings.pipeline_microbatches
+        if asked and micro_batches:
+            raise UserError(
+                "give --training.device_batch_size or --parallel.pipeline_microbatches, not both: each says how the "
+                "rows of a step are divided"
+            )
+        if asked is None:
+            micro_batches = micro_batches or min(rows, 4 * self.places)
+            if rows % micro_batches:
+                raise UserError(
+                    f"the {rows} rows per pipeline and step do not divide into {micro_batches} micro-batches: give "
+                    "--parallel.pipeline_microbatches or another --training.total_batch_size"
+                )
+            asked = rows // micro_batches
+        micro_batches = rows // asked
+        advice = "give more --parallel.pipeline_microbatches, and a --training.total_batch_size that has the rows"
+        if self.settings.pipeline_schedule == "1f1b" and micro_batches < self.num_stages:
+            raise UserError(f"{micro_batches} micro-batches cannot fill {self.num_stages} stages: {advice}")
+        if self.settings.pipeline_schedule == "interleaved1f1b" and micro_batches % self.places:
+            raise UserError(
+                f"interleaved1f1b takes a multiple of --parallel.pipeline {self.places} micro-batches, and a step has "
+                f"{micro_batches}: {advice}"
+            )
+        return asked
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return super().sum(tensor) / self.places  # in each place of a pipeline is the same
+
+    def spread(self, model: Any, precision: str) -> Pipeline:
+        assert self.mesh is not None
+        schedule = self.settings.pipeline_schedule
+        autocasting = functools.partial(autocast, self.device.type, precision)
+        self.pipeline = Pipeline(model, self.mesh, schedule, self.context_length, self.device, autocasting)
+        return self.pipeline
+
+    def after_evaluation(self, model: Any) -> None:
+        """Nothing was gathered."""
+
+    @staticmethod
+    def unwrap(model: nn.Module) -> Any:
+        return model.model
+
+    def share(self, parameter: nn.Parameter) -> float:
+        return (0.5 if parameter is self.pipeline.tied_end else 1.0) / self.data_size
+
+    def gather(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
+        return self.pipeline.gather(tensors, copy) if self.data_rank == 0 else {}
+
+    def describe(self, model: nn.Module, precision: str, data: str) -> list[str]:
+        first, *others = super().describe(model, precision, data)
+        return [f"{first}, {self.settings.pipeline_schedule}", *self.pipeline.split.describe(self.places), *others]
+
+
+def choose_pipeline(
+    layout: Layout, settings: PretrainSettings, config: ScratchGPTConfig, context_length: int
+) -> PipelineLayout:
+    """In place of ``layout``, which the configuration file of `accelerate launch` asks for.
+
+    Raises:
+        UserError: the processes, the model or the settings do not allow the pipeline that was asked for.
+    """
+    asked = f"--parallel.pipeline is {settings.parallel.pipeline}"
+    if layout.strategy not in ("single", "ddp"):
+        raise UserError(
+            f"{asked}, the configuration file says {layout.strategy}: take configs/accelerate/pipeline.yaml"
+        )
+    if layout.world % settings.parallel.pipeline:
+        raise UserError(f"{asked}; it must divide the number of processes, which is {layout.world}")
+    stages = settings.parallel.pipeline * STAGES_PER_PROCESS[settings.parallel.pipeline_schedule]
+    if stages > config.num_hidden_layers:
+        raise UserError(
+            f"{asked} with {settings.parallel.pipeline_schedule}, that is {stages} stages, but the model has only "
+            f"{config.num_hidden_layers} blocks, of which each stage needs one"
+        )
+    if settings.training.batch_warmup_steps:
+        raise UserError(
+            f"{asked} and --training.batch_warmup_steps is {settings.training.batch_warmup_steps}: a small batch would "
+            "have too few micro-batches for the stages; leave it at 0"
+        )
+    return PipelineLayout(layout, settings, context_length)

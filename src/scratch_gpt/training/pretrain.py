@@ -43,6 +43,7 @@ from scratch_gpt.training.layout import Layout, choose_layout
 from scratch_gpt.training.loop import BatchShape, Loop
 from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.optimizer import describe as describe_groups
+from scratch_gpt.training.pipeline import choose_pipeline
 from scratch_gpt.training.precision import Arithmetic, check_precision, choose_arithmetic, compile_blocks, has_bf16
 from scratch_gpt.training.recompute import checkpoint_activations
 from scratch_gpt.training.run import has_trained, record_settings, run_directory, stored_settings
@@ -181,6 +182,8 @@ class Pretraining:
             self.model.config.vocab_size,
         )
         self.layout = choose_layout()
+        if settings.parallel.pipeline > 1:
+            self.layout = choose_pipeline(self.layout, settings, self.model.config, self.context_length)
         self.shape = self._batch_shape(self.layout.data_size)
         checkpoint_activations(self.model, settings.training)
         self.arithmetic = self._choose_arithmetic()
@@ -206,7 +209,7 @@ class Pretraining:
         model = layout.spread(self.model, self.arithmetic.precision)
         for number, line in enumerate(layout.describe(model, self.arithmetic.precision, self.data_fingerprint)):
             say(("layout     " if number == 0 else "           ") + line)
-        torch.manual_seed(self.settings.seed + layout.data_rank)  # each part of the data has dropout of its own
+        torch.manual_seed(self.settings.seed + layout.random_rank)  # each part of the data has dropout of its own
         optimizer = build_optimizer(self.model, self.settings.training)
         state = TrainerState(
             step=0,
@@ -307,7 +310,7 @@ class Pretraining:
                 f"{self.context_length} (context) x {parts} (processes that read rows of their own)"
             )
         per_process = rows // parts
-        device_rows = training.device_batch_size or per_process
+        device_rows = self.layout.device_rows(per_process, training.device_batch_size)
         if per_process % device_rows:
             raise UserError(
                 f"--training.device_batch_size is {device_rows}; it must divide the {per_process} rows per process and step"

@@ -23,6 +23,7 @@ FREE |= {"training.save_every", "training.keep_last", "training.keep_every", "tr
 FREE |= {"dry_run", "max_hours"}
 # The data order does not depend on how many rows a step takes; the losses do.
 FREE |= {"training.total_batch_size", "training.device_batch_size"}
+FREE |= {"parallel.pipeline", "parallel.pipeline_schedule", "parallel.pipeline_microbatches"}
 
 
 @contextmanager

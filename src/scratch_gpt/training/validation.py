@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from scratch_gpt.data.batches import IGNORE_INDEX, evaluation_batches
+from scratch_gpt.data.batches import IGNORE_INDEX, Batch, evaluation_batches
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.training.layout import Layout
+from scratch_gpt.training.pipeline import Pipeline
 from scratch_gpt.training.precision import autocast
 
 LOGITS_PER_BATCH = 2**26
@@ -81,11 +82,16 @@ def sum_of_losses(
         mine = share < len(some)
         cpu_batch = some[share if mine else 0]
         batch = cpu_batch.to(device)
-        logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-        losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        loss = model.sum_of_losses(batch) if isinstance(model, Pipeline) else _sum_of_losses(model, batch)
         if mine:
-            nats += torch.tensor([losses.item(), (cpu_batch.labels != IGNORE_INDEX).sum().item()], dtype=torch.float64)
+            nats += torch.tensor([loss.item(), (cpu_batch.labels != IGNORE_INDEX).sum().item()], dtype=torch.float64)
     model.train(was_training)
     return nats
+
+
+def _sum_of_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Any model of transformers will do."""
+    logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    return nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )

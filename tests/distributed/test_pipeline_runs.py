@@ -1,0 +1,98 @@
+"""Runs whose model is a pipeline: those of one process, and each goes on with the other's checkpoints."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.launch import alone, arguments, assert_same_run, configuration, curve, facts, launch
+
+STEPS = 20
+FOUR_BLOCKS = ["--model.num_hidden_layers", "4", "--training.document_mask", "true", "--training.save_every", "5"]
+FOUR_BLOCKS += ["--training.keep_last", "10"]
+RECOMPUTE = ["--training.activation_checkpointing", "full"]
+
+
+def pipeline(places, micro_batches, schedule="1f1b"):
+    words = ["--parallel.pipeline", places, "--parallel.pipeline_microbatches", micro_batches]
+    return [str(word) for word in [*words, "--parallel.pipeline_schedule", schedule]]
+
+
+def run(folder, shards, style, *more):
+    return arguments(folder, shards, style, STEPS, *FOUR_BLOCKS, *more)
+
+
+def weights(run_dir):
+    return load_file(run_dir / "final" / "model.safetensors")
+
+
+def forget(run_dir, steps):
+    """Leave of a finished run what a kill after ``steps`` steps would."""
+    shutil.rmtree(run_dir / "final")
+    for folder in run_dir.glob("checkpoint-*"):
+        if int(folder.name.split("-")[1]) > steps:
+            shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, shards):
+    folder = tmp_path_factory.mktemp("single")
+    for style in ("gpt2", "modern"):
+        alone(run(folder / style, shards, style))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(single, shards, tmp_path_factory):
+    """The same runs on two processes: as two stages and as four."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    done = launch(
+        configuration("pipeline", folder, 2),
+        run(folder / "gpt2", shards, "gpt2", *pipeline(2, 4)),
+        run(folder / "modern", shards, "modern", *pipeline(2, 4, "interleaved1f1b"), *RECOMPUTE),
+    )
+    return folder, done.stdout
+
+
+def assert_pipeline(run_dir, places, stages, copies=1):
+    """Each process has so many stages, and the places of a pipeline share the weights among them."""
+    processes = facts(run_dir)
+    assert len(processes) == places * copies
+    assert all(process["model"] == "Pipeline" and process["stages"] == stages for process in processes)
+    sizes = {name: weight.numel() for name, weight in weights(run_dir).items()}
+    tied = 0 if "lm_head.weight" in sizes else sizes["transformer.wte.weight"]  # at both ends
+    assert sum(process["held"] for process in processes) == copies * (sum(sizes.values()) + tied)
+    assert all(process["held"] < 0.9 * sum(sizes.values()) for process in processes)
+
+
+def test_two_and_four_stages_give_the_run_of_one_process(single, two):
+    folder, said = two
+    for style, stages in (("gpt2", 1), ("modern", 2)):
+        assert_same_run(single / style, folder / style, STEPS)
+        assert_pipeline(folder / style, places=2, stages=stages)
+    assert "pipeline on 2 process(es), pipeline 2 x data 1, cpu, 1f1b" in said
+    assert "stage 3 in place 1: block 3, head and loss" in said and "2 of 2 blocks recomputed" in said
+
+
+def test_a_killed_pipeline_goes_on_bit_for_bit_and_checkpoints_fit_any_layout(single, two, shards, tmp_path):
+    folder, _ = two
+    for style in ("gpt2", "modern"):
+        for origin, name in ((folder, "killed"), (folder, "alone"), (single, "spread")):
+            shutil.copytree(origin / style, tmp_path / f"{style} {name}")
+            forget(tmp_path / f"{style} {name}", steps=10)
+    gpt2, modern = pipeline(2, 4), [*pipeline(2, 4, "interleaved1f1b"), *RECOMPUTE]
+    launch(
+        configuration("pipeline", tmp_path, 2),
+        run(tmp_path / "gpt2 killed", shards, "gpt2", *gpt2),
+        run(tmp_path / "gpt2 spread", shards, "gpt2", *gpt2),
+        run(tmp_path / "modern killed", shards, "modern", *modern),
+    )
+    alone(run(tmp_path / "gpt2 alone", shards, "gpt2"))
+    for style in ("gpt2", "modern"):
+        for key in ("loss", "grad_norm", "validation_loss"):
+            assert curve(tmp_path / f"{style} killed", key) == curve(folder / style, key)
+        killed, whole = weights(tmp_path / f"{style} killed"), weights(folder / style)
+        assert killed.keys() == whole.keys() and all(torch.equal(killed[name], whole[name]) for name in whole)
+    assert_same_run(single / "gpt2", tmp_path / "gpt2 spread", STEPS)
+    assert_same_run(single / "gpt2", tmp_path / "gpt2 alone", STEPS)
