@@ -23,7 +23,7 @@ TINY_MODEL = ["--model.hidden_size", "32", "--model.num_hidden_layers", "2", "--
 TINY_MODEL += ["--model.num_key_value_heads", "1", "--model.intermediate_size", "64"]
 TINY_MODEL += ["--model.max_position_embeddings", "32"]
 TINY_TRAINING = ["--tokenizer.vocab_size", "400", "--training.total_batch_size", "256", "--training.precision", "fp32"]
-TINY_TRAINING += ["--training.compile", "off", "--training.warmup_steps", "2"]
+TINY_TRAINING += ["--training.compile", "off", "--training.warmup_steps", "2", "--training.trackers", "[]"]
 TINY_RUN = TINY_MODEL + TINY_TRAINING
 
 

@@ -179,6 +179,25 @@ class TrainingSettings:
     """Keep the checkpoints of every n-th step as well."""
     async_save: Literal["auto", "on", "off"] = "auto"
     """Write checkpoints in the background, from a copy in memory; auto: on a GPU, since on a CPU it does not pay."""
+    trackers: list[str] | str = "auto"
+    """Dashboards that get the metrics, of trackio, tensorboard and wandb: [tensorboard]; [] for none;
+    auto: trackio (local, no account) where it is installed. Each is an extra: `pip install scratch-gpt[tensorboard]`."""
+    sample_every: int | None = None
+    """Steps between two looks at what the model writes, in samples.jsonl; a checkpoint is saved before."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Beginnings to continue; left out: the beginning of a document."""
+    benchmark_every: int | None = None
+    """Steps between two benchmarks with the lm-eval harness, in metrics.jsonl; a checkpoint is saved before."""
+    benchmark_tasks: list[str] = field(default_factory=list)
+    """Tasks of the harness; left out: next_sentence and word_order, made from the held-out text."""
+    benchmark_path: str | None = None
+    """Folder of further task files for the harness."""
+    benchmark_limit: int = 100
+    """Questions of each task."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last step for torch's profiler, such as [10, 13]: a table, and a trace in profile/."""
+    memory_snapshot_step: int | None = None
+    """CUDA: step whose allocations go to profile/, for https://pytorch.org/memory_viz."""
 
 
 @dataclass
@@ -506,6 +525,7 @@ _MORE_THAN_ZERO |= {"workers", "max_document_characters"}
 _MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_learning_rate"}
 _MORE_THAN_ZERO |= {"activation_checkpointing_every", "max_hours", "keep_every"}
 _MORE_THAN_ZERO |= {"pipeline", "pipeline_microbatches"}
+_MORE_THAN_ZERO |= {"sample_every", "benchmark_every", "benchmark_limit", "memory_snapshot_step"}
 _MORE_THAN_ZERO |= {"devices", "devices_per_node", "flops", "mfu", "price", "tokens", "limit_rows"}
 
 

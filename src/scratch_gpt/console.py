@@ -49,6 +49,11 @@ class ProgressLine:
             self.last_line = time.monotonic()
 
 
+def shown(text: str) -> str:
+    """On one line, with what no terminal can show replaced."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
+
+
 def duration(seconds: float) -> str:
     """75 -> 1:15, 4000 -> 1:06:40."""
     minutes, secs = divmod(round(seconds), 60)

@@ -4,7 +4,6 @@ Text to tokenizer to shards to a pretrained model, samples before and after, a r
 of this package, a benchmark and a model card. Every step that is finished is kept: the same command goes on.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -16,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from scratch_gpt.config import GenerateSettings, QuickstartSettings
-from scratch_gpt.console import console, duration, say
+from scratch_gpt.config import QuickstartSettings
+from scratch_gpt.console import console, duration, say, shown
 from scratch_gpt.data.shards import read_manifest, totals
 from scratch_gpt.data.sources import split_documents
 from scratch_gpt.errors import UserError
@@ -28,7 +27,7 @@ from scratch_gpt.training.run import record_settings, run_directory, stored_sett
 RESULTS = Path("evaluation") / "results.json"
 RESERVED_SECONDS = 45.0
 """For what comes after training: samples, the reload, the benchmark."""
-PROMPTS, PROMPT_WORDS, SAMPLE_TOKENS = 3, 6, 80
+PROMPTS, PROMPT_WORDS = 3, 6
 QUESTIONS = 100
 STAGES = 6
 
@@ -69,8 +68,11 @@ def stage(number: int, title: str) -> Iterator[None]:
 
 
 def make_inputs(settings: QuickstartSettings, run_dir: Path) -> None:
+    from scratch_gpt.training.launch import launched_processes
+    from scratch_gpt.training.observe import check_observation
     from scratch_gpt.training.pretrain import prepare_data, prepare_tokenizer
 
+    check_observation(settings.training, launched_processes().device)
     with stage(1, "tokenizer: byte-level BPE learnt from the corpus"):
         prepare_tokenizer(settings, run_dir)
     with stage(2, "data: the corpus as token shards, some of it held out"):
@@ -88,18 +90,20 @@ def held_out_prompts(settings: QuickstartSettings) -> list[str]:
 
 
 def pretrain(settings: QuickstartSettings, run_dir: Path, prompts: list[str], started: float) -> None:
+    from scratch_gpt.looks import looks_at
+    from scratch_gpt.serving.generate import samples
     from scratch_gpt.training.pretrain import Pretraining
 
     with stage(3, "pretraining"):
         budget = settings.minutes * 60 - (time.perf_counter() - started) - RESERVED_SECONDS
-        run = Pretraining(settings, run_dir, budget_seconds=budget)
+        run = Pretraining(settings, run_dir, budget_seconds=budget, looks=looks_at(settings))
         if settings.max_steps is None:
             seconds_left = settings.minutes * 60 - (time.perf_counter() - started) - RESERVED_SECONDS
             settings.max_steps = run.steps_in(seconds_left)
             record_settings(run_dir, settings)
         if run.checkpoint is None:
             say("\nbefore training it continues like this:")
-            for text in sample(run.model, run.tokenizer, prompts, settings.seed):
+            for text in samples(run.model, run.tokenizer, prompts, settings.seed):
                 say(f"  > {shown(text)}")
             run.model.train()
             say()
@@ -111,7 +115,9 @@ def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> 
     from scratch_gpt.evaluation.evaluate import describe, evaluate, load_model
     from scratch_gpt.publishing.model_card import write_model_card
     from scratch_gpt.publishing.verify import reload_elsewhere
-    from scratch_gpt.training.metrics import read_metrics
+    from scratch_gpt.serving.generate import samples
+    from scratch_gpt.training.guard import summarise
+    from scratch_gpt.training.metrics import read_events, read_metrics
 
     final = run_dir / "final"
     model, tokenizer = load_model(str(final))
@@ -119,8 +125,8 @@ def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> 
     texts = list(held_out)
 
     with stage(4, "samples: the same beginnings, continued by the trained model"):
-        samples = sample(model, tokenizer, prompts, settings.seed)
-        for text in samples:
+        texts_written = samples(model, tokenizer, prompts, settings.seed)
+        for text in texts_written:
             say(f"  > {shown(text)}")
 
     with stage(5, f"reload: {final} in a new process that cannot import scratch_gpt"):
@@ -152,7 +158,7 @@ def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> 
             evaluation_text="; ".join(
                 f"{entry['held_out']} of {entry['source']}" for entry in manifest["sources"].values()
             ),
-            samples=samples,
+            samples=texts_written,
             training={
                 "corpus": " and ".join(entry["source"] for entry in manifest["sources"].values()),
                 "train_tokens": totals(manifest, "train")["tokens"],
@@ -162,6 +168,7 @@ def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> 
                 "precision": state["precision"],
                 "training_time": duration(training_seconds) + " minutes",
                 "seed": settings.seed,
+                "guard": summarise(read_events(run_dir / "metrics.jsonl")) or "had nothing to do",
             },
         )
         say(f"model card {final}/README.md")
@@ -172,24 +179,8 @@ def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> 
         "tokens_seen": records[-1]["tokens"],
         "training_seconds": training_seconds,
         "reload_difference": difference,
-        "samples": samples,
+        "samples": texts_written,
     }
-
-
-def sample(model: Any, tokenizer: Any, prompts: list[str], seed: int) -> list[str]:
-    from scratch_gpt.serving.generate import continuations
-
-    room = model.config.max_position_embeddings - max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
-    settings = GenerateSettings(max_new_tokens=min(SAMPLE_TOKENS, room))
-    return [
-        continuations(model, tokenizer, prompt, dataclasses.replace(settings, seed=seed + number))[0]
-        for number, prompt in enumerate(prompts)
-    ]
-
-
-def shown(text: str) -> str:
-    """On one line, with what no terminal can show replaced."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
 
 
 def closing_lines(run_dir: Path, results: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from scratch_gpt.console import say
 from scratch_gpt.data.sources import bundled_corpus, find_files, read_documents
 from scratch_gpt.errors import UserError
 from scratch_gpt.evaluation.harness import Score, run_tasks
-from scratch_gpt.evaluation.sentences import questions
+from scratch_gpt.evaluation.sentences import questions_for
 from scratch_gpt.files import write_json
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def evaluate(
     context_length = min(1024, model.config.max_position_embeddings)
     nats, targets = sum_of_losses(model, stream, context_length, model.config.vocab_size).tolist()
     result = as_validation(nats, targets, stream.num_bytes)
-    longest = model.config.max_position_embeddings - 2  # room for the token before, and for a leading space
-    tasks = questions(texts, limit, seed, fits=lambda choice: len(backend.encode(choice)) <= longest)
+    tasks = questions_for(model, tokenizer, texts, limit, seed)
     scores = run_tasks(model, tokenizer, tasks, task_folder) if tasks else []
     return Evaluation(bits_per_byte=result.bits_per_byte, loss=result.loss, scores=scores)
 

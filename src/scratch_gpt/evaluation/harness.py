@@ -10,13 +10,15 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from scratch_gpt.errors import UserError
 from scratch_gpt.evaluation.sentences import Question
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # acc compares summed log-probabilities; acc_norm divides them by the length of the choice, which matters where the
@@ -63,31 +65,10 @@ def run_tasks(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tasks: dict[str, list[Question]], folder: Path
 ) -> list[Score]:
     """Write ``tasks`` to ``folder`` and score ``model`` on them."""
-    for noisy in ("lm_eval", "lm-eval", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    import datasets
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    datasets.disable_progress_bars()
     write_tasks(tasks, folder)
-    language_model = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=16,
-        max_length=model.config.max_position_embeddings,
-    )
-    # Its own progress bars would tear ours apart.
-    language_model.loglikelihood = functools.partial(language_model.loglikelihood, disable_tqdm=True)
-    results = lm_eval.simple_evaluate(
-        model=language_model,
-        tasks=list(tasks),
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        bootstrap_iters=100,
-        log_samples=False,
-    )["results"]
+    results = _evaluate(model, tokenizer, list(tasks), TaskManager(include_path=str(folder), include_defaults=False))
     return [
         Score(
             task=name,
@@ -99,3 +80,73 @@ def run_tasks(
         )
         for name, asked in tasks.items()
     ]
+
+
+def run_named_tasks(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    names: tuple[str, ...],
+    include_path: str | None,
+    limit: int,
+) -> dict[str, dict[str, float]]:
+    """Every number that the harness gives for each task (and each member of a group), by the name of its metric."""
+    results = _evaluate(model, tokenizer, list(names), find_tasks(names, include_path), limit)
+    return {
+        task: {name.removesuffix(",none"): value for name, value in found.items() if isinstance(value, float)}
+        for task, found in results.items()
+    }
+
+
+@functools.cache
+def find_tasks(names: tuple[str, ...], include_path: str | None) -> "TaskManager":
+    """Where the harness finds ``names``: in the files of ``include_path``, or among its own, which take seconds to list.
+
+    Raises:
+        UserError: a name is in neither.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise UserError(f"--training.benchmark_path: there is no folder {include_path}")
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if all(own.match_tasks([name]) for name in names):
+            return own
+    everything = TaskManager(include_path=include_path)
+    if missing := [name for name in names if not everything.match_tasks([name])]:
+        where = f" or in {include_path}" if include_path else "; --training.benchmark_path names a folder of task files"
+        raise UserError(f"--training.benchmark_tasks: there is no task {', '.join(missing)} in the harness{where}")
+    return everything
+
+
+def _evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    names: list[str],
+    task_manager: "TaskManager",
+    limit: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    for noisy in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    import datasets
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    datasets.disable_progress_bars()
+    language_model = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=16,
+        max_length=model.config.max_position_embeddings,
+    )
+    # Its own progress bars would tear ours apart.
+    language_model.loglikelihood = functools.partial(language_model.loglikelihood, disable_tqdm=True)
+    return lm_eval.simple_evaluate(
+        model=language_model,
+        tasks=names,
+        task_manager=task_manager,
+        limit=limit,
+        bootstrap_iters=100,
+        log_samples=False,
+    )["results"]

@@ -8,6 +8,10 @@ import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHORTEST, LONGEST = 30, 250
 """Characters of a sentence that is asked about."""
@@ -61,6 +65,15 @@ def questions(
         if shuffled != words and fits(" ".join(shuffled)) and len(tasks["word_order"]) < limit:
             tasks["word_order"].append(_ask("", sentences[index], [" ".join(shuffled)], rng))
     return {name: asked for name, asked in tasks.items() if len(asked) >= FEWEST_QUESTIONS}
+
+
+def questions_for(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", documents: Iterable[str], limit: int, seed: int
+) -> dict[str, list[Question]]:
+    """:func:`questions` whose choices fit into the model's context."""
+    backend = tokenizer.backend_tokenizer
+    longest = model.config.max_position_embeddings - 2  # room for the token before, and for a leading space
+    return questions(documents, limit, seed, fits=lambda choice: len(backend.encode(choice)) <= longest)
 
 
 def _ask(context: str, true: str, wrong: list[str], rng: random.Random) -> Question:

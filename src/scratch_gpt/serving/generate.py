@@ -1,5 +1,6 @@
 """Continue text: `scratch-gpt generate`."""
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from scratch_gpt.config import GenerateSettings
@@ -8,6 +9,8 @@ from scratch_gpt.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLE_TOKENS = 80
 
 
 def continuations(
@@ -45,6 +48,16 @@ def continuations(
         )
     new = output[:, ids.shape[1] :]
     return [prompt + tokenizer.decode(row, skip_special_tokens=True) for row in new]
+
+
+def samples(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: list[str], seed: int) -> list[str]:
+    """One short continuation of each prompt, as long as the model's context has room."""
+    room = model.config.max_position_embeddings - max(len(tokenizer(prompt)["input_ids"]) or 1 for prompt in prompts)
+    settings = GenerateSettings(max_new_tokens=min(SAMPLE_TOKENS, room))
+    return [
+        continuations(model, tokenizer, prompt, dataclasses.replace(settings, seed=seed + number))[0]
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def generate_command(settings: GenerateSettings) -> None:

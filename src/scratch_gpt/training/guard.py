@@ -20,6 +20,10 @@ from scratch_gpt.config import GuardSettings
 NARROWEST = 0.02
 """Smallest standard deviation of the logarithm: a loss that hardly varies is no reason to skip small changes."""
 
+EVENTS = ("skipped", "rolled back", "accepted", "overflow")
+STEPS_NAMED = 10
+"""Of each kind of event, in a summary."""
+
 
 @dataclass
 class Guard:
@@ -84,6 +88,19 @@ class Guard:
         logs = [_log(one) for one in seen]
         mean = statistics.fmean(logs)
         return (_log(value) - mean) / max(statistics.pstdev(logs, mean), NARROWEST)
+
+
+def summarise(events: list[dict[str, Any]]) -> str:
+    """What the guard did in a run, kind by kind with the steps, from the events of its metrics; empty if nothing."""
+    steps: dict[str, list[int]] = {}
+    for event in events:
+        if event["event"] in EVENTS:
+            steps.setdefault(event["event"], []).append(event["step"])
+    parts = []
+    for kind, of_kind in steps.items():
+        named = [f"{step:,}" for step in of_kind[:STEPS_NAMED]] + ["..."] * (len(of_kind) > STEPS_NAMED)
+        parts.append(f"{len(of_kind)} x {kind} ({'step' if len(of_kind) == 1 else 'steps'} {', '.join(named)})")
+    return "; ".join(parts)
 
 
 def _log(value: float) -> float:

@@ -30,6 +30,7 @@ from scratch_gpt.training.guard import Guard
 from scratch_gpt.training.layout import Layout, load_weights
 from scratch_gpt.training.loss_scale import LossScale
 from scratch_gpt.training.metrics import MetricsFile, speed
+from scratch_gpt.training.observe import Looks, Observer
 from scratch_gpt.training.optimizer import Optimizers
 from scratch_gpt.training.pipeline import Pipeline
 from scratch_gpt.training.precision import autocast
@@ -73,13 +74,21 @@ class Loop:
         validation_streams: Mapping[str, TokenStream],
         shape: BatchShape,
         state: TrainerState,
+        looks: Looks | None = None,
     ):
         self.settings, self.training, self.run_dir = settings, settings.training, run_dir
         self.layout, self.model, self.optimizer = layout, model, optimizer
         self.data, self.validation_streams, self.shape, self.state = data, validation_streams, shape, state
         self.guard = Guard(settings.guard, **state.guard)
         self.loss_scale = LossScale(state.precision == "fp16", **state.loss_scale)
-        self.metrics = MetricsFile(run_dir / "metrics.jsonl", state.step, state.cursor.row, write=layout.is_main)
+        self.observer = Observer(settings, run_dir, layout, model, tokenizer, state, looks)
+        self.metrics = MetricsFile(
+            run_dir / "metrics.jsonl",
+            state.step,
+            state.cursor.row,
+            write=layout.is_main,
+            written=self.observer.written,
+        )
         self.saver = Saver(layout, run_dir, model, tokenizer, settings.training)
         self.clock = Clock()
         self.flops = ModelFlops(layout.accelerator, layout.unwrap(model).config, data.context_length, state.precision)
@@ -93,6 +102,7 @@ class Loop:
         """
         state, max_steps = self.state, self.settings.max_steps
         with (
+            self.observer,
             StopRequest(self.settings.max_hours) as stop,
             progress_bar("pretraining", max_steps, state.step) as bar,
             self.saver,
@@ -112,6 +122,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
+        self.observer.profiling.before_step(state.step + 1)
         asked = time.perf_counter()
         data = next(reader)
         data_seconds = time.perf_counter() - asked
@@ -129,6 +140,7 @@ class Loop:
         if problem is None:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.observer.profiling.after_step(state.step + 1)
         if overflow is not None:  # says nothing of the data: the next rows are tried with a smaller scale
             self._event("overflow", overflow)
             return False
@@ -154,10 +166,13 @@ class Loop:
             "time": round(time.time(), 3),
         }
         last = state.step == max_steps
-        if state.step % self.training.save_every == 0 or last or stop_votes:
+        if state.step % self.training.save_every == 0 or last or stop_votes or self.observer.due():
             self.metrics.flush()  # a checkpoint may not know of steps whose lines a power failure takes
             self.saver.save(self.optimizer, state)
         self._finish_record(left=duration((max_steps - state.step) * self.clock.mean))
+        if self.observer.due() and not stop_votes:
+            self.saver.wait()  # a look may end the process
+            self.observer.look(self.metrics)
         self.clock.skip()
         if stop_votes and not last:
             self.saver.wait()

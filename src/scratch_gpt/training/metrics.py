@@ -11,11 +11,18 @@ from scratch_gpt.files import disk_errors, flush, write_text
 class MetricsFile:
     """Appends records of steps, and of events between them (such as a skipped step).
 
-    At the start of a resumed run, drops what will be done again: steps after ``step``, and events from ``row`` on.
+    ``written`` is told of each, where this process ``write``s. At the start of a resumed run, drops what will be done again: steps after ``step``, and events from ``row`` on.
     """
 
-    def __init__(self, path: Path, step: int, row: int, write: bool = True):
-        self.path, self.writes = path, write
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        row: int,
+        write: bool = True,
+        written: Callable[[dict[str, Any]], None] = lambda record: None,
+    ):
+        self.path, self.writes, self.written = path, write, written
         self._keep(lambda record: record["row"] <= row if "event" in record else record["step"] <= step)
 
     def roll_back(self, step: int) -> None:
@@ -36,6 +43,7 @@ class MetricsFile:
                 self.path.open("a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(record) + "\n")
+            self.written(record)
         if "event" not in record:
             self.last_step = record["step"]
 

@@ -38,9 +38,12 @@ from scratch_gpt.training.checkpoint import (
 )
 from scratch_gpt.training.find_batch_size import is_out_of_memory, out_of_memory_advice
 from scratch_gpt.training.float8 import check_tokens, use_float8
+from scratch_gpt.training.guard import summarise
 from scratch_gpt.training.launch import launched_processes
 from scratch_gpt.training.layout import Layout, choose_layout
 from scratch_gpt.training.loop import BatchShape, Loop
+from scratch_gpt.training.metrics import read_events
+from scratch_gpt.training.observe import Looks, check_observation
 from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.optimizer import describe as describe_groups
 from scratch_gpt.training.pipeline import choose_pipeline
@@ -50,10 +53,11 @@ from scratch_gpt.training.run import has_trained, record_settings, run_directory
 from scratch_gpt.training.schedule import learning_rate
 
 
-def pretrain_command(settings: PretrainSettings) -> None:
-    """`scratch-gpt pretrain`."""
+def pretrain_command(settings: PretrainSettings, looks: Looks | None = None) -> None:
+    """`scratch-gpt pretrain`; ``looks`` at the model on the way come from rooms that this one does not know."""
     state = launched_processes()
     check_precision(settings.training.precision, state.device)
+    check_observation(settings.training, state.device)
     # One process looks at the run directory and holds its lock; the others wait until it is ready.
     if state.is_main_process:
         with run_directory(settings) as run_dir:
@@ -65,15 +69,15 @@ def pretrain_command(settings: PretrainSettings) -> None:
             prepare_tokenizer(settings, run_dir)
             prepare_data(settings, run_dir)
             state.wait_for_everyone()
-            _train(settings, run_dir)
+            _train(settings, run_dir, looks)
     else:
         state.wait_for_everyone()
-        _train(settings, Path(settings.run_dir))
+        _train(settings, Path(settings.run_dir), looks)
 
 
-def _train(settings: PretrainSettings, run_dir: Path) -> None:
+def _train(settings: PretrainSettings, run_dir: Path, looks: Looks | None) -> None:
     try:
-        pretraining = Pretraining(settings, run_dir)
+        pretraining = Pretraining(settings, run_dir, looks=looks)
         if settings.dry_run:
             pretraining.describe()
         else:
@@ -145,8 +149,14 @@ class Pretraining:
     ``settings.max_steps`` may still be None here, with ``budget_seconds`` to say how long the run will be about.
     """
 
-    def __init__(self, settings: PretrainSettings, run_dir: Path, budget_seconds: float | None = None):
-        self.settings, self.run_dir, self.budget_seconds = settings, run_dir, budget_seconds
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        run_dir: Path,
+        budget_seconds: float | None = None,
+        looks: Looks | None = None,
+    ):
+        self.settings, self.run_dir, self.budget_seconds, self.looks = settings, run_dir, budget_seconds, looks
         self.tokenizer = load_tokenizer(tokenizer_folder(settings, run_dir))
         folder = data_folder(settings, run_dir)
         manifest = read_manifest(folder)
@@ -235,10 +245,13 @@ class Pretraining:
             self.validation_streams,
             self.shape,
             state,
+            self.looks,
         )
         loop.run()
         read = (f"{name} {epochs:.2f} times" for name, epochs in self.order.epochs(state.cursor).items())
         say(f"data read  {', '.join(read)}")
+        if told := summarise(read_events(self.run_dir / "metrics.jsonl")):
+            say(f"guard      {told}")
         self._save_final(layout)
         layout.accelerator.end_training()
 

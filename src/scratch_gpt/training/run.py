@@ -25,6 +25,11 @@ FREE |= {"dry_run", "max_hours"}
 FREE |= {"training.total_batch_size", "training.device_batch_size"}
 FREE |= {"parallel.pipeline", "parallel.pipeline_schedule", "parallel.pipeline_microbatches"}
 
+# Nor what only watches.
+FREE |= {"training.trackers", "training.sample_every", "training.sample_prompts", "training.benchmark_every"}
+FREE |= {"training.benchmark_tasks", "training.benchmark_path", "training.benchmark_limit", "training.profile_steps"}
+FREE |= {"training.memory_snapshot_step"}
+
 
 @contextmanager
 def run_directory(settings: PretrainSettings) -> Iterator[Path]:
@@ -90,7 +95,8 @@ def _check_same_run(run_dir: Path, settings: PretrainSettings) -> None:
 
 def _empty(run_dir: Path) -> None:
     """Delete what runs write, and nothing else; the settings last, by which a run is known."""
-    for folder in (*run_dir.glob("checkpoint-*"), *map(run_dir.joinpath, ("final", "evaluation", "tokenizer", "data"))):
+    folders = ("final", "evaluation", "profile", "tensorboard", "wandb", "tokenizer", "data")
+    for folder in (*run_dir.glob("checkpoint-*"), *map(run_dir.joinpath, folders)):
         remove_folder(folder)
-    for name in ("best.json", "metrics.jsonl", CONFIG):
+    for name in ("best.json", "tracker_run.json", "samples.jsonl", "metrics.jsonl", CONFIG):
         (run_dir / name).unlink(missing_ok=True)
