@@ -1,0 +1,82 @@
+"""A language of a few words, a tiny policy that speaks it at random, and a reward for saying one of them."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from scratch_gpt.alignment.ppo_config import PPOConfig
+from scratch_gpt.alignment.ppo_trainer import PPOTrainer
+from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
+
+torch.set_num_threads(1)
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.fixture
+def words():
+    """`words(48)`: a tokenizer of that many words w0, w1, ... besides <pad> and <eos>."""
+
+    def build(count: int, pad_token: str = "<pad>") -> PreTrainedTokenizerFast:
+        names = ["<pad>", "<eos>", *(f"w{i}" for i in range(count))]
+        backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="w0"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token=pad_token)
+
+    return build
+
+
+def _model(model_class, tokenizer, seed=0, **fields):
+    torch.manual_seed(seed)
+    config = ScratchGPTConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0, eos_token_id=1, **{**SMALL, **fields}
+    )
+    return model_class(config)
+
+
+@pytest.fixture
+def policy():
+    return lambda tokenizer, seed=0, **fields: _model(ScratchGPTForCausalLM, tokenizer, seed, **fields)
+
+
+@pytest.fixture
+def classifier():
+    def build(tokenizer, seed=1, **fields):
+        model = _model(ScratchGPTForSequenceClassification, tokenizer, seed, **{"num_labels": 1, **fields})
+        torch.nn.init.normal_(model.score.weight, std=0.5)
+        return model
+
+    return build
+
+
+PROMPTS = [{"prompt": " ".join(f"w{(i * 3 + j) % 5}" for j in range(1 + i % 4))} for i in range(64)]
+
+
+def share_of_w2(completions, **_):
+    """The share of the words of 12 that are w2."""
+    return [completion.split().count("w2") / 12 for completion in completions]
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """`trainer(model, tokenizer, reward, **settings)`: a PPOTrainer of small rollouts on the prompts."""
+
+    def build(model, tokenizer, reward=share_of_w2, name="run", dataset=PROMPTS, arguments=None, **settings):
+        defaults = {
+            "output_dir": str(tmp_path / name),
+            "per_device_train_batch_size": 16,
+            "num_mini_batches": 2,
+            "num_ppo_epochs": 4,
+            "max_completion_length": 12,
+            "learning_rate": 1e-3,
+            "max_steps": 8,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "seed": 0,
+        }
+        config = PPOConfig(**{**defaults, **settings})
+        return PPOTrainer(model, reward, config, train_dataset=dataset, processing_class=tokenizer, **(arguments or {}))
+
+    return build
