@@ -1,10 +1,12 @@
 """Saving: killed or out of space at every single operation on files, in the foreground and in the background."""
 
+import errno
 import itertools
 import json
 import os
 import random
 import shutil
+import time
 
 import pytest
 import torch
@@ -121,6 +123,85 @@ def test_steps_taken_while_a_save_is_under_way_do_not_change_it(tokenizer_folder
     assert weights and all(torch.equal(weights[name], before[0][name]) for name in weights)
     assert moments.keys() == before[1].keys() and all(torch.equal(moments[name], before[1][name]) for name in moments)
     assert json.loads((found / "trainer_state/state.json").read_text())["guard"] == {"losses": [1.0, 1.0]}
+
+
+def test_any_file_that_is_cut_or_has_one_bit_flipped_is_named_and_the_one_before_is_taken(saved, tmp_path):
+    run_dir, draw = tmp_path / "run", random.Random(0)
+    shutil.copytree(saved[8], run_dir)
+    files = [file for file in (run_dir / "checkpoint-8").rglob("*") if file.is_file()]
+    names = [str(file.relative_to(run_dir / "checkpoint-8")) for file in files]
+    assert {"model.safetensors", "trainer_state/state.json", "trainer_state/complete.json"} <= set(names)
+    for name, file in zip(names, files, strict=True):
+        whole = file.read_bytes()
+        for damaged in (b"", whole[: len(whole) // 2], flipped(whole, draw.randrange(8 * len(whole))), None):
+            if damaged is None:
+                file.unlink()
+            else:
+                file.write_bytes(damaged)
+            found, [problem] = find_checkpoint(run_dir)
+            assert found.name == "checkpoint-6"
+            assert problem.startswith("checkpoint-8 is not used: ")
+            if not name.endswith("complete.json"):
+                assert f"{name} is {'missing' if damaged is None else 'damaged'}" in problem
+        file.write_bytes(whole)
+    assert find_checkpoint(run_dir) == (run_dir / "checkpoint-8", [])
+
+
+def test_any_byte_of_the_marker_may_be_damaged(saved, tmp_path):
+    run_dir, draw = tmp_path / "run", random.Random(0)
+    shutil.copytree(saved[8], run_dir)
+    marker = run_dir / "checkpoint-8" / "trainer_state" / "complete.json"
+    whole = marker.read_bytes()
+    for byte in range(len(whole)):
+        marker.write_bytes(flipped(whole, 8 * byte + draw.randrange(8)))
+        found, problems = find_checkpoint(run_dir)
+        assert found.name == "checkpoint-6" and len(problems) == 1, marker.read_bytes()
+
+
+def flipped(content, bit):
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(saved, tokenizer_folder, tmp_path):
+    shutil.copytree(saved[6], tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoint-6"
+    newest.rename(newest.with_name("checkpoint-9"))
+    (newest.with_name("checkpoint-9") / "model.safetensors").write_bytes(b"")
+    assert find_checkpoint(tmp_path / "run")[0].name == "checkpoint-2"
+    save_steps(tmp_path / "run", tokenizer_folder, "off", 4)
+    assert find_checkpoint(tmp_path / "run") == (tmp_path / "run" / "checkpoint-4", [])
+
+
+def test_a_save_that_failed_in_the_background_is_known_at_once_and_raised_at_the_next(
+    tokenizer_folder, tmp_path, monkeypatch
+):
+    saver, model, optimizer = trainer(tmp_path, tokenizer_folder, "on")
+
+    def full_disk(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    take_step(model, optimizer, 2)
+    with pytest.raises(UserError, match="No space left on device"), saver:
+        saver.save(optimizer, trainer_state(2))
+        saver.record_best(2, 1.0)
+        while not saver.failed:
+            time.sleep(0.01)
+        saver.save(optimizer, trainer_state(4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_being_saved_when_a_run_ends_with_an_error_is_finished(tokenizer_folder, tmp_path, monkeypatch, capsys):
+    saver, model, optimizer = trainer(tmp_path, tokenizer_folder, "on")
+    save = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *arguments: (time.sleep(0.2), save(*arguments)))
+    take_step(model, optimizer, 2)
+    with pytest.raises(ZeroDivisionError), saver:
+        saver.save(optimizer, trainer_state(2))
+        1 / 0  # noqa: B018
+    assert find_checkpoint(tmp_path)[0].name == "checkpoint-2"
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint, and one sentence for each newer folder that is not one."""
     problems: list[str] = []
     for folder in _folders(run_dir):
-        problem = _problem(folder)
+        problem = problem_with(folder)
         if problem is None:
             return folder, problems
         problems.append(f"{folder.name} is not used: {problem}")
@@ -201,6 +201,7 @@ def load_checkpoint(layout: Layout, folder: Path, optimizer: Optimizers) -> Trai
 
 
 def load_optimizer(folder: Path, optimizer: Optimizers) -> None:
+    """Raises a UserError if the checkpoint's optimizer is of another kind."""
     load_state_tensors(optimizer, load_file(folder / STATE / "optimizer.safetensors"))
 
 
@@ -232,7 +233,8 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(str(file.relative_to(folder)) for file in files)
 
 
-def _problem(folder: Path) -> str | None:
+def problem_with(folder: Path) -> str | None:
+    """Why ``folder`` is not a checkpoint, or None: the checksum of every file is verified."""
     if not is_complete(folder):
         return "it was not finished"
     try:

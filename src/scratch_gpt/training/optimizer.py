@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from scratch_gpt.config import TrainingSettings
+from scratch_gpt.errors import UserError
 from scratch_gpt.training.layout import part_of
 
 EPSILON = 1e-8
+STATE_OF = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+"""What each kind of optimizer keeps for a parameter."""
 
 
 class Optimizers:
@@ -84,7 +87,11 @@ def state_tensors(optimizers: Optimizers) -> dict[str, torch.Tensor]:
 
 
 def load_state_tensors(optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of :func:`state_tensors`, from whole tensors, for optimizers over parameters of the same names."""
+    """Inverse of :func:`state_tensors`, from whole tensors, for optimizers over parameters of the same names.
+
+    Raises:
+        UserError: they are the state of another kind of optimizer.
+    """
     parameters = {
         name: parameter
         for group in optimizers.param_groups
@@ -98,6 +105,13 @@ def load_state_tensors(optimizers: Optimizers, tensors: dict[str, torch.Tensor])
             states.setdefault(name, {})[state] = part_of(value, like) if value.shape == like.shape else value
     for optimizer in optimizers.optimizers:
         names = [name for group in optimizer.param_groups for name in group["param_names"]]
+        kept = STATE_OF[type(optimizer).__name__]
+        for name in names:
+            if name in states and states[name].keys() != kept:
+                raise UserError(
+                    f"the state of {name} is that of another optimizer than {type(optimizer).__name__}: take the "
+                    "--training.optimizer that it was saved with, or leave its state behind (--resume-optimizer false)"
+                )
         optimizer.load_state_dict(
             {
                 "state": {index: states[name] for index, name in enumerate(names) if name in states},

@@ -32,6 +32,7 @@ from scratch_gpt.training.checkpoint import (
     load_optimizer,
     newest_checkpoint,
     plain_model,
+    problem_with,
     read_state,
     save_model,
     weight_tensors,
@@ -123,14 +124,19 @@ def find_origin(settings: PretrainSettings) -> Path | None:
     """The folder that `--resume-from` names: a saved model, or the newest model of a run directory.
 
     Raises:
-        UserError: there is none, or it has no optimizer state where that is asked for.
+        UserError: there is none, or it is damaged, or it has no optimizer state where that is asked for.
     """
     if settings.resume_from is None:
         return None
     named = Path(settings.resume_from)
-    candidates = [named, named / "final", find_checkpoint(named)[0]]
+    if (named / STATE).is_dir() and (problem := problem_with(named)) is not None:
+        raise UserError(f"--resume-from: {named} is not a valid checkpoint: {problem}")
+    newest, problems = find_checkpoint(named)
+    for problem in problems:
+        say(problem)
+    candidates = [named, named / "final", newest]
     if settings.resume_optimizer:
-        candidates = [folder for folder in (named, find_checkpoint(named)[0]) if folder and (folder / STATE).is_dir()]
+        candidates = [folder for folder in (named, newest) if folder and (folder / STATE).is_dir()]
     for folder in candidates:
         if folder is not None and (folder / "config.json").is_file():
             return folder
