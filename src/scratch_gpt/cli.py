@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[type, str]] = {
         "scratch_gpt.training.find_batch_size:find_batch_size_command",
     ),
     "pretrain": (config.PretrainSettings, "scratch_gpt.looks:pretrain_command"),
+    "ppo": (config.PPOSettings, "scratch_gpt.alignment.ppo:ppo_command"),
     "evaluate": (config.EvaluateSettings, "scratch_gpt.evaluation.evaluate:evaluate_command"),
     "generate": (config.GenerateSettings, "scratch_gpt.serving.generate:generate_command"),
     "export": (config.ExportSettings, "scratch_gpt.publishing.export:export_command"),

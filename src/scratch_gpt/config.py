@@ -404,6 +404,103 @@ class QuickstartSettings(PretrainSettings):
 
 
 @dataclass
+class PPOTrainingSettings:
+    """How PPO learns; a rollout is `mini_batches` times `mini_batch_size` completions."""
+
+    mini_batch_size: int = 32
+    """Completions of one optimizer step, over all processes."""
+    device_batch_size: int | None = None
+    """Completions that one process learns from at a time; left out: its whole part of a mini-batch."""
+    mini_batches: int = 2
+    """Optimizer steps per pass over a rollout."""
+    epochs: int = 4
+    """How often each rollout is learnt from."""
+    learning_rate: float = 1e-5
+    """At its peak; it falls to 0 along a straight line."""
+    warmup_steps: int = 0
+    """Optimizer steps in which the learning rate rises from 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the matrix products; weights are fp32 in both."""
+    activation_checkpointing: bool = False
+    """Less memory, about a fifth slower."""
+    max_prompt_length: int | None = None
+    """Longer prompts are left out, and counted; left out: what the model's context leaves."""
+    max_completion_length: int = 64
+    """Tokens after which a completion is cut off."""
+    temperature: float = 1.0
+    """Of sampling, and of every probability that is compared."""
+    stop_tokens: list[str] | None = None
+    """Tokens that end a completion; left out: the end of sequence and the chat template's end of turn."""
+    kl_coef: float = 0.05
+    """Coefficient of the KL penalty per token."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """Of the KL penalty: k1, unbiased, or k3, which varies less but has another optimum."""
+    adaptive_kl_target: float | None = None
+    """Steer the coefficient towards this KL divergence (nats per completion); left out: it is fixed."""
+    adaptive_kl_horizon: int = 10_000
+    """Completions in which the coefficient may adapt."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    cliprange: float = 0.2
+    """How far the probability ratio may leave 1 with profit."""
+    cliprange_value: float = 0.2
+    """How far a value may leave its old self with profit."""
+    vf_coef: float = 0.1
+    """Coefficient of the value loss."""
+    whiten_rewards: bool = False
+    """Scale a rollout's rewards per token to variance 1."""
+    score_normalization: Literal["none", "initial", "running"] = "none"
+    """By mean and deviation of the first rollout's scores, or of all; the latter changes the objective as it goes."""
+    score_clip: float | None = None
+    """Scores are kept within plus and minus this."""
+    missing_eos_penalty: float | None = None
+    """Subtracted from the score of a completion that was cut off."""
+    target_kl: float | None = None
+    """Leave a rollout once the policy is this far (nats per token) from the one that drew it."""
+    eval_every: int = 200
+    """Optimizer steps between two evaluations on the validation prompts."""
+    save_every: int = 200
+    """Optimizer steps between two checkpoints; put off to the end of a rollout."""
+    keep_last: int = 2
+    """How many checkpoints to keep."""
+
+
+@dataclass
+class PPOSettings:
+    """Reinforcement learning with PPO from a reward model or function. The same command goes on after an interruption."""
+
+    model: str = "runs/sft/final"
+    """Folder of the model to begin with, which is also the reference of the KL penalty."""
+    reward_model: str | None = None
+    """Folder of a sequence classifier with one score (its tokenizer may be another)."""
+    reward: str | None = None
+    """A Python function instead, as module:function: f(prompts, completions, completion_ids, **columns) -> scores."""
+    prompts: str = "prompts.jsonl"
+    """JSON Lines with a field prompt: text, or a list of messages; the other fields go to the reward function."""
+    validation_prompts: str | None = None
+    """Likewise, for evaluation on the way."""
+    run_dir: str = "runs/ppo"
+    """Folder for everything the run writes."""
+    max_steps: int = 800
+    """Optimizer steps of the whole run; a rollout takes mini_batches x epochs of them."""
+    seed: int = 1337
+    """Decides the completions and the order of the prompts."""
+    fresh: bool = False
+    """Delete what an earlier run left in run_dir and start over."""
+    max_hours: float | None = None
+    """Save and stop after this time (exit code 75); the same command goes on."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank on all linear layers instead of all weights."""
+    merge_adapters: bool = True
+    """Write them into the weights of final/, which is then a model like any other."""
+    ppo: PPOTrainingSettings = field(default_factory=PPOTrainingSettings)
+
+
+@dataclass
 class EvaluateSettings:
     """Measure a saved model: validation bits per byte and a sentence benchmark through the lm-eval harness."""
 
@@ -526,6 +623,7 @@ _MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks
 _MORE_THAN_ZERO |= {"activation_checkpointing_every", "max_hours", "keep_every"}
 _MORE_THAN_ZERO |= {"pipeline", "pipeline_microbatches"}
 _MORE_THAN_ZERO |= {"sample_every", "benchmark_every", "benchmark_limit", "memory_snapshot_step"}
+_MORE_THAN_ZERO |= {"mini_batch_size", "mini_batches", "epochs", "lora_rank"}
 _MORE_THAN_ZERO |= {"devices", "devices_per_node", "flops", "mfu", "price", "tokens", "limit_rows"}
 
 

@@ -14,6 +14,10 @@ RewardFunction = Callable[..., Sequence[float]]
 Reward: TypeAlias = str | PreTrainedModel | RewardFunction
 
 
+class RewardError(ValueError):
+    """A reward that raised, or gave something else than one finite number per completion."""
+
+
 @dataclass
 class Completions:
     """What was asked and what was answered, one entry per row."""
@@ -122,7 +126,7 @@ class FunctionReward:
             )
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            raise ValueError(
+            raise RewardError(
                 f"the reward function {self.name} raised {type(error).__name__}: {error} ({where.filename}, line "
                 f"{where.lineno}). The first of its {len(rollout.completions)} completions was "
                 f"{rollout.completions[0]!r}"
@@ -161,15 +165,15 @@ def score(reward: RewardModel | FunctionReward, rollout: Completions) -> torch.T
     """One finite number per completion (rows,).
 
     Raises:
-        ValueError: the reward raised, gave another number of scores, or one that is not a finite number.
+        RewardError: the reward raised, gave another number of scores, or one that is not a finite number.
     """
     scores = reward(rollout)
     expected = len(rollout.completions)
     if len(scores) != expected:
-        raise ValueError(f"the reward {reward.name} gave {len(scores)} scores for {expected} completions")
+        raise RewardError(f"the reward {reward.name} gave {len(scores)} scores for {expected} completions")
     for row, value in enumerate(scores):
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise ValueError(
+            raise RewardError(
                 f"the reward {reward.name} gave {value!r} for the completion {rollout.completions[row]!r} of the prompt "
                 f"{rollout.prompts[row]!r}; a score is a finite number"
             )

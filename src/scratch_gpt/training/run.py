@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from scratch_gpt.config import FREE_KEYS, PretrainSettings, flatten, save_settings
+from scratch_gpt.config import FREE_KEYS, PPOSettings, PretrainSettings, flatten, save_settings
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import is_partial, remove_folder, remove_partial
 
@@ -29,10 +29,12 @@ FREE |= {"parallel.pipeline", "parallel.pipeline_schedule", "parallel.pipeline_m
 FREE |= {"training.trackers", "training.sample_every", "training.sample_prompts", "training.benchmark_every"}
 FREE |= {"training.benchmark_tasks", "training.benchmark_path", "training.benchmark_limit", "training.profile_steps"}
 FREE |= {"training.memory_snapshot_step"}
+FREE |= {"ppo.save_every", "ppo.keep_last", "ppo.eval_every"}
+RunSettings = PretrainSettings | PPOSettings
 
 
 @contextmanager
-def run_directory(settings: PretrainSettings) -> Iterator[Path]:
+def run_directory(settings: RunSettings) -> Iterator[Path]:
     """Open ``settings.run_dir`` for one process at a time, new or with the same run in it.
 
     Raises:
@@ -64,7 +66,7 @@ def stored_settings(run_dir: Path) -> dict[str, Any]:
     return flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def record_settings(run_dir: Path, settings: PretrainSettings) -> None:
+def record_settings(run_dir: Path, settings: RunSettings) -> None:
     if stored_settings(run_dir).get("max_steps") != settings.max_steps:
         remove_folder(run_dir / "final")  # of a shorter run: it is in the checkpoint
     save_settings(settings, run_dir / CONFIG)
@@ -74,7 +76,7 @@ def has_trained(run_dir: Path) -> bool:
     return (run_dir / "final").is_dir() or any(run_dir.glob("checkpoint-*"))
 
 
-def _check_same_run(run_dir: Path, settings: PretrainSettings) -> None:
+def _check_same_run(run_dir: Path, settings: RunSettings) -> None:
     stored, asked = stored_settings(run_dir), flatten(settings)
     # A setting that one of the two does not have is of another version or verb, but for keys that users choose.
     compared = stored.keys() & asked.keys() | {

@@ -1,0 +1,159 @@
+"""`scratch-gpt ppo` as a user runs it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from scratch_gpt.cli import main
+from scratch_gpt.training.metrics import read_metrics
+
+REWARDS = """
+import time
+
+def vowels(completions, **columns):
+    return [sum(text.count(vowel) for vowel in "aeiou") / 10 for text in completions]
+
+def slow(completions, **columns):
+    time.sleep(0.3)
+    return vowels(completions)
+
+def broken(completions, **columns):
+    return [float(text[999]) for text in completions]
+"""
+
+
+@pytest.fixture
+def material(tmp_path, monkeypatch, tokenizer_folder):
+    """A folder with a model, prompts and rewards, from which the command runs."""
+    from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    for name, model_class in (("base", ScratchGPTForCausalLM), ("judge", ScratchGPTForSequenceClassification)):
+        torch.manual_seed(0)
+        config = ScratchGPTConfig(vocab_size=len(tokenizer), max_position_embeddings=64, num_labels=1, **size)
+        config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        model_class(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    prompts = [{"prompt": text, "note": 1} for text in ("It was", "She said that", "Then", "A letter came") * 8]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "rewards_of_test.py").write_text(REWARDS)
+    yield tmp_path
+    sys.modules.pop("rewards_of_test", None)
+
+
+def arguments(*more, run_dir="run", reward="rewards_of_test:vowels", steps=32):
+    given = [] if reward is None else ["--reward", reward]
+    given = ["ppo", "--model", "base", *given, "--prompts", "prompts.jsonl", "--run-dir", run_dir]
+    given += ["--max-steps", steps, "--ppo.mini_batch_size", 8, "--ppo.max_completion_length", 8]
+    return [str(word) for word in [*given, "--ppo.learning_rate", "3e-3", "--ppo.save_every", 8, *more]]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def without_times(records):
+    return [{name: value for name, value in record.items() if name != "time"} for record in records]
+
+
+def test_run_saves_a_plain_model_and_knows_when_it_is_finished(material, capsys):
+    validation = ["--validation-prompts", "prompts.jsonl", "--ppo.eval_every", "16"]
+    assert main(arguments(*validation)) == 0
+    final = material / "run" / "final"
+    assert {file.name for file in final.iterdir()} >= {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "modeling_scratch_gpt.py",
+        "tokenizer.json",
+    }
+    assert not torch.equal(weights(final)["lm_head.weight" if "lm_head.weight" in weights(final) else "transformer.wte.weight"],
+                           weights(material / "base")["transformer.wte.weight"])  # fmt: skip
+    AutoModelForCausalLM.from_pretrained(final)
+    card = (final / "README.md").read_text()
+    records = [record for record in read_metrics(material / "run" / "metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in records] == [8, 16, 24, 32]
+    assert f"| {records[0]['objective/scores']:.3f} | {records[-1]['objective/scores']:.3f} |" in card
+    output = capsys.readouterr().out
+    assert "8 completions a rollout" not in output and "16 completions a rollout, 4 rollouts" in output
+    assert output.count("validation score") == 2 and "ended" in output
+    assert main(arguments(*validation)) == 0
+    assert "is finished (32 steps)" in capsys.readouterr().out
+    assert main(arguments("--seed", "2")) == 2
+    assert "seed is 1337 there and 2 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_ended_goes_on_to_the_same_weights(material, end):
+    """SIGTERM saves and exits with 75; after SIGKILL the last checkpoint stands."""
+    assert main(arguments(run_dir="whole", steps=48)) == 0
+    command = [sys.executable, "-m", "scratch_gpt"]
+    slow = arguments(run_dir="ended", steps=48, reward="rewards_of_test:slow")
+    process = subprocess.Popen([*command, *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(read_metrics(material / "ended" / "metrics.jsonl")) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(end)
+    _, errors = process.communicate()
+    if end == signal.SIGTERM:
+        assert process.returncode == 75 and "The same command goes on" in errors
+    assert len(read_metrics(material / "ended" / "metrics.jsonl")) < 6 and not (material / "ended" / "final").exists()
+    assert main(slow) == 0
+    ended, whole = (weights(material / name / "final") for name in ("ended", "whole"))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in ended.items())
+    ended, whole = (without_times(read_metrics(material / name / "metrics.jsonl")) for name in ("ended", "whole"))
+    assert ended == whole
+
+
+def test_a_reward_model_of_ours_and_merged_adapters(material):
+    """The directory is a model like any other, and its weights are the base's and the adapters' together."""
+    run = arguments("--reward-model", "judge", "--lora-rank", 2, reward=None, steps=16)
+    assert main(run) == 0
+    before, after = weights(material / "base"), weights(material / "run" / "final")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("_proj" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"reward": None}, "give one of --reward-model FOLDER and --reward MODULE:FUNCTION"),
+        (
+            {"steps": 30},
+            "a rollout takes 8 steps (ppo.epochs x ppo.mini_batches), so give a multiple of that, such as 32",
+        ),
+        ({"reward": "rewards_of_test:nothing"}, "give MODULE:FUNCTION"),
+        ({"reward": "no_such_module:f"}, "cannot import no_such_module here"),
+        ({"reward": "rewards_of_test:broken"}, "broken raised IndexError: string index out of range"),
+        (["--ppo.device_batch_size", 3], "it must be a multiple of 3 (device_batch_size) x 1 (processes)"),
+        (["--prompts", "none.jsonl"], "there is no file none.jsonl"),
+        (["--prompts", "bad.jsonl"], "bad.jsonl, line 2: not an object with a field prompt (it has text)"),
+        (["--prompts", "mixed.jsonl"], "mixed.jsonl, line 2: text and messages are mixed"),
+        (["--ppo.max_completion_length", 64], "the model's whole context 64 tokens"),
+        (["--ppo.temperature", 0], "temperature is 0"),
+        (["--model", "nothing"], "there is no model nothing"),
+    ],
+)
+def test_mistakes_are_told_in_one_message(material, capsys, more, message):
+    (material / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (material / "mixed.jsonl").write_text('{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
+    words = arguments(**more) if isinstance(more, dict) else arguments(*more)
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_run_of_another_verb_is_left_alone(material, capsys):
+    (material / "run").mkdir()
+    (material / "run" / "config.yaml").write_text("training: {learning_rate: 0.1}\n")
+    assert main(arguments("--fresh")) == 2
+    assert "holds a run of another verb" in capsys.readouterr().err
