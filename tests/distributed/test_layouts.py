@@ -68,3 +68,30 @@ def test_hybrid_sharded(single, shards, tmp_path):
             assert_sharded(process, 2)
             assert process["meshes"] == ["[[0, 1], [2, 3]]"]
             assert process["placements"] == ["(Replicate(), Shard(dim=0))"]
+
+
+def assert_divided(process, shards, tensor):
+    """Matrices in ``shards * tensor`` parts; norms and biases of the residual stream in ``shards``."""
+    assert process["held"] < 1.15 * process["total"] / (shards * tensor)
+    assert process["loss"] == ["torch.float32"]
+
+
+def test_tensor_parallel(single, shards, tmp_path):
+    done = launch(configuration("tp", tmp_path, 2, tp_size=2), *runs(tmp_path, shards))
+    check(tmp_path, single)
+    for style in ("gpt2", "modern", "bf16"):
+        for process in facts(tmp_path / style):
+            assert_divided(process, 1, 2)
+            assert process["meshes"] == ["[0, 1]"] and "(Shard(dim=1),)" in process["placements"]
+    assert "tp on 2 process(es), tp 2, cpu" in done.stdout
+
+
+def test_fully_sharded_and_tensor_parallel(single, shards, tmp_path):
+    config = configuration("fsdp2_tp", tmp_path, 4, dp_shard_size=2, tp_size=2)
+    done = launch(config, *runs(tmp_path, shards))
+    check(tmp_path, single)
+    for style in ("gpt2", "modern", "bf16"):
+        for process in facts(tmp_path / style):
+            assert_divided(process, 2, 2)
+            assert "[[0, 1], [2, 3]]" in process["meshes"] and len(process["meshes"]) == 2  # norms: of dp_shard only
+    assert "fsdp2 x tp on 4 process(es), dp_shard 2 x tp 2, cpu" in done.stdout

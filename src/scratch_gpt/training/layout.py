@@ -1,7 +1,8 @@
 """How a model is spread over the processes of a run: the one place that knows.
 
 Accelerate brings processes and devices and reads its configuration file; torch brings the means: DistributedDataParallel,
-and `fully_shard` for FSDP2 (Zhao et al., 2023, arXiv:2304.11277, per parameter since torch 2.6) and HSDP. Accelerate's
+and `fully_shard` for FSDP2 (Zhao et al., 2023, arXiv:2304.11277, per parameter since torch 2.6) and HSDP, both also over
+a model that tensor parallelism has divided before. Accelerate's
 `prepare` is not used: under bf16 it reduces gradients in bf16 and returns a bf16 loss, and it recomputes activations with
 other random numbers.
 
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock
 from scratch_gpt.training.launch import launched_accelerator
+from scratch_gpt.training.tensor_parallel import divide, partial_gradients
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -33,7 +35,8 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 class Layout:
     """One model on all processes of the launch. Every method is called by all of them.
 
-    ``strategy`` is single, ddp, fsdp2 or hsdp; ``mesh`` names the dimensions that the processes are arranged in.
+    ``strategy`` is single, ddp, fsdp2, hsdp or tp, or "fsdp2 x tp"; ``mesh`` names the dimensions that the processes are
+    arranged in.
     """
 
     def __init__(self, accelerator: Accelerator, strategy: str, mesh: DeviceMesh | None = None):
@@ -42,18 +45,20 @@ class Layout:
         self.world: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
         self.is_main: bool = accelerator.is_main_process
+        self.shards_blocks: bool = mesh is not None and "dp_shard" in mesh.mesh_dim_names
+        self.tensor_size: int = mesh["tp"].size() if mesh is not None and "tp" in mesh.mesh_dim_names else 1
 
     # ------------------------------------------------------------------------------------------------ data
 
     @property
     def data_size(self) -> int:
-        """Into how many parts the rows of a step are divided."""
-        return self.world
+        """Into how many parts the rows of a step are divided: processes that share matrix products share rows."""
+        return self.world // self.tensor_size
 
     @property
     def data_rank(self) -> int:
         """Which part this process reads."""
-        return self.rank
+        return self.rank // self.tensor_size
 
     @property
     def random_rank(self) -> int:
@@ -67,19 +72,20 @@ class Layout:
     @property
     def gradient_divisor(self) -> int:
         """Over how many processes gradients are averaged, where their sum is wanted."""
-        return self.world
+        return self.data_size
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` of every part of the data, added up; the same on all processes, bit for bit."""
         if self.world > 1:
             dist.all_reduce(tensor)
-        return tensor
+        return tensor / self.tensor_size
 
     # ------------------------------------------------------------------------------------------------ model
 
     @property
     def is_sharded(self) -> bool:
-        return self.strategy in ("fsdp2", "hsdp")
+        """Whether a process holds only parts of the model."""
+        return self.mesh is not None
 
     def spread(self, model: Any, precision: str) -> nn.Module:
         """Put ``model``, whole and the same on every process, in force; returns what to call in its place.
@@ -89,7 +95,10 @@ class Layout:
         """
         model.to(self.device)
         spread: nn.Module = model
-        if self.is_sharded:
+        if self.tensor_size > 1:
+            assert self.mesh is not None
+            divide(model, self.mesh["tp"])
+        if self.shards_blocks:
             self._shard(model, precision)
         elif self.strategy == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
@@ -115,7 +124,8 @@ class Layout:
             )
 
         assert self.mesh is not None
-        common: dict[str, Any] = {"mesh": self.mesh, "offload_policy": offload}
+        names = ("dp_replicate", "dp_shard") if "dp_replicate" in self.mesh.mesh_dim_names else "dp_shard"
+        common: dict[str, Any] = {"mesh": self.mesh[names], "offload_policy": offload}
         for block in model.transformer.h:
             fully_shard(
                 block,
@@ -126,14 +136,19 @@ class Layout:
         fully_shard(model, mp_policy=policy(torch.float32), **common)
 
     def _check_in_force(self, model: nn.Module) -> None:
-        if self.is_sharded:
-            assert self.mesh is not None
-            shards = self.mesh["dp_shard"].size()
-            whole = [name for name, parameter in model.named_parameters() if num_shards(parameter) != shards]
-            if whole:
+        if self.mesh is not None:
+            shards = self.mesh["dp_shard"].size() if self.shards_blocks else 1
+            wrong = [
+                name
+                for name, parameter in model.named_parameters()
+                # biases and norms are whole under tensor parallelism
+                if num_shards(parameter) not in {shards * self.tensor_size, shards if parameter.ndim == 1 else 0}
+                and not name.endswith("wpe.weight")
+            ]
+            if wrong:
                 raise UserError(
-                    f"{self.strategy} was asked for, but {', '.join(whole[:3])} ({len(whole)} parameters) are not in "
-                    f"{shards} shards"
+                    f"{self.strategy} was asked for, but {', '.join(wrong[:3])} ({len(wrong)} parameters) are not in "
+                    f"{shards * self.tensor_size} shards"
                 )
         elif (self.strategy == "ddp") != isinstance(model, DistributedDataParallel):
             raise UserError(f"{self.strategy} was asked for, but the model is a {type(model).__name__}")
@@ -152,13 +167,27 @@ class Layout:
             with model.no_sync():
                 yield
             return
-        if self.strategy == "hsdp":
+        if self.shards_blocks:
             model.set_requires_all_reduce(last)
         yield
+        if last and self.tensor_size > 1:
+            self._complete_gradients(model)
+
+    def _complete_gradients(self, model: Any) -> None:
+        assert self.mesh is not None
+        for parameter in model.parameters():  # torch leaves gradients as they come where a parameter is whole
+            if isinstance(parameter.grad, DTensor) and any(p.is_partial() for p in parameter.grad.placements):
+                parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+        gradients = [local(parameter.grad) for parameter in partial_gradients(model)]
+        if gradients:
+            together = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(together, group=self.mesh["tp"].get_group())
+            for gradient, whole in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(whole.view_as(gradient))
 
     def after_evaluation(self, model: Any) -> None:
         """Give up the weights that a forward pass has gathered for a backward pass that does not come."""
-        if self.is_sharded:
+        if self.shards_blocks:
             model.reshard()
 
     # ------------------------------------------------------------------------------------------------ gradients
@@ -244,30 +273,41 @@ def choose_layout() -> Layout:
             raise UserError(f"{name} is not supported: take one of configs/accelerate/")
     accelerator = launched_accelerator()
     world: int = accelerator.num_processes
-    sizes: ParallelismConfig | None = accelerator.parallelism_config
-    if sizes is not None and sizes.total_size != world:
+    shard_blocks = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    sizes: ParallelismConfig = accelerator.parallelism_config or ParallelismConfig(
+        dp_replicate_size=1 if shard_blocks else world, dp_shard_size=world if shard_blocks else 1
+    )
+    if sizes.total_size != world:
         raise UserError(f"parallelism_config asks for {sizes.total_size} processes, the launcher started {world}")
-    if sizes is not None and sizes.non_data_parallel_size > 1:
-        raise UserError("parallelism_config: tensor, context and sequence parallelism are not supported")
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        if sizes is not None and sizes.dp_shard_size > 1:
-            raise UserError("parallelism_config asks for dp_shard_size without distributed_type: FSDP")
+    if sizes.cp_size * sizes.sp_size > 1:
+        raise UserError("parallelism_config: context and sequence parallelism are not supported")
+    if not shard_blocks and sizes.dp_shard_size > 1:
+        raise UserError("parallelism_config asks for dp_shard_size without distributed_type: FSDP")
+    if shard_blocks:
+        _check_plugin(accelerator)
+        strategy = "hsdp" if sizes.dp_replicate_size > 1 else "fsdp2"
+        strategy = f"{strategy} x tp" if sizes.tp_size > 1 else strategy
+    elif sizes.tp_size > 1:
+        strategy = "tp"
+    else:
         return Layout(accelerator, "ddp" if world > 1 else "single")
+    return Layout(accelerator, strategy, sizes.get_device_mesh(accelerator.device.type))
 
+
+def _check_plugin(accelerator: Accelerator) -> None:
     if accelerator.distributed_type != DistributedType.FSDP:
         raise UserError(
-            f"FSDP was asked for, but Accelerate runs {accelerator.distributed_type.value} on {world} process"
+            f"FSDP was asked for, but Accelerate runs {accelerator.distributed_type.value} on "
+            f"{accelerator.num_processes} process(es)"
         )
-    if accelerator.state.fsdp_plugin.fsdp_version != 2:
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
         raise UserError("FSDP version 1 is not supported: put fsdp_version: 2 under fsdp_config")
-    if accelerator.state.fsdp_plugin.activation_checkpointing:
+    if plugin.activation_checkpointing:
         raise UserError(
             "fsdp_activation_checkpointing draws other random numbers when it recomputes: leave it false and give "
             "--training.activation_checkpointing full"
         )
-    sizes = sizes or ParallelismConfig(dp_shard_size=world)
-    mesh = sizes.get_device_mesh(accelerator.device.type)
-    return Layout(accelerator, "hsdp" if sizes.dp_replicate_size > 1 else "fsdp2", mesh)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

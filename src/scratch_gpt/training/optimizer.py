@@ -6,9 +6,11 @@ an AdamW update, so that both take the same learning rate and weight decay (Liu 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.errors import UserError
@@ -47,15 +49,25 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizers:
     for name, parameter in model.named_parameters():
         in_a_block = parameter.ndim >= 2 and id(parameter) not in embeddings and not name.startswith("lm_head")
         (matrices if in_a_block else others).append((name, parameter))
-    decayed = {"params": matrices, "weight_decay": settings.weight_decay}
-    rest = {"params": others, "weight_decay": 0.0}
+    decayed = [{"params": some, "weight_decay": settings.weight_decay} for some in alike(matrices)]
+    rest = [{"params": some, "weight_decay": 0.0} for some in alike(others)]
     adamw = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "eps": EPSILON, "fused": True}
     if settings.optimizer == "adamw":
-        return Optimizers(torch.optim.AdamW([decayed, rest], **adamw))
+        return Optimizers(torch.optim.AdamW([*decayed, *rest], **adamw))
     muon = torch.optim.Muon(
-        [decayed], lr=settings.learning_rate, momentum=settings.muon_momentum, adjust_lr_fn="match_rms_adamw"
+        decayed, lr=settings.learning_rate, momentum=settings.muon_momentum, adjust_lr_fn="match_rms_adamw"
     )
-    return Optimizers(muon, torch.optim.AdamW([rest], **adamw))
+    return Optimizers(muon, torch.optim.AdamW(rest, **adamw))
+
+
+def alike(parameters: list[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
+    """``parameters`` in groups that are spread over the same processes, as torch's fused steps need them."""
+    groups: dict[Any, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(
+            (name, parameter)
+        )
+    return list(groups.values())
 
 
 def describe(optimizers: Optimizers) -> Iterator[str]:
