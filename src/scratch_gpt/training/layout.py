@@ -175,8 +175,8 @@ class Layout:
 
     def _complete_gradients(self, model: Any) -> None:
         assert self.mesh is not None
-        for parameter in model.parameters():  # torch leaves gradients as they come where a parameter is whole
-            if isinstance(parameter.grad, DTensor) and any(p.is_partial() for p in parameter.grad.placements):
+        for parameter in model.parameters():  # torch leaves gradients as they come: in parts, whole or as summands
+            if isinstance(parameter.grad, DTensor) and parameter.grad.placements != parameter.placements:
                 parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
         gradients = [local(parameter.grad) for parameter in partial_gradients(model)]
         if gradients:
