@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
-from scratch_gpt.config import TrainingSettings
+from scratch_gpt.config import ParallelSettings, PretrainSettings, TrainingSettings
 from scratch_gpt.data.batches import Batch
+from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.training.footprint import flops_per_token
-from scratch_gpt.training.pipeline import Pipeline, split
+from scratch_gpt.training.pipeline import Pipeline, choose_pipeline, rows_of_micro_batch, split
 from scratch_gpt.training.recompute import checkpoint_activations
 from tests.model.conftest import SIZE, STYLES
 
@@ -138,3 +140,35 @@ def test_no_split_has_a_faster_slowest_stage(stages, vocab_size):
         sizes = [end - start for start, end in itertools.pairwise([0, *cuts, 8])]
         slowest.append(max(*(size * block for size in sizes), sizes[-1] * block + head))
     assert max(chosen.shares) == pytest.approx(min(slowest))
+
+
+PLAIN = SimpleNamespace(strategy="ddp", world=4)
+REFUSED = {
+    "must divide the number of processes, which is 4": (PLAIN, ParallelSettings(pipeline=3), {}),
+    "8 stages, but the model has only 6 blocks": (PLAIN, ParallelSettings(4, "interleaved1f1b"), {}),
+    "the configuration file says fsdp2": (SimpleNamespace(strategy="fsdp2", world=4), ParallelSettings(2), {}),
+    "leave it at 0": (PLAIN, ParallelSettings(2), {"batch_warmup_steps": 10}),
+    "sample_every is given": (PLAIN, ParallelSettings(2), {"sample_every": 10}),
+}
+
+
+@pytest.mark.parametrize("message", list(REFUSED))
+def test_what_cannot_be_a_pipeline_is_refused(message):
+    layout, parallel, training = REFUSED[message]
+    settings = PretrainSettings(parallel=parallel, training=TrainingSettings(**training))
+    with pytest.raises(UserError, match=message):
+        choose_pipeline(layout, settings, build("modern").config, CONTEXT)
+
+
+def test_rows_are_divided_into_what_the_schedule_can_run():
+    assert rows_of_micro_batch(ParallelSettings(2), 32, None) == 4
+    assert rows_of_micro_batch(ParallelSettings(2, pipeline_microbatches=4), 32, None) == 8
+    assert rows_of_micro_batch(ParallelSettings(4, "interleaved1f1b"), 32, 2) == 2
+    for settings, asked, message in (
+        (ParallelSettings(2, pipeline_microbatches=4), 8, "not both"),
+        (ParallelSettings(2, pipeline_microbatches=5), None, "32 rows per pipeline and step do not divide into 5"),
+        (ParallelSettings(4, pipeline_microbatches=2), None, "2 micro-batches cannot fill the 4 stages"),
+        (ParallelSettings(4, "interleaved1f1b"), 16, "a multiple of --parallel.pipeline 4 micro-batches"),
+    ):
+        with pytest.raises(UserError, match=message):
+            rows_of_micro_batch(settings, 32, asked)

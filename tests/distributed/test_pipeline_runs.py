@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from tests.distributed.launch import alone, arguments, assert_same_run, configuration, curve, facts, launch
 
 STEPS = 20
-FOUR_BLOCKS = ["--model.num_hidden_layers", "4", "--training.document_mask", "true", "--training.save_every", "5"]
-FOUR_BLOCKS += ["--training.keep_last", "10"]
+FOUR_BLOCKS = ["--model.num_hidden_layers", "4", "--training.save_every", "5", "--training.keep_last", "10"]
 RECOMPUTE = ["--training.activation_checkpointing", "full"]
 
 
@@ -20,7 +19,8 @@ def pipeline(places, micro_batches, schedule="1f1b"):
 
 
 def run(folder, shards, style, *more):
-    return arguments(folder, shards, style, STEPS, *FOUR_BLOCKS, *more)
+    mask = ["--training.document_mask", str(style == "modern").lower()]
+    return arguments(folder, shards, style, STEPS, *FOUR_BLOCKS, *mask, *more)
 
 
 def weights(run_dir):

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
-from scratch_gpt.config import PretrainSettings
+from scratch_gpt.config import ParallelSettings, PretrainSettings
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
@@ -211,8 +211,9 @@ class Pipeline(nn.Module):
         return loss
 
     def _reduce_gradients(self) -> None:
-        for parameter in self.model.parameters():
-            dist.all_reduce(parameter.grad, group=self.data_group)
+        if self.data_group.size() > 1:
+            for parameter in self.model.parameters():
+                dist.all_reduce(parameter.grad, group=self.data_group)
         if self.tied_end is not None:
             dist.all_reduce(self.tied_end.grad, group=self.tied_group)
 
@@ -303,7 +304,7 @@ class PipelineLayout(Layout):
         places, copies = self.settings.pipeline, layout.world // self.settings.pipeline
         mesh = init_device_mesh(layout.device.type, (places, copies), mesh_dim_names=("pipeline", "data"))
         super().__init__(layout.accelerator, "pipeline", mesh)
-        self.places, self.num_stages = places, places * STAGES_PER_PROCESS[self.settings.pipeline_schedule]
+        self.places = places
         self.pipeline: Pipeline
 
     @property
@@ -318,40 +319,8 @@ class PipelineLayout(Layout):
     def random_rank(self) -> int:
         return self.rank
 
-    @property
-    def is_sharded(self) -> bool:
-        return True
-
     def device_rows(self, rows: int, asked: int | None) -> int:
-        """Rows of a micro-batch: as many micro-batches keep the stages busy.
-
-        Raises:
-            UserError: the schedule cannot run so many.
-        """
-        micro_batches = self.settings.pipeline_microbatches
-        if asked and micro_batches:
-            raise UserError(
-                "give --training.device_batch_size or --parallel.pipeline_microbatches, not both: each says how the "
-                "rows of a step are divided"
-            )
-        if asked is None:
-            micro_batches = micro_batches or min(rows, 4 * self.places)
-            if rows % micro_batches:
-                raise UserError(
-                    f"the {rows} rows per pipeline and step do not divide into {micro_batches} micro-batches: give "
-                    "--parallel.pipeline_microbatches or another --training.total_batch_size"
-                )
-            asked = rows // micro_batches
-        micro_batches = rows // asked
-        advice = "give more --parallel.pipeline_microbatches, and a --training.total_batch_size that has the rows"
-        if self.settings.pipeline_schedule == "1f1b" and micro_batches < self.num_stages:
-            raise UserError(f"{micro_batches} micro-batches cannot fill {self.num_stages} stages: {advice}")
-        if self.settings.pipeline_schedule == "interleaved1f1b" and micro_batches % self.places:
-            raise UserError(
-                f"interleaved1f1b takes a multiple of --parallel.pipeline {self.places} micro-batches, and a step has "
-                f"{micro_batches}: {advice}"
-            )
-        return asked
+        return rows_of_micro_batch(self.settings, rows, asked)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return super().sum(tensor) / self.places  # in each place of a pipeline is the same
@@ -362,9 +331,6 @@ class PipelineLayout(Layout):
         autocasting = functools.partial(autocast, self.device.type, precision)
         self.pipeline = Pipeline(model, self.mesh, schedule, self.context_length, self.device, autocasting)
         return self.pipeline
-
-    def after_evaluation(self, model: Any) -> None:
-        """Nothing was gathered."""
 
     @staticmethod
     def unwrap(model: nn.Module) -> Any:
@@ -379,6 +345,38 @@ class PipelineLayout(Layout):
     def describe(self, model: nn.Module, precision: str, data: str) -> list[str]:
         first, *others = super().describe(model, precision, data)
         return [f"{first}, {self.settings.pipeline_schedule}", *self.pipeline.split.describe(self.places), *others]
+
+
+def rows_of_micro_batch(settings: ParallelSettings, rows: int, asked: int | None) -> int:
+    """Of the ``rows`` that a pipeline reads for a step; ``asked``: training.device_batch_size.
+
+    Raises:
+        UserError: the schedule cannot run so many micro-batches.
+    """
+    micro_batches = settings.pipeline_microbatches
+    if asked and micro_batches:
+        raise UserError(
+            "give --training.device_batch_size or --parallel.pipeline_microbatches, not both: each says how the rows of "
+            "a step are divided"
+        )
+    if asked is None:
+        micro_batches = micro_batches or min(rows, 4 * settings.pipeline)
+        if rows % micro_batches:
+            raise UserError(
+                f"the {rows} rows per pipeline and step do not divide into {micro_batches} micro-batches: give "
+                "--parallel.pipeline_microbatches or another --training.total_batch_size"
+            )
+        asked = rows // micro_batches
+    micro_batches = rows // asked
+    advice = "give more --parallel.pipeline_microbatches, and a --training.total_batch_size that has the rows"
+    if settings.pipeline_schedule == "1f1b" and micro_batches < settings.pipeline:
+        raise UserError(f"{micro_batches} micro-batches cannot fill the {settings.pipeline} stages of 1f1b: {advice}")
+    if settings.pipeline_schedule == "interleaved1f1b" and micro_batches % settings.pipeline:
+        raise UserError(
+            f"interleaved1f1b takes a multiple of --parallel.pipeline {settings.pipeline} micro-batches, and a step has "
+            f"{micro_batches}: {advice}"
+        )
+    return asked
 
 
 def choose_pipeline(
@@ -407,4 +405,9 @@ def choose_pipeline(
             f"{asked} and --training.batch_warmup_steps is {settings.training.batch_warmup_steps}: a small batch would "
             "have too few micro-batches for the stages; leave it at 0"
         )
+    for name in ("sample_every", "benchmark_every"):
+        if getattr(settings.training, name) is not None:
+            raise UserError(
+                f"{asked} and --training.{name} is given: no process has the model that would write; drop it"
+            )
     return PipelineLayout(layout, settings, context_length)

@@ -269,7 +269,13 @@ class Plan:
 
 
 def planned_config(settings: PlanSettings | FindBatchSizeSettings) -> tuple[ScratchGPTConfig, str]:
-    """The model of a run that has not begun, and where its vocabulary comes from."""
+    """The model of a run that has not begun, and where its vocabulary comes from.
+
+    Raises:
+        UserError: an unknown model, or a layout that the plan knows nothing of.
+    """
+    if settings.parallel.pipeline > 1:
+        raise UserError("plan and find-batch-size know nothing of pipelines: leave --parallel.pipeline at 1")
     if settings.tokenizer_path is not None:
         tokenizer = load_tokenizer(Path(settings.tokenizer_path))
         return build_config(settings.model, tokenizer), f"of {settings.tokenizer_path}"
