@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.errors import UserError
 from scratch_gpt.training.layout import part_of
+from scratch_gpt.training.muon import Muon
 
 EPSILON = 1e-8
 STATE_OF = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
@@ -54,9 +55,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizers:
     adamw = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "eps": EPSILON, "fused": True}
     if settings.optimizer == "adamw":
         return Optimizers(torch.optim.AdamW([*decayed, *rest], **adamw))
-    muon = torch.optim.Muon(
-        decayed, lr=settings.learning_rate, momentum=settings.muon_momentum, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = Muon(decayed, lr=settings.learning_rate, momentum=settings.muon_momentum, adjust_lr_fn="match_rms_adamw")
     return Optimizers(muon, torch.optim.AdamW(rest, **adamw))
 
 
