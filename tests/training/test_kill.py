@@ -71,10 +71,11 @@ def test_a_run_killed_at_twenty_random_times_goes_on_bit_for_bit(async_save, und
     print("seed", seed)
     draw, run_dir, kills = random.Random(seed), tmp_path / "run", 0
     while kills < 20:
+        before = written(run_dir / "metrics.jsonl")
         process = start(run_dir, corpus, "--training.async_save", async_save)
-        while process.poll() is None and not (run_dir / "metrics.jsonl").exists():
+        while process.poll() is None and written(run_dir / "metrics.jsonl") == before:  # which it does as it begins
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 1))
+        time.sleep(draw.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         output, _ = process.communicate()
         assert process.returncode in (0, KILLED), output
@@ -83,6 +84,10 @@ def test_a_run_killed_at_twenty_random_times_goes_on_bit_for_bit(async_save, und
             for path in (*run_dir.glob("checkpoint-*"), run_dir / "final"):
                 path.rename(tmp_path / f"{path.name}-{kills}")  # begin once more
         kills += process.returncode == KILLED
+
+
+def written(file):
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 @pytest.mark.parametrize(("async_save", "seed"), [("off", 1), ("on", 2)])
