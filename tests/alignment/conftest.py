@@ -1,9 +1,12 @@
 """A language of a few words, a tiny policy that speaks it at random, and a reward for saying one of them."""
 
+import json
+import sys
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from scratch_gpt.alignment.ppo_config import PPOConfig
 from scratch_gpt.alignment.ppo_trainer import PPOTrainer
@@ -80,3 +83,37 @@ def trainer(tmp_path):
         return PPOTrainer(model, reward, config, train_dataset=dataset, processing_class=tokenizer, **(arguments or {}))
 
     return build
+
+
+REWARDS = """
+import time
+
+def vowels(completions, **columns):
+    return [sum(text.count(vowel) for vowel in "aeiou") / 10 for text in completions]
+
+def slow(completions, **columns):
+    time.sleep(0.3)
+    return vowels(completions)
+
+def broken(completions, **columns):
+    return [float(text[999]) for text in completions]
+"""
+
+
+@pytest.fixture
+def material(tmp_path, monkeypatch, tokenizer_folder):
+    """A folder with a model, prompts and rewards, from which the command runs."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    for name, model_class in (("base", ScratchGPTForCausalLM), ("judge", ScratchGPTForSequenceClassification)):
+        torch.manual_seed(0)
+        config = ScratchGPTConfig(vocab_size=len(tokenizer), max_position_embeddings=64, num_labels=1, **size)
+        config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        model_class(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    prompts = [{"prompt": text, "note": 1} for text in ("It was", "She said that", "Then", "A letter came") * 8]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "rewards_of_test.py").write_text(REWARDS)
+    yield tmp_path
+    sys.modules.pop("rewards_of_test", None)
