@@ -78,6 +78,18 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(material, end):
     assert ended == whole
 
 
+def test_a_checkpoint_that_was_not_finished_is_left_out(material, capsys):
+    assert main(arguments(run_dir="whole", steps=32)) == 0
+    assert main(arguments(run_dir="cut", steps=16)) == 0
+    state = material / "cut" / "checkpoint-16" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    capsys.readouterr()
+    assert main(arguments(run_dir="cut", steps=32)) == 0
+    output = capsys.readouterr().out
+    assert "checkpoint-16 was not finished" in output and "checkpoint-8: 8 of 32 steps are done" in output
+    assert [record["step"] for record in read_metrics(material / "cut" / "metrics.jsonl")] == [8, 16, 24, 32]
+
+
 def test_a_reward_model_of_ours_and_merged_adapters(material):
     """The directory is a model like any other, and its weights are the base's and the adapters' together."""
     run = arguments("--reward-model", "judge", "--lora-rank", 2, reward=None, steps=16)

@@ -36,7 +36,13 @@ def log_distribution(model, sequences, mask):
 
 @pytest.mark.parametrize(
     ("kl_coef", "rows", "learning_rate"),
-    [(0.15, 128, 3e-3), *(pytest.param(c, 256, 1e-3, marks=pytest.mark.slow) for c in (0.08, 0.15, 0.3, 1.0))],
+    [
+        (0.15, 128, 3e-3),
+        pytest.param(0.08, 256, 1e-3, marks=pytest.mark.slow),
+        pytest.param(0.15, 256, 1e-3, marks=pytest.mark.slow),
+        pytest.param(0.3, 256, 1e-3, marks=pytest.mark.slow),
+        pytest.param(1.0, 256, 5e-4, marks=pytest.mark.slow),
+    ],
 )
 def test_ppo_stops_at_the_optimum_of_the_kl_regularised_objective(words, policy, trainer, kl_coef, rows, learning_rate):
     """The optimum is policy(y) ~ reference(y) exp(reward(y) / kl_coef)."""
@@ -77,6 +83,6 @@ def test_ppo_stops_at_the_optimum_of_the_kl_regularised_objective(words, policy,
         f"kl_coef {kl_coef}: reward {mean_reward(before):.3f} -> {mean_reward(after):.3f} (optimum "
         f"{mean_reward(optimum):.3f}), KL {divergence(after, before):.3f} (optimum {divergence(optimum, before):.3f})"
     )
-    assert mean_reward(after) == pytest.approx(mean_reward(optimum), abs=0.03)
-    assert divergence(after, before) == pytest.approx(divergence(optimum, before), rel=0.05, abs=0.01)
-    assert divergence(after, optimum) < 0.02
+    assert mean_reward(after) == pytest.approx(mean_reward(optimum), abs=0.015)
+    assert divergence(after, before) == pytest.approx(divergence(optimum, before), rel=0.05, abs=0.003)
+    assert divergence(after, optimum) < 0.03

@@ -255,6 +255,16 @@ def test_a_constant_reward_does_not_move_the_policy(words, policy, trainer):
     assert_equal(before, weights(normalised.model.policy), rtol=0, atol=1e-6)
 
 
+def test_another_constant_moves_it_only_until_the_value_model_has_learnt_it(words, policy, trainer):
+    """Until then a token's place in its completion looks like merit; the KL penalty then brings the policy back."""
+    tokenizer = words(20)
+    ppo = trainer(policy(tokenizer), tokenizer, lambda completions, **_: [1.0] * len(completions), max_steps=200)
+    ppo.train()
+    divergences = [entry["objective/kl"] for entry in training_log(ppo)]
+    assert max(divergences) < 0.6  # nats in a completion of 12 tokens
+    assert sum(divergences[-5:]) / 5 < 0.1
+
+
 def test_early_stop_leaves_the_rest_of_a_rollout_unlearnt(words, policy, trainer):
     tokenizer = words(20)
     ppo = trainer(policy(tokenizer), tokenizer, target_kl=1e-3, learning_rate=1e-2, max_steps=16, logging_steps=1)
@@ -477,16 +487,16 @@ def test_conversations_end_at_the_templates_end_of_turn(words, policy, trainer):
 
 def test_saved_policy_is_a_plain_model_and_evaluation_leaves_training_as_it_is(words, policy, trainer, tmp_path):
     tokenizer = words(20)
-    alone = trainer(policy(tokenizer), tokenizer, name="alone")
+    alone = trainer(policy(tokenizer), tokenizer, name="alone", max_steps=16)
     alone.train()
     watched = trainer(
         policy(tokenizer), tokenizer, arguments={"eval_dataset": Dataset.from_list(PROMPTS[:10])}, eval_strategy="steps",
-        eval_steps=3,
+        eval_steps=3, max_steps=16,
     )  # fmt: skip
     watched.train()
     assert_equal(weights(alone.model), weights(watched.model))
     evaluated = [entry for entry in watched.state.log_history if "eval_objective/scores" in entry]
-    assert len(evaluated) == 3 and evaluated[0]["eval_completions/mean_length"] > 1
+    assert len(evaluated) >= 5 and evaluated[0]["eval_completions/mean_length"] > 1
     assert watched.evaluate() == watched.evaluate()
 
     watched.save_model(str(tmp_path / "saved"))

@@ -41,7 +41,7 @@ def generalized_advantages(
     following_value = following_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * following_value - values[:, t]
-        following_advantage = (delta + gamma * lam * following_advantage) * mask[:, t]
+        following_advantage = delta + gamma * lam * following_advantage  # still 0 in the padding
         advantages[:, t] = following_advantage
         following_value = values[:, t]
     return advantages, advantages + values
