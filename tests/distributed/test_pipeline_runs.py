@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scratch_gpt.training.metrics import read_events
 from tests.distributed.launch import alone, arguments, assert_same_run, configuration, curve, facts, launch
 
 STEPS = 20
@@ -96,3 +97,84 @@ def test_a_killed_pipeline_goes_on_bit_for_bit_and_checkpoints_fit_any_layout(si
         assert killed.keys() == whole.keys() and all(torch.equal(killed[name], whole[name]) for name in whole)
     assert_same_run(single / "gpt2", tmp_path / "gpt2 spread", STEPS)
     assert_same_run(single / "gpt2", tmp_path / "gpt2 alone", STEPS)
+
+
+@pytest.mark.slow
+def test_four_processes_are_four_stages_or_two_pipelines(single, shards, tmp_path):
+    muon = ["--training.optimizer", "muon"]
+    alone(run(tmp_path / "muon", shards, "modern", *muon))
+    launch(
+        configuration("pipeline", tmp_path, 4),
+        run(tmp_path / "four gpt2", shards, "gpt2", *pipeline(4, 8)),
+        run(tmp_path / "four modern", shards, "modern", *pipeline(4, 4), *RECOMPUTE),
+        run(tmp_path / "two gpt2", shards, "gpt2", *pipeline(2, 2, "interleaved1f1b"), *RECOMPUTE),
+        run(tmp_path / "two modern", shards, "modern", *pipeline(2, 4)),
+        run(tmp_path / "two muon", shards, "modern", *pipeline(2, 4), *muon),
+    )
+    for style in ("gpt2", "modern"):
+        for name in ("four", "two"):
+            assert_same_run(single / style, tmp_path / f"{name} {style}", STEPS)
+    # Muon orthogonalises in bfloat16, where the last bit of a gradient can move an update.
+    assert_same_run(tmp_path / "muon", tmp_path / "two muon", STEPS, rel=2e-3, weights=0.1)
+    for style in ("gpt2", "modern"):
+        assert_pipeline(tmp_path / f"four {style}", places=4, stages=1)
+    assert_pipeline(tmp_path / "two gpt2", places=2, stages=2, copies=2)
+    assert_pipeline(tmp_path / "two muon", places=2, stages=1, copies=2)
+
+
+DROPOUT = ["--model.overrides.hidden_dropout", "0.1", "--model.overrides.embedding_dropout", "0.1"]
+
+
+@pytest.mark.slow
+def test_dropout_is_the_same_recomputed_and_after_a_kill(shards, tmp_path):
+    config = configuration("pipeline", tmp_path, 2)
+    kept, again, killed = (tmp_path / name for name in ("kept", "again", "killed"))
+    launch(
+        config,
+        run(kept, shards, "gpt2", *pipeline(2, 4), *DROPOUT),
+        run(again, shards, "gpt2", *pipeline(2, 4), *DROPOUT, *RECOMPUTE),
+    )
+    assert curve(again) == pytest.approx(curve(kept), rel=1e-5)
+    assert curve(again, "grad_norm") == pytest.approx(curve(kept, "grad_norm"), rel=1e-4)
+    shutil.copytree(kept, killed)
+    forget(killed, steps=10)
+    launch(config, run(killed, shards, "gpt2", *pipeline(2, 4), *DROPOUT))
+    assert curve(killed) == curve(kept)
+    assert all(torch.equal(weight, weights(killed)[name]) for name, weight in weights(kept).items())
+
+
+TROUBLE = """
+import json, math, os, signal, sys, torch
+from scratch_gpt.cli import main
+from scratch_gpt.training.loop import Loop
+
+def forward_backward(self, data, original=Loop._forward_backward):
+    loss = original(self, data)
+    if self.layout.rank == 1 and data.cursor.row == 3 * 8:
+        next(self.model.parameters()).grad.fill_(math.inf)
+    if self.layout.rank == 1 and self.state.step == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+
+Loop._forward_backward = forward_backward
+(run,) = json.loads(sys.argv[1])
+sys.exit(main(run))
+"""
+
+
+@pytest.mark.slow
+def test_what_happens_on_one_stage_is_agreed_by_all(shards, tmp_path):
+    script = tmp_path / "trouble.py"
+    script.write_text(TROUBLE)
+    folder = tmp_path / "run"
+    done = launch(
+        configuration("pipeline", tmp_path, 2),
+        run(folder, shards, "modern", *pipeline(2, 4)),
+        check=False,
+        program=(str(script),),
+    )
+    assert "stopped after step 7 of 20, saved in" in done.stdout + done.stderr
+    assert "exitcode  : 75" in done.stderr
+    assert [(event["event"], event["step"]) for event in read_events(folder / "metrics.jsonl")] == [("skipped", 3)]
+    assert "the gradient norm is inf" in done.stdout
+    assert (folder / "checkpoint-7" / "trainer_state" / "complete.json").is_file()
