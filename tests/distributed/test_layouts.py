@@ -2,7 +2,9 @@
 
 import pytest
 
+from scratch_gpt.training.metrics import read_events
 from tests.distributed.launch import alone, arguments, assert_same_run, configuration, curve, facts, launch
+from tests.training.test_observe import write_task
 
 STEPS = 20
 RECOMPUTE = ["--training.activation_checkpointing", "full", "--training.device_batch_size", "2"]
@@ -99,3 +101,16 @@ def test_fully_sharded_and_tensor_parallel(single, shards, tmp_path):
             assert_divided(process, 2, 2)
             assert "[[0, 1], [2, 3]]" in process["meshes"] and len(process["meshes"]) == 2  # norms: of dp_shard only
     assert "fsdp2 x tp on 4 process(es), dp_shard 2 x tp 2, cpu" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_looks_at_a_model_on_two_processes_change_no_bit(name, shards, tmp_path):
+    looks = ["--training.sample_every", "4", "--training.benchmark_every", "5", "--training.benchmark_limit", "6"]
+    looked = arguments(tmp_path / "looked", shards, "modern", 10, *looks, *write_task(tmp_path / "tasks"))
+    launch(configuration(name, tmp_path, 2), looked, arguments(tmp_path / "plain", shards, "modern", 10))
+    assert all(process["world"] == 2 for process in facts(tmp_path / "looked"))
+    assert curve(tmp_path / "looked") == curve(tmp_path / "plain")
+    assert len((tmp_path / "looked" / "samples.jsonl").read_text().splitlines()) == 3
+    scores = [event["scores"] for event in read_events(tmp_path / "looked" / "metrics.jsonl")]
+    assert [one["was_or_saw"]["acc"] for one in scores] == [0.5, 0.5]

@@ -69,11 +69,13 @@ def test_card_holds_the_measured_numbers_and_parses(saved):
             "precision": "fp32",
             "training_time": "0:12 minutes",
             "seed": 5,
+            "guard": "2 x skipped (steps 7, 8)",
         },
     )
     card = ModelCard.load(folder / "README.md")
     for number in (
         "1.234",
+        "2 x skipped (steps 7, 8)",
         "3.210",
         "43.2 %",
         "77 questions",

@@ -75,8 +75,8 @@ def test_benchmarks_stand_in_the_metrics_and_change_no_bit(plain, corpus, tmp_pa
     assert "word_order: acc" in capsys.readouterr().out
 
 
-def test_a_task_of_the_harness_is_asked_by_its_name(corpus, tmp_path):
-    folder = tmp_path / "tasks"
+def write_task(folder):
+    """A folder with a task for the harness; of any even number of questions, each answer is right in half."""
     folder.mkdir()
     questions = [{"context": "It", "choices": ["was", "saw"], "answer": number % 2} for number in range(12)]
     (folder / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
@@ -85,10 +85,14 @@ def test_a_task_of_the_harness_is_asked_by_its_name(corpus, tmp_path):
     task |= {"doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"}
     task |= {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
     (folder / "was_or_saw.yaml").write_text(yaml.safe_dump(task))
-    run = [*arguments(tmp_path / "run", corpus), *BENCHMARK, "--training.benchmark_path", str(folder)]
-    assert main([*run, "--training.benchmark_tasks", "[was_or_saw]", "--max-steps", "5"]) == 0
+    return ["--training.benchmark_path", str(folder), "--training.benchmark_tasks", "[was_or_saw]"]
+
+
+def test_a_task_of_the_harness_is_asked_by_its_name(corpus, tmp_path):
+    task = write_task(tmp_path / "tasks")
+    assert main([*arguments(tmp_path / "run", corpus), *BENCHMARK, *task, "--max-steps", "5"]) == 0
     [event] = read_events(tmp_path / "run" / "metrics.jsonl")
-    assert event["scores"]["was_or_saw"]["acc"] == 0.5  # ten questions, of which each answer is right in half
+    assert event["scores"]["was_or_saw"]["acc"] == 0.5
 
 
 def test_a_benchmark_that_fails_is_an_event_and_training_goes_on(plain, corpus, tmp_path, monkeypatch, capsys):

@@ -79,6 +79,7 @@ def run_tasks(
             questions=len(asked),
         )
         for name, asked in tasks.items()
+        if name in results
     ]
 
 
@@ -126,6 +127,7 @@ def _evaluate(
     task_manager: "TaskManager",
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
+    """The harness's results by task; nothing on the processes of a machine after the first, to which it gives none."""
     for noisy in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     import datasets
@@ -142,11 +144,12 @@ def _evaluate(
     )
     # Its own progress bars would tear ours apart.
     language_model.loglikelihood = functools.partial(language_model.loglikelihood, disable_tqdm=True)
-    return lm_eval.simple_evaluate(
+    found = lm_eval.simple_evaluate(
         model=language_model,
         tasks=names,
         task_manager=task_manager,
         limit=limit,
         bootstrap_iters=100,
         log_samples=False,
-    )["results"]
+    )
+    return found["results"] if found is not None else {}

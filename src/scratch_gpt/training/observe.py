@@ -100,10 +100,10 @@ class Observer:
         try:
             with undisturbed(model), autocast(self.layout.device.type, self.state.precision):
                 seen = action(model)
-            self.layout.after_evaluation(self.model)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is reported and the run goes on)
             seen = {"event": f"{name} failed", "reason": f"{type(error).__name__}: {error}"}
             say(f"  step {self.state.step:>5,}  {seen['event']}, training goes on: {seen['reason']}")
+        self.layout.after_evaluation(self.model)
         if seen:
             metrics.write(event | seen)
 

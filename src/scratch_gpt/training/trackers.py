@@ -49,6 +49,9 @@ class Trackers:
 
     def __init__(self, accelerator: Accelerator, settings: PretrainSettings, run_dir: Path, step: int):
         self.alive: list[GeneralTracker] = []
+        names = chosen(settings.training.trackers)
+        if not names:
+            return
         run = _run_name(run_dir)
         options = {
             "trackio": {"name": run, "resume": "allow", "embed": False, "auto_log_cpu": False, "auto_log_gpu": False},
@@ -57,7 +60,7 @@ class Trackers:
         }
         folder = str(run_dir / "tensorboard")
         accelerator.project_configuration.logging_dir = folder
-        for name in chosen(settings.training.trackers):
+        for name in names:
             accelerator.log_with, accelerator.trackers = filter_trackers([name], folder), []
             try:
                 accelerator.init_trackers(PROJECT, described(settings), options)
