@@ -378,6 +378,8 @@ class PlanSettings(PretrainSettings):
     """Price of one device for one hour."""
     tokens: float | None = None
     """Tokens to train on; left out: max_steps times training.total_batch_size."""
+    dry_run: bool = False
+    """Also take a step of the chosen layout on devices that do not exist, without memory, and count what one holds."""
 
 
 @dataclass

@@ -64,6 +64,23 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A parameter; a vector is a matrix of one column."""
+
+    name: str
+    rows: int
+    columns: int
+    split: Literal["rows", "columns", "nothing"]
+    """What tensor parallelism divides."""
+
+    def held(self, shards: int, tensor_parallel: int) -> int:
+        """Elements on the device that has most: each has whole rows, all those that it computes with being sharded."""
+        rows = -(-self.rows // (tensor_parallel if self.split == "rows" else 1))
+        columns = self.columns // (tensor_parallel if self.split == "columns" else 1)
+        return -(-rows // shards) * columns
+
+
+@dataclass(frozen=True)
 class Parameters:
     """Exact numbers of parameters; a tied head is counted once, among the embeddings."""
 
@@ -72,10 +89,11 @@ class Parameters:
     head: int
     """Of a head that is not tied."""
     largest_block: int
-    matrices: int
-    """The weights of the blocks' projections."""
-    split: int
-    """What tensor parallelism splits: the projections, the token embedding and the head."""
+    all: tuple[Matrix, ...]
+
+    def held(self, shards: int = 1, tensor_parallel: int = 1) -> int:
+        """Elements on the device that has most, each parameter being divided by itself (FSDP2: by rows)."""
+        return sum(one.held(shards, tensor_parallel) for one in self.all)
 
 
 def count(config: ScratchGPTConfig) -> Parameters:
@@ -87,21 +105,43 @@ def count(config: ScratchGPTConfig) -> Parameters:
     def number(*parts: str) -> int:
         return sum(size for name, size in sizes.items() if any(part in name for part in parts))
 
-    column_biases = number(*(f"{name}_proj.bias" for name in ("q", "k", "v", "gate", "up")))
     return Parameters(
         total=sum(sizes.values()),
         embeddings=number(".wte.", ".wpe."),
         head=number("lm_head"),
         largest_block=max((sum(p.numel() for p in block.parameters()) for block in model.transformer.h), default=0),
-        matrices=number("_proj.weight"),
-        split=number("_proj.weight", ".wte.", "lm_head") + column_biases,
+        all=tuple(
+            Matrix(name, len(parameter), parameter.numel() // len(parameter), _split(name))
+            for name, parameter in model.named_parameters()
+        ),
     )
 
 
-def optimizer_bytes(parameters: Parameters, optimizer: str = "adamw") -> float:
+def _split(name: str) -> Literal["rows", "columns", "nothing"]:
+    """As the model's plan for tensor parallelism has it: matrices that write to the residual stream by columns."""
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return "columns"
+    if name.endswith(
+        (
+            *(f"{each}_proj.{part}" for each in ("q", "k", "v", "gate", "up") for part in ("weight", "bias")),
+            "wte.weight",
+            "lm_head.weight",
+            "lm_head.bias",
+        )
+    ):
+        return "rows"
+    return "nothing"
+
+
+def optimizer_bytes(
+    parameters: Parameters, optimizer: str = "adamw", shards: int = 1, tensor_parallel: int = 1
+) -> float:
     """AdamW: two moments for each parameter. Muon: one momentum for the projections, AdamW for the rest."""
-    with_adamw = parameters.total - (parameters.matrices if optimizer == "muon" else 0)
-    return 2 * FP32 * with_adamw + FP32 * (parameters.total - with_adamw)
+    moments = sum(
+        (1 if optimizer == "muon" and one.name.endswith("_proj.weight") else 2) * one.held(shards, tensor_parallel)
+        for one in parameters.all
+    )
+    return FP32 * moments
 
 
 # ------------------------------------------------------------------------------------------------ FLOPs

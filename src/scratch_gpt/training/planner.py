@@ -24,6 +24,7 @@ from scratch_gpt.model import ScratchGPTConfig
 from scratch_gpt.training import footprint
 from scratch_gpt.training.build import build_config, configure
 from scratch_gpt.training.footprint import BF16, FP32, Parameters, Precision, Workload
+from scratch_gpt.training.rehearsal import rehearse
 
 GB = 1e9
 FILL = 0.92
@@ -133,18 +134,26 @@ def memory(
     float32 weights beside the moments (Rajbhandari et al., 2020, arXiv:1910.02054, section 3.1).
     """
     load = replace(load, tensor_parallel=layout.tensor_parallel)
-    held = parameters.split / layout.tensor_parallel + parameters.total - parameters.split
-    share = held / parameters.total
+    held = parameters.held(tensor_parallel=layout.tensor_parallel)
+
+    def part(shards: int) -> float:
+        if layout.deepspeed:  # all parameters in one row, cut into equal pieces
+            return held / shards
+        return parameters.held(shards, layout.tensor_parallel)
+
     weight_bytes = gradient_bytes = FP32
-    state = footprint.optimizer_bytes(parameters, optimizer) * share
-    if layout.deepspeed and load.autocast:
-        weight_bytes = gradient_bytes = BF16
-        state += FP32 * held
+    if layout.deepspeed:
+        state = footprint.optimizer_bytes(parameters, optimizer) / layout.optimizer_shards
+        if load.autocast:
+            weight_bytes = gradient_bytes = BF16
+            state += FP32 * part(layout.optimizer_shards)
+    else:
+        state = footprint.optimizer_bytes(parameters, optimizer, layout.optimizer_shards, layout.tensor_parallel)
     copies = not layout.gathers_weights and not layout.deepspeed
     return Memory(
-        weights=weight_bytes * held / layout.weight_shards,
-        gradients=gradient_bytes * held / layout.gradient_shards,
-        optimizer=state / layout.optimizer_shards,
+        weights=weight_bytes * part(layout.weight_shards),
+        gradients=gradient_bytes * part(layout.gradient_shards),
+        optimizer=state,
         activations=footprint.bytes_of(footprint.saved_for_backward(config, load, copies), load),
         loss=_loss(config, load),
         temporary=footprint.temporary(config, load, copies),
@@ -161,8 +170,9 @@ def _loss(config: ScratchGPTConfig, load: Workload) -> float:
 def _communication(layout: Layout, parameters: Parameters, load: Workload, held: float) -> float:
     """What a layout holds in order to send it.
 
-    ddp: buckets for all gradients (`gradient_as_bucket_view` would save them). fsdp2: embeddings and head gathered
-    throughout, one block in use and the next on its way, and the gradients of the largest of them before they are split.
+    ddp: buckets for all gradients (`gradient_as_bucket_view` would save them). fsdp2: embeddings and head gathered in
+    float32 throughout, one block in use and the next on its way, and the whole gradients of a block, which are copied to
+    float32 before they are added up.
     """
     if layout.deepspeed:
         reduced = min(DEEPSPEED_BUCKET, held) * load.matmul_bytes
@@ -171,7 +181,7 @@ def _communication(layout: Layout, parameters: Parameters, load: Workload, held:
     if layout.gathers_weights:
         outside = (parameters.embeddings + parameters.head) / layout.tensor_parallel
         block = parameters.largest_block / layout.tensor_parallel
-        return load.matmul_bytes * (outside + 2 * block) + FP32 * max(outside, block)
+        return FP32 * outside + load.matmul_bytes * 2 * block + (FP32 + load.matmul_bytes) * block
     return FP32 * held if layout.replicas > 1 else 0.0
 
 
@@ -336,6 +346,22 @@ def describe(plan: Plan) -> Iterator[str]:
     chosen = plan.choice(tables[precisions[0]])
     yield ""
     yield from _describe_choice(plan, chosen, tables[precisions[0]])
+    if plan.settings.dry_run and chosen is not None:
+        yield _rehearse(plan, chosen)
+
+
+def _rehearse(plan: Plan, chosen: Row) -> str:
+    layout = chosen.layout
+    sizes = {"dp_replicate": layout.replicas // layout.weight_shards, "dp_shard": layout.weight_shards}
+    if not layout.gathers_weights or layout.tensor_parallel > 1:
+        return f"dry run    {layout.name} is not rehearsed, only fsdp2 and hsdp are"
+    sizes = {name: size for name, size in sizes.items() if size > 1}
+    held = rehearse(plan.config, sizes, chosen.load.precision, plan.settings.training)
+    parts = [
+        f"{getattr(held, part) / GB:,.3f} GB of {part} ({getattr(chosen.memory, part) / GB:,.3f} planned)"
+        for part in ("weights", "gradients", "optimizer")
+    ]
+    return f"dry run    after a step the first of {layout.devices:,} devices holds {', '.join(parts)}"
 
 
 def _describe_model(plan: Plan) -> Iterator[str]:
