@@ -57,11 +57,12 @@ def test_run_saves_a_plain_model_and_knows_when_it_is_finished(material, capsys)
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_was_ended_goes_on_to_the_same_weights(material, end):
+def test_a_run_that_was_ended_goes_on_to_the_same_weights(material, end, capsys):
     """SIGTERM saves and exits with 75; after SIGKILL the last checkpoint stands."""
     assert main(arguments(run_dir="whole", steps=48)) == 0
     command = [sys.executable, "-m", "scratch_gpt"]
-    slow = arguments(run_dir="ended", steps=48, reward="rewards_of_test:slow")
+    every = 1000 if end == signal.SIGTERM else 8  # asked to stop, it saves though no checkpoint is due
+    slow = arguments("--ppo.save_every", every, run_dir="ended", steps=48, reward="rewards_of_test:slow")
     process = subprocess.Popen([*command, *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(read_metrics(material / "ended" / "metrics.jsonl")) < 3:
         assert process.poll() is None, process.communicate()
@@ -71,7 +72,9 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(material, end):
     if end == signal.SIGTERM:
         assert process.returncode == 75 and "The same command goes on" in errors
     assert len(read_metrics(material / "ended" / "metrics.jsonl")) < 6 and not (material / "ended" / "final").exists()
+    capsys.readouterr()
     assert main(slow) == 0
+    assert "of 48 steps are done" in capsys.readouterr().out
     ended, whole = (weights(material / name / "final") for name in ("ended", "whole"))
     assert all(torch.equal(tensor, whole[name]) for name, tensor in ended.items())
     ended, whole = (without_times(read_metrics(material / name / "metrics.jsonl")) for name in ("ended", "whole"))
