@@ -104,11 +104,11 @@ def test_fully_sharded_and_tensor_parallel(single, shards, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_looks_at_a_model_on_two_processes_change_no_bit(name, shards, tmp_path):
+@pytest.mark.parametrize(("name", "sizes"), [("ddp", {}), ("fsdp2", {}), ("tp", {"tp_size": 2})])
+def test_looks_at_a_model_on_two_processes_change_no_bit(name, sizes, shards, tmp_path):
     looks = ["--training.sample_every", "4", "--training.benchmark_every", "5", "--training.benchmark_limit", "6"]
     looked = arguments(tmp_path / "looked", shards, "modern", 10, *looks, *write_task(tmp_path / "tasks"))
-    launch(configuration(name, tmp_path, 2), looked, arguments(tmp_path / "plain", shards, "modern", 10))
+    launch(configuration(name, tmp_path, 2, **sizes), looked, arguments(tmp_path / "plain", shards, "modern", 10))
     assert all(process["world"] == 2 for process in facts(tmp_path / "looked"))
     assert curve(tmp_path / "looked") == curve(tmp_path / "plain")
     assert len((tmp_path / "looked" / "samples.jsonl").read_text().splitlines()) == 3

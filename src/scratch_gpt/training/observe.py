@@ -112,7 +112,6 @@ class Observer:
         step, texts = self.state.step, self.looks.sample(model, self.tokenizer)
         for text in texts:
             say(f"  step {step:>5,}  > {shown(text)}")
-        self.samples.roll_back(step - 1)  # of a time that the guard has undone
         self.samples.write({"step": step, "samples": texts})
         return {}
 
