@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "data inspect": (config.DataInspectSettings, "scratch_gpt.data.inspect:inspect_command"),
     "data import-datatrove": (config.DatatroveImportSettings, "scratch_gpt.data.datatrove:import_command"),
     "data export-datatrove": (config.DatatroveExportSettings, "scratch_gpt.data.datatrove:export_command"),
+    "doctor": (config.DoctorSettings, "scratch_gpt.training.doctor:doctor_command"),
     "plan": (config.PlanSettings, "scratch_gpt.training.planner:plan_command"),
     "find-batch-size": (
         config.FindBatchSizeSettings,

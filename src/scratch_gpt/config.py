@@ -383,6 +383,11 @@ class PlanSettings(PretrainSettings):
 
 
 @dataclass
+class DoctorSettings(PretrainSettings):
+    """Print the machine, the versions, the devices, and the layout that each process of this launch runs."""
+
+
+@dataclass
 class FindBatchSizeSettings(PretrainSettings):
     """Try real training steps on this machine, with larger and larger device batches, until memory runs out."""
 

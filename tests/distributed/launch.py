@@ -46,10 +46,13 @@ def configuration(name, folder, processes, **sizes):
     return path
 
 
-def launch(config, *runs, timeout=300, check=True, program=("-m", "tests.distributed.program"), **environment):
+def launch(
+    config, *runs, timeout=300, check=True, program=("-m", "tests.distributed.program"), port="0", **environment
+):
     """Do ``runs``, each a list of arguments, in the processes that ``config`` starts; the finished launcher."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", "0", *program, json.dumps(runs)]
+    command += ["--main_process_port", port] if port is not None else []
+    command += [*program, json.dumps(runs)]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, **environment}
     done = subprocess.run(

@@ -2,7 +2,7 @@
 
 import os
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 
 from scratch_gpt.errors import UserError
@@ -32,11 +32,16 @@ def launched_accelerator() -> Accelerator:
     Raises:
         UserError: it refuses the combination.
     """
-    launched_processes()
+    world = launched_processes().num_processes
     try:
+        if (
+            parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")
+            and (asked := ParallelismConfig().total_size) != world
+        ):
+            raise ValueError(f"parallelism_config asks for {asked} processes, the launcher started {world}")
         return Accelerator()
     except (ValueError, ImportError) as error:
-        raise UserError(f"accelerate refuses this launch: {error}") from error
+        raise UserError(f"this launch is refused: {error}") from error
 
 
 def _let_cpus_shard(state: PartialState) -> None:

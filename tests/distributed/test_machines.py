@@ -1,0 +1,91 @@
+"""Several machines, here two launches on this one; the Slurm script; and what `doctor` says of a launch."""
+
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import yaml
+
+from tests.distributed.launch import ROOT, alone, arguments, assert_same_run, configuration, facts, launch
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_machines_give_the_run_of_one_process(shards, tmp_path):
+    config = configuration("fsdp2_multi_node", tmp_path, 2)
+    settings = yaml.safe_load(config.read_text())
+    port, run = free_port(), arguments(tmp_path / "two", shards, "gpt2")
+
+    def machine(rank):
+        path = tmp_path / f"machine-{rank}.yaml"
+        path.write_text(yaml.safe_dump({**settings, "machine_rank": rank, "main_process_port": port}))
+        return launch(path, run, port=None)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(machine, range(2))
+    alone(arguments(tmp_path / "one", shards, "gpt2"))
+    assert_same_run(tmp_path / "one", tmp_path / "two", 20)
+    assert [process["dtensors"] for process in facts(tmp_path / "two")] == [36, 36]
+    assert "fsdp2 on 2 process(es)" in first.stdout and "fsdp2" not in second.stdout  # one of them speaks
+
+
+def test_doctor_says_what_each_process_of_a_launch_runs(tmp_path):
+    config = configuration("hsdp_multi_node", tmp_path, 2, dp_replicate_size=1, dp_shard_size=2)
+    settings = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**settings, "num_machines": 1}))
+    done = launch(config, ["doctor", "--training.precision", "bf16"])
+    assert done.stdout.count("process 0 on") == done.stdout.count("process 1 on") == 1
+    assert "fsdp2 on 2 process(es), dp_shard 2, cpu" in done.stdout
+    assert (
+        "24 of 24 parameters sharded, 49,328 of 98,656 numbers held; bf16, gradients reduced in float32" in done.stdout
+    )
+
+
+def test_a_layout_that_does_not_fit_the_launch_is_refused(tmp_path):
+    done = launch(configuration("hsdp", tmp_path, 2, dp_replicate_size=2, dp_shard_size=2), ["doctor"], check=False)
+    assert done.returncode != 0 and "asks for 4 processes, the launcher started 2" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_slurm_script_queues_itself_again_until_the_run_is_finished(shards, tmp_path):
+    """With commands in place of Slurm's."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    commands = {
+        "srun": 'SLURM_PROCID=0 exec "$@"',
+        "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/requeued',
+        "accelerate": f'shift; exec {sys.executable} -m accelerate.commands.launch "$@"',
+    }
+    for name, body in commands.items():
+        (bin_folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (bin_folder / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "src"),
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_CONFIG": str(configuration("fsdp2", tmp_path, 2)),
+        "MAIN_PROCESS_PORT": str(free_port()),
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_ID": "7",
+    }
+
+    def job(*more):
+        script, run = ROOT / "examples" / "slurm" / "pretrain.sbatch", arguments(tmp_path / "run", shards, "gpt2", 4)
+        command = ["bash", str(script), *run[1:], *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+
+    stopped = job("--max-hours", "1e-7")
+    assert stopped.returncode == 75, stopped.stdout + stopped.stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    finished = job()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n" and "resumed    checkpoint-1" in finished.stdout
