@@ -122,6 +122,7 @@ def ours(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) 
     from scratch_gpt.data.shards import TokenStream
     from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
     from scratch_gpt.model.presets import GPT2_STYLE
+    from scratch_gpt.training.allocator import keep_freed_memory
     from scratch_gpt.training.checkpoint import TrainerState
     from scratch_gpt.training.layout import choose_layout
     from scratch_gpt.training.loop import BatchShape, Loop
@@ -129,6 +130,7 @@ def ours(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) 
     from scratch_gpt.training.optimizer import build_optimizer
     from scratch_gpt.training.precision import compile_blocks
 
+    keep_freed_memory()
     layers, width, heads, vocabulary, context, rows = shape
     sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "vocab_size": vocabulary}
     fields = {**GPT2_STYLE, **sizes, "max_position_embeddings": context, "bos_token_id": None, "eos_token_id": None}

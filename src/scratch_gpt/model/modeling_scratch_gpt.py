@@ -212,15 +212,30 @@ def short_bf16_attention_forward(
     """`sdpa` for short bfloat16 sequences on CPU, by plain matrix products.
 
     The backward of torch 2.13's CPU kernel is slow there: forward and backward of 8 x 4 heads of 64 take 9.9 ms against
-    2.5 ms at 128 tokens, 16.1 against 6.6 ms at 256 (one core of an AMD EPYC), and win only well beyond that.
+    2.5 ms at 128 tokens, 16.1 against 6.6 ms at 256 (one core of an AMD EPYC), and win only well beyond that. Compiled, a
+    block of queries at a time leaves out keys that none of them sees: 14.1 against 18.0 ms for 16 x 5 heads at 256 tokens.
     """
+    seq, kv_seq = query.shape[2], key.shape[2]
+    blocks = [slice(0, seq)]
     if attention_mask is None:  # means causal
-        seq, kv_seq = query.shape[2], key.shape[2]
+        if torch.compiler.is_compiling():
+            blocks = [slice(start, min(start + 128, seq)) for start in range(0, seq, 128)]
         attention_mask = torch.ones(seq, kv_seq, dtype=torch.bool, device=query.device).tril(kv_seq - seq)
     if attention_mask.dtype == torch.bool:
         hidden = torch.finfo(query.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, hidden)
-    return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
+    outputs = [
+        eager_attention_forward(
+            module,
+            query[:, :, rows],
+            key[:, :, : kv_seq - seq + rows.stop],
+            value[:, :, : kv_seq - seq + rows.stop],
+            attention_mask[..., rows, : kv_seq - seq + rows.stop],
+            **kwargs,
+        )[0]
+        for rows in blocks
+    ]
+    return torch.cat(outputs, dim=1), None  # (batch, seq, heads, head_dim)
 
 
 def _is_short_bf16(query: torch.Tensor) -> bool:

@@ -1,0 +1,28 @@
+"""Freed memory is used again without a page fault."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+import resource, sys, torch
+from scratch_gpt.training.allocator import keep_freed_memory
+
+assert sys.argv[1] == "given back" or keep_freed_memory()
+torch.ones(2**24).add_(1)  # 64 MB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24).add_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_used_again():
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", MEASURE, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    )
+    assert kept < 100
+    assert given_back > kept + 16  # 16,384 small pages, or 32 huge ones
