@@ -11,9 +11,9 @@ import resource, sys, torch
 from scratch_gpt.training.allocator import keep_freed_memory
 
 assert sys.argv[1] == "given back" or keep_freed_memory()
-torch.ones(2**24).add_(1)  # 64 MB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**24).add_(1)
+for _ in range(20):
+    torch.ones(2**24)  # 64 MB
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -24,5 +24,4 @@ def test_freed_memory_is_used_again():
         int(subprocess.run([sys.executable, "-c", MEASURE, how], capture_output=True, text=True, check=True).stdout)
         for how in ("kept", "given back")
     )
-    assert kept < 100
-    assert given_back > kept + 16  # 16,384 small pages, or 32 huge ones
+    assert kept < given_back / 3  # the first few look for their place
