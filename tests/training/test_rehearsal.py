@@ -19,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def check(config, dimensions, optimizer="adamw"):
     """Bytes of weights, gradients and optimizer state are those of the plan, to the byte."""
     held = rehearse(config, dimensions, "bf16", TrainingSettings(optimizer=optimizer))
-    copies, shards = dimensions.get("dp_replicate", 1), dimensions["dp_shard"]
-    layout = planner.Layout("", copies * shards, "", shards, shards, shards)
+    copies, shards, tensor = (dimensions.get(name, 1) for name in ("dp_replicate", "dp_shard", "tp"))
+    layout = planner.Layout("", copies * shards * tensor, "", shards, shards, shards, tensor)
     planned = planner.memory(config, footprint.count(config), layout, Workload(1, 8), optimizer)
     assert (held.weights, held.gradients, held.optimizer) == (planned.weights, planned.gradients, planned.optimizer)
     return held
@@ -44,6 +44,12 @@ def test_copies_of_shards():
     matrix = held.parameters["transformer.h.0.mlp.up_proj.weight"]
     assert matrix.device_mesh.mesh_dim_names == ("dp_replicate", "dp_shard")
     assert matrix.to_local().shape == (14336 / 8, 4096)
+
+
+def test_shards_of_divided_matrices():
+    held = check(preset("modern-7b", num_hidden_layers=2), {"dp_shard": 8, "tp": 8})
+    up, down = (held.parameters[f"transformer.h.0.mlp.{name}.weight"].to_local() for name in ("up_proj", "down_proj"))
+    assert up.shape == (14336 / 64, 4096) and down.shape == (4096 / 8, 14336 / 8)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -352,9 +352,10 @@ def describe(plan: Plan) -> Iterator[str]:
 
 def _rehearse(plan: Plan, chosen: Row) -> str:
     layout = chosen.layout
-    sizes = {"dp_replicate": layout.replicas // layout.weight_shards, "dp_shard": layout.weight_shards}
-    if not layout.gathers_weights or layout.tensor_parallel > 1:
+    if not layout.gathers_weights:
         return f"dry run    {layout.name} is not rehearsed, only fsdp2 and hsdp are"
+    copies = layout.replicas // layout.weight_shards
+    sizes = {"dp_replicate": copies, "dp_shard": layout.weight_shards, "tp": layout.tensor_parallel}
     sizes = {name: size for name, size in sizes.items() if size > 1}
     held = rehearse(plan.config, sizes, chosen.load.precision, plan.settings.training)
     parts = [

@@ -60,7 +60,8 @@ def pretended_layout(dimensions: dict[str, int], device: str) -> Layout:
         is_main_process=True,
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_offload=None, reshard_after_forward=True)),
     )
-    return Layout(accelerator, "hsdp" if "dp_replicate" in dimensions else "fsdp2", mesh)
+    strategy = "hsdp" if "dp_replicate" in dimensions else "fsdp2"
+    return Layout(accelerator, f"{strategy} x tp" if "tp" in dimensions else strategy, mesh)
 
 
 def rehearse(config: ScratchGPTConfig, dimensions: dict[str, int], precision: str, training: TrainingSettings) -> Held:
