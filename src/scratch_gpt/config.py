@@ -227,6 +227,9 @@ class ParallelSettings:
     """1f1b: one stage for each process; interleaved1f1b: two that lie apart, for less waiting and more communication."""
     pipeline_microbatches: int | None = None
     """Micro-batches of a step; left out: as training.device_batch_size says, or 4 for each process of the pipeline."""
+    timeout: float = 1800.0
+    """Seconds after which a run of several processes ends that wait for one of them, which is named. Longer than what one
+    does alone between two steps: saving, samples, benchmarks."""
 
 
 # ------------------------------------------------------------------------------------------------ verbs

@@ -46,17 +46,26 @@ def configuration(name, folder, processes, **sizes):
     return path
 
 
-def launch(
-    config, *runs, timeout=300, check=True, program=("-m", "tests.distributed.program"), port="0", **environment
-):
-    """Do ``runs``, each a list of arguments, in the processes that ``config`` starts; the finished launcher."""
+PROGRAM = ("-m", "tests.distributed.program")
+
+
+def launcher(config, runs, options=(), program=PROGRAM, port="0"):
+    """The command that does ``runs``, each a list of arguments, in the processes that ``config`` starts."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--main_process_port", port] if port is not None else []
-    command += [*program, json.dumps(runs)]
+    return [*command, *options, *program, json.dumps(runs)]
+
+
+def environment(**more):
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, **environment}
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, **more}
+
+
+def launch(config, *runs, timeout=300, check=True, options=(), program=PROGRAM, port="0", **more):
+    """Run :func:`launcher` with ``more`` in the environment; it has finished."""
+    command = launcher(config, runs, options, program, port)
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=timeout, env=environment, cwd=ROOT
+        command, capture_output=True, text=True, check=False, timeout=timeout, env=environment(**more), cwd=ROOT
     )
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done

@@ -63,9 +63,15 @@ for name in ("reduce_scatter_single", "reduce_scatter_tensor"):  # of torch 2.13
 Accelerator.end_training = lambda self: None  # the next run needs the processes
 torch.set_num_threads(1)
 
-if __name__ == "__main__":
+
+def run_all(runs):
+    """The exit code of the first that fails."""
     code = 0
-    for arguments in json.loads(sys.argv[1]):
+    for arguments in runs:
         code = code or main(arguments)
     dist.destroy_process_group()
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run_all(json.loads(sys.argv[1])))

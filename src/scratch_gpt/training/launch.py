@@ -1,6 +1,7 @@
 """The processes of a launch, as Accelerate sees them."""
 
 import os
+from datetime import timedelta
 
 from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
@@ -8,13 +9,17 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from scratch_gpt.errors import UserError
 
 
-def launched_processes() -> PartialState:
+def launched_processes(timeout: float | None = None) -> PartialState:
     """Device and rank of this process.
+
+    ``timeout``: the seconds of `--parallel.timeout`. torch's own time-out does not name a process that hangs and comes
+    after that of `watch.py`, which does.
 
     Raises:
         UserError: the launcher started several processes that Accelerate does not take as one run.
     """
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    patience = {} if timeout is None else {"timeout": timedelta(seconds=2 * timeout)}
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **patience)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != expected:
         raise UserError(

@@ -39,6 +39,7 @@ from scratch_gpt.training.schedule import learning_rate, rows_at
 from scratch_gpt.training.stop import StopRequest
 from scratch_gpt.training.utilisation import ModelFlops
 from scratch_gpt.training.validation import validate
+from scratch_gpt.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Loop:
             written=self.observer.written,
         )
         self.saver = Saver(layout, run_dir, model, tokenizer, settings.training)
+        self.watch = Watch(settings.parallel.timeout, layout.rank, layout.world)
         self.clock = Clock()
         self.flops = ModelFlops(layout.accelerator, layout.unwrap(model).config, data.context_length, state.precision)
 
@@ -103,6 +105,7 @@ class Loop:
         state, max_steps = self.state, self.settings.max_steps
         with (
             self.observer,
+            self.watch,
             StopRequest(self.settings.max_hours) as stop,
             progress_bar("pretraining", max_steps, state.step) as bar,
             self.saver,
@@ -123,9 +126,11 @@ class Loop:
             group["lr"] = rate
 
         self.observer.profiling.before_step(state.step + 1)
+        self.watch.at(f"reading the rows of step {state.step + 1:,}")
         asked = time.perf_counter()
         data = next(reader)
         data_seconds = time.perf_counter() - asked
+        self.watch.at(f"in step {state.step + 1:,}")
         loss = self._forward_backward(data)
         self.loss_scale.unscale(self.model.parameters())
         grad_norm = self.layout.clip_grad_norm(self.model.parameters(), self.training.max_grad_norm)
@@ -166,6 +171,7 @@ class Loop:
             "time": round(time.time(), 3),
         }
         last = state.step == max_steps
+        self.watch.at(f"recording step {state.step:,}")
         if state.step % self.training.save_every == 0 or last or stop_votes or self.observer.due():
             self.metrics.flush()  # a checkpoint may not know of steps whose lines a power failure takes
             self.saver.save(self.optimizer, state)

@@ -57,7 +57,7 @@ from scratch_gpt.training.schedule import learning_rate
 
 def pretrain_command(settings: PretrainSettings, looks: Looks | None = None) -> None:
     """`scratch-gpt pretrain`; ``looks`` at the model on the way come from rooms that this one does not know."""
-    state = launched_processes()
+    state = launched_processes(settings.parallel.timeout)
     check_precision(settings.training.precision, state.device)
     check_observation(settings.training, state.device)
     # One process looks at the run directory and holds its lock; the others wait until it is ready.

@@ -24,6 +24,7 @@ FREE |= {"dry_run", "max_hours"}
 # The data order does not depend on how many rows a step takes; the losses do.
 FREE |= {"training.total_batch_size", "training.device_batch_size"}
 FREE |= {"parallel.pipeline", "parallel.pipeline_schedule", "parallel.pipeline_microbatches"}
+FREE |= {"parallel.timeout"}
 
 # Nor what only watches.
 FREE |= {"training.trackers", "training.sample_every", "training.sample_prompts", "training.benchmark_every"}

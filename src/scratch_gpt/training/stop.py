@@ -3,8 +3,12 @@
 import math
 import signal
 import time
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Self
+
+import torch.distributed as dist
+
+from scratch_gpt.errors import StoppedOnRequest
 
 
 class StopRequest:
@@ -25,9 +29,14 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if kind is StoppedOnRequest and dist.is_initialized():
+            # The launcher sends SIGTERM when the first process has ended; the others are about to, with their own code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signalled and number == signal.SIGINT:
