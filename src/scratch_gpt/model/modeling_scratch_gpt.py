@@ -1015,6 +1015,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         need_any = need_hidden or need_weight or need_bias
         piece = max(1, (PIECE_SIZE_CPU if device_type == "cpu" else PIECE_SIZE) // weight.shape[0])  # rows
+        if torch.compiler.is_compiling():  # the compiler would unroll the pieces, and it joins the operations by itself
+            piece = chunk_size
 
         with torch.autocast(device_type, enabled=False):
             matrix = weight.to(dtype)
