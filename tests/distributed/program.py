@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from scratch_gpt.cli import main
+from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.loop import Loop
 
 reduced: set[str] = set()
@@ -50,12 +51,21 @@ def run(loop, original=Loop.run):
             "total": sum(p.numel() for p in parameters),
             "dtypes": sorted({str(p.dtype) for p in held}),
             "loss": sorted(loss_dtypes),
+            "began_empty": began_empty[-1],
             "reduced": sorted(reduced),
             "stages": len(getattr(loop.model, "stages", ())),
         }
         Path(loop.run_dir, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
 
 
+def spread(layout, model, precision, original=Layout.spread):
+    began_empty.append(all(parameter.is_meta for parameter in model.parameters()))
+    return original(layout, model, precision)
+
+
+began_empty: list[bool] = [False]
+"""Whether the model took no memory before it was spread."""
+Layout.spread = spread
 Loop.run = run
 for name in ("reduce_scatter_single", "reduce_scatter_tensor"):  # of torch 2.13, and before
     if hasattr(dist, name):

@@ -50,7 +50,7 @@ def test_data_parallel(single, shards, tmp_path):
 
 def assert_sharded(process, shards):
     assert process["dtensors"] == process["parameters"] and process["dtypes"] == ["torch.float32"]
-    assert process["held"] == pytest.approx(process["total"] / shards, rel=0.05)
+    assert process["held"] == pytest.approx(process["total"] / shards, rel=0.05) and process["began_empty"]
     assert process["reduced"] == ["torch.float32"] and process["loss"] == ["torch.float32"]
 
 
@@ -78,7 +78,7 @@ def test_hybrid_sharded(single, shards, tmp_path):
 
 def assert_divided(process, shards, tensor):
     """Matrices in ``shards * tensor`` parts; norms and biases of the residual stream in ``shards``."""
-    assert process["held"] < 1.15 * process["total"] / (shards * tensor)
+    assert process["held"] < 1.15 * process["total"] / (shards * tensor) and process["began_empty"]
     assert process["loss"] == ["torch.float32"]
 
 

@@ -80,7 +80,7 @@ def test_poisoned_data_leads_to_a_rollback_and_does_no_harm(clean, poison, corpu
 
     assert main([*arguments(unguarded, corpus, "--guard.sigmas", "0"), *LONG]) == 0
     assert not read_events(unguarded / "metrics.jsonl")
-    assert validation(unguarded) > validation(clean) + 0.06
+    assert validation(unguarded) > validation(clean) + 0.04
 
 
 def test_what_stays_high_is_accepted_and_ends_no_run(poison, corpus, tmp_path):

@@ -12,6 +12,8 @@ from scratch_gpt.config import TrainingSettings
 from scratch_gpt.data.batches import read_rows
 from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream
+from scratch_gpt.model.presets import preset
+from scratch_gpt.training.build import build_model
 from scratch_gpt.training.optimizer import build_optimizer, describe, load_state_tensors, state_tensors
 from scratch_gpt.training.schedule import learning_rate, rows_at
 from scratch_gpt.training.validation import as_validation, sum_of_losses
@@ -202,3 +204,32 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(document_mask):
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+SMALL = {
+    "hidden_size": 96,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modern-2m"])
+def test_weights_are_drawn_as_the_model_says_each_from_its_own_name(name):
+    config = preset(name, **SMALL, num_hidden_layers=2)
+    torch.manual_seed(0)
+    stock, ours, again = ScratchGPTForCausalLM(config), build_model(config, 1), build_model(config, 1)
+    other = build_model(preset(name, **SMALL, num_hidden_layers=3), 1)
+    assert not any(tensor.is_meta for tensor in ours.state_dict().values())
+    for key, weight in stock.named_parameters():
+        drawn = ours.get_parameter(key)
+        assert drawn.std().item() == pytest.approx(weight.std().item(), rel=0.1, abs=1e-6), key
+        assert drawn.mean().item() == pytest.approx(weight.mean().item(), abs=0.01), key
+        assert torch.equal(drawn, again.get_parameter(key)), key
+    for key, buffer in stock.named_buffers():
+        assert torch.equal(buffer, ours.get_buffer(key)), key
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    first, second = (ours.transformer.h[layer].mlp.up_proj.weight for layer in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, other.transformer.h[0].mlp.up_proj.weight)  # whatever else there is

@@ -1,14 +1,19 @@
 """From settings to a freshly initialised model that fits its tokenizer."""
 
+import copy
 import dataclasses
+import hashlib
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import set_seed
+from torch import nn
 
 from scratch_gpt.config import ModelSettings
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.model.presets import preset
+from scratch_gpt.training.layout import load_module, make_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,5 +50,37 @@ def configure(settings: ModelSettings, **of_tokenizer: Any) -> ScratchGPTConfig:
 
 def build_model(config: ScratchGPTConfig, seed: int) -> ScratchGPTForCausalLM:
     """A new model in float32, the same for the same seed."""
+    model = empty_model(config)
+    make_room(model, torch.device("cpu"))
+    initialise(model, seed)
     set_seed(seed)
-    return ScratchGPTForCausalLM(config)
+    return model
+
+
+def empty_model(config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
+    """A model that takes no memory yet, to be spread before it is filled."""
+    with torch.device("meta"):
+        return ScratchGPTForCausalLM(config)
+
+
+@torch.no_grad()
+def initialise(model: Any, seed: int) -> None:
+    """Draw the weights of ``model``, as it is spread: the same for the same seed however that is.
+
+    The random numbers of each module follow from the seed and its name. No more than one is ever whole.
+    """
+    filled: set[int] = set()
+    for name, module in model.named_modules():
+        own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+        if not own or all(id(parameter) in filled for parameter in own.values()):  # a tied head
+            continue
+        whole = copy.copy(module)
+        whole._parameters = {
+            **module._parameters,
+            **{key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()},
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+            model._init_weights(whole)
+        load_module(module, whole._parameters)
+        filled |= {id(parameter) for parameter in own.values()}

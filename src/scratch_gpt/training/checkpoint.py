@@ -8,17 +8,19 @@ that ``saver.py`` can do the second in the background.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scratch_gpt.console import say
 from scratch_gpt.data.mixture import Cursor
+from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, flush, new_folder, remove_folder, sha256, write_json
 from scratch_gpt.model import ScratchGPTForCausalLM
 from scratch_gpt.training.launch import launched_processes
@@ -165,6 +167,31 @@ def save_model(plain: Any, weights: dict[str, torch.Tensor], tokenizer: Any, fol
     """
     plain.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+
+
+class SavedWeights(Mapping[str, torch.Tensor]):
+    """The weights in a model's folder by name, each read when it is asked for.
+
+    Raises:
+        UserError: there are none in the form of safetensors, or one that is asked for is missing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self._place = folder, dict[str, Any]()
+        for file in sorted(folder.glob("model*.safetensors")):
+            opened = safe_open(file, framework="pt")
+            self._place |= dict.fromkeys(opened.keys(), opened)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._place:
+            raise UserError(f"{self.folder} holds no weight {name}: is it a model of this package, in safetensors?")
+        return self._place[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
 
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:

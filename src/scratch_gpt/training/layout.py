@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from scratch_gpt.errors import UserError
-from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock
+from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock, ScratchGPTRotaryEmbedding
 from scratch_gpt.training.launch import launched_accelerator
 from scratch_gpt.training.tensor_parallel import divide, partial_gradients
 
@@ -88,12 +88,16 @@ class Layout:
         return self.mesh is not None
 
     def spread(self, model: Any, precision: str) -> nn.Module:
-        """Put ``model``, whole and the same on every process, in force; returns what to call in its place.
+        """Put ``model`` in force, whole and the same on every process, or empty; returns what to call in its place.
+
+        An empty one (on torch's meta device) has memory for its parts then, to be filled.
 
         Raises:
             UserError: the layout that was asked for did not come true.
         """
-        model.to(self.device)
+        empty = next(model.parameters()).is_meta
+        if not empty:
+            model.to(self.device)
         spread: nn.Module = model
         if self.tensor_size > 1:
             assert self.mesh is not None
@@ -104,6 +108,9 @@ class Layout:
             devices = [self.device.index] if self.device.type == "cuda" else None
             spread = DistributedDataParallel(model, device_ids=devices)
         self._check_in_force(spread)
+        if empty:
+            offloads = self.shards_blocks and self._offload_policy() is not None
+            make_room(model, torch.device("cpu") if offloads else self.device)
         return spread
 
     def _shard(self, model: Any, precision: str) -> None:
@@ -114,9 +121,7 @@ class Layout:
         stream; blocks are gathered in the dtype that autocast would cast them to.
         """
         plugin = self.accelerator.state.fsdp_plugin
-        offload = OffloadPolicy()
-        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-            offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        offload = self._offload_policy() or OffloadPolicy()
 
         def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
             return MixedPrecisionPolicy(
@@ -134,6 +139,11 @@ class Layout:
                 **common,
             )
         fully_shard(model, mp_policy=policy(torch.float32), **common)
+
+    def _offload_policy(self) -> OffloadPolicy | None:
+        if isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+            return CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        return None
 
     def _check_in_force(self, model: nn.Module) -> None:
         if self.mesh is not None:
@@ -335,6 +345,23 @@ def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not isinstance(like, DTensor):
         return whole.to(like.device)
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def make_room(model: Any, device: torch.device) -> None:
+    """Give the empty ``model`` memory on ``device``, not filled but for what follows from the config."""
+    model.to_empty(device=device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    if model.config.position_embedding_type == "rope":
+        model.transformer.rotary_emb = ScratchGPTRotaryEmbedding(model.config).to(device)
+
+
+def load_module(module: nn.Module, whole: Mapping[str, torch.Tensor | None]) -> None:
+    """Fill the parameters that ``module`` itself has, as they are spread, from whole ones."""
+    for key, parameter in module.named_parameters(recurse=False):
+        value = whole[key]
+        assert value is not None
+        local(parameter).copy_(local(part_of(value.detach(), parameter)))
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from scratch_gpt.config import PretrainSettings
 from scratch_gpt.console import duration, progress_bar, say
@@ -21,6 +20,7 @@ from scratch_gpt.data.loader import ReadAhead, StepData, TrainingData
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.errors import StoppedOnRequest, UserError
 from scratch_gpt.training.checkpoint import (
+    SavedWeights,
     TrainerState,
     load_checkpoint,
     newest_checkpoint,
@@ -232,7 +232,7 @@ class Loop:
             return
         before = read_state(checkpoint)
         self.guard.rolled_back(before.guard)
-        load_weights(self.layout.unwrap(self.model), load_file(checkpoint / "model.safetensors"))
+        load_weights(self.layout.unwrap(self.model), SavedWeights(checkpoint))
         load_checkpoint(self.layout, checkpoint, self.optimizer)
         state.step, state.record = before.step, before.record
         state.learning_rate_scale *= self.settings.guard.rollback_learning_rate

@@ -22,11 +22,12 @@ from scratch_gpt.data.sources import split_documents
 from scratch_gpt.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, new_folder
-from scratch_gpt.model import ScratchGPTForCausalLM
+from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.training.allocator import keep_freed_memory
-from scratch_gpt.training.build import build_config, build_model
+from scratch_gpt.training.build import build_config, build_model, empty_model, initialise
 from scratch_gpt.training.checkpoint import (
     STATE,
+    SavedWeights,
     TrainerState,
     find_checkpoint,
     load_checkpoint,
@@ -42,7 +43,7 @@ from scratch_gpt.training.find_batch_size import is_out_of_memory, out_of_memory
 from scratch_gpt.training.float8 import check_tokens, use_float8
 from scratch_gpt.training.guard import summarise
 from scratch_gpt.training.launch import launched_processes
-from scratch_gpt.training.layout import Layout, choose_layout
+from scratch_gpt.training.layout import Layout, choose_layout, load_weights
 from scratch_gpt.training.loop import BatchShape, Loop
 from scratch_gpt.training.metrics import read_events
 from scratch_gpt.training.observe import Looks, check_observation
@@ -176,13 +177,17 @@ class Pretraining:
 
         self.checkpoint = newest_checkpoint(run_dir)
         self.origin = find_origin(settings) if self.checkpoint is None else None
-        if self.checkpoint is None:
+        self.layout = choose_layout()
+        self.source = self.checkpoint or self.origin
+        # Too large a model for one process is spread before it is filled.
+        self.empty = self.layout.is_sharded and settings.parallel.pipeline == 1
+        if self.empty:
             config = build_config(settings.model, self.tokenizer)
-            self.model = build_model(config, settings.seed)
-            if self.origin is not None:
-                self.model = ScratchGPTForCausalLM.from_pretrained(self.origin, dtype=torch.float32)
+            self.model = empty_model(ScratchGPTConfig.from_pretrained(self.source) if self.source else config)
+        elif self.source is None:
+            self.model = build_model(build_config(settings.model, self.tokenizer), settings.seed)
         else:
-            self.model = ScratchGPTForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+            self.model = ScratchGPTForCausalLM.from_pretrained(self.source, dtype=torch.float32)
         self.model.train()
         if manifest["vocab_size"] > self.model.config.vocab_size:
             raise UserError(
@@ -199,7 +204,6 @@ class Pretraining:
             settings.training.document_mask,
             self.model.config.vocab_size,
         )
-        self.layout = choose_layout()
         if settings.parallel.pipeline > 1:
             self.layout = choose_pipeline(self.layout, settings, self.model.config, self.context_length)
         self.shape = self._batch_shape(self.layout.data_size)
@@ -225,6 +229,10 @@ class Pretraining:
         """Train to the last step and write ``final/``; see :meth:`Loop.run` for what may end it before."""
         layout = self.layout
         model = layout.spread(self.model, self.arithmetic.precision)
+        if self.empty and self.source is not None:
+            load_weights(self.model, SavedWeights(self.source))
+        elif self.empty:
+            initialise(self.model, self.settings.seed)
         for number, line in enumerate(layout.describe(model, self.arithmetic.precision, self.data_fingerprint)):
             say(("layout     " if number == 0 else "           ") + line)
         torch.manual_seed(self.settings.seed + layout.random_rank)  # each part of the data has dropout of its own
