@@ -6,7 +6,6 @@
 The layout is put in force on a tiny model, so that one that does not come true is found before the large one is built.
 """
 
-import os
 import platform
 import socket
 import sys
@@ -19,6 +18,7 @@ from accelerate.utils import gather_object
 from scratch_gpt import __version__
 from scratch_gpt.config import DoctorSettings
 from scratch_gpt.console import say
+from scratch_gpt.data.workers import available_cores
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.training.layout import choose_layout
 from scratch_gpt.training.pipeline import choose_pipeline
@@ -30,7 +30,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", 
 
 def doctor_command(settings: DoctorSettings) -> None:
     """`scratch-gpt doctor`."""
-    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total
+    cores, memory = available_cores(), psutil.virtual_memory().total
     say(f"machine    {socket.gethostname()}, {platform.system()} {platform.machine()}, {cores} cores, {_size(memory)}")
     say(f"versions   scratch-gpt {__version__}, Python {sys.version.split()[0]}, {', '.join(_versions())}")
 
