@@ -320,8 +320,8 @@ def test_a_broken_record_stops_or_is_counted_and_finished_units_stay(corpus, tok
     settings = TextSettings(corpus=str(tmp_path / "a.jsonl"), validation_fraction=0.2, on_error="stop")
     with pytest.raises(UserError, match=r"a.jsonl, line 26: not JSON: Unterminated string.* --on-error skip"):
         prepare(settings, tokenizer_folder, tmp_path / "data", workers=2, unit_bytes=SMALL)
-    # finished is what has a record; a unit whose files are there and whose record is not will be done again
-    records = [json.loads(file.read_text()) for file in (tmp_path / "data" / ".prepare" / "units").glob("*")]
+    # finished is what has a record (not one that its worker was writing when it was ended); what has none is done again
+    records = [json.loads(file.read_text()) for file in (tmp_path / "data" / ".prepare" / "units").glob("*.json")]
     files = [tmp_path / "data" / f"{shard['name']}.bin" for record in records for shard in record["shards"]]
     finished = {file: file.stat().st_mtime_ns for file in files}
     settings.on_error = "skip"
