@@ -14,7 +14,7 @@ from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.model.presets import preset
 from scratch_gpt.training.build import build_model
-from scratch_gpt.training.optimizer import build_optimizer, describe, load_state_tensors, state_tensors
+from scratch_gpt.training.optimizer import build_optimizer, describe
 from scratch_gpt.training.schedule import learning_rate, rows_at
 from scratch_gpt.training.validation import as_validation, sum_of_losses
 
@@ -150,11 +150,11 @@ def test_optimizer_state_survives_a_file(tmp_path, optimizer_name):
     settings = TrainingSettings(optimizer=optimizer_name)
     optimizer = build_optimizer(model, settings)
     train(model, optimizer, 3)
-    save_file(state_tensors(optimizer), tmp_path / "optimizer.safetensors")
+    save_file(optimizer.state_tensors(), tmp_path / "optimizer.safetensors")
     twin = tiny_model()
     twin.load_state_dict(model.state_dict())
     restored = build_optimizer(twin, settings)
-    load_state_tensors(restored, load_file(tmp_path / "optimizer.safetensors"))
+    restored.load_state_tensors(load_file(tmp_path / "optimizer.safetensors"))
     for m, o in ((model, optimizer), (twin, restored)):
         train(m, o, 2)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):

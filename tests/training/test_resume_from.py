@@ -13,7 +13,6 @@ from scratch_gpt.config import TrainingSettings
 from scratch_gpt.training.checkpoint import find_checkpoint
 from scratch_gpt.training.loop import Loop
 from scratch_gpt.training.metrics import read_metrics
-from scratch_gpt.training.optimizer import state_tensors
 from scratch_gpt.training.schedule import learning_rate
 from tests.training.test_runs import STEPS, arguments, assert_same_run
 
@@ -47,7 +46,7 @@ def beginning(monkeypatch):
     def forward_backward(self, data, original=Loop._forward_backward):
         if not seen:
             seen["weights"] = {name: tensor.clone() for name, tensor in self.model.named_parameters()}
-            seen["optimizer"] = {name: tensor.clone() for name, tensor in state_tensors(self.optimizer).items()}
+            seen["optimizer"] = {name: tensor.clone() for name, tensor in self.optimizer.state_tensors().items()}
             seen["state"], seen["batches"] = vars(self.state).copy(), data.batches
         return original(self, data)
 

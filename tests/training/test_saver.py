@@ -22,7 +22,7 @@ from scratch_gpt.training import checkpoint
 from scratch_gpt.training.build import build_config, build_model
 from scratch_gpt.training.checkpoint import TrainerState, best_step, find_checkpoint, problem_with
 from scratch_gpt.training.layout import choose_layout
-from scratch_gpt.training.optimizer import build_optimizer, state_tensors
+from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.saver import Saver
 from tests.training.faults import KILLED, Faults, call
 
@@ -110,7 +110,7 @@ def test_steps_taken_while_a_save_is_under_way_do_not_change_it(tokenizer_folder
     begun = []
     monkeypatch.setattr(saver, "_begin", lambda job, *arguments: begun.append((job, arguments)))
     take_step(model, optimizer, 2)
-    before = [{name: t.clone() for name, t in ts.items()} for ts in (model.state_dict(), state_tensors(optimizer))]
+    before = [{name: t.clone() for name, t in ts.items()} for ts in (model.state_dict(), optimizer.state_tensors())]
     state = trainer_state(2)
     saver.save(optimizer, state)
     take_step(model, optimizer, 3)

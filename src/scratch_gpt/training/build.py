@@ -13,7 +13,7 @@ from scratch_gpt.config import ModelSettings
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.model.presets import preset
-from scratch_gpt.training.layout import load_module, make_room
+from scratch_gpt.training.layout import load_module, make_room, whole_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def initialise(model: Any, seed: int) -> None:
         whole = copy.copy(module)
         whole._parameters = {
             **module._parameters,
-            **{key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()},
+            **{key: nn.Parameter(torch.empty(whole_shape(p))) for key, p in own.items()},
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))

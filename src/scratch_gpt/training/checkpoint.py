@@ -25,7 +25,7 @@ from scratch_gpt.files import disk_errors, flush, new_folder, remove_folder, sha
 from scratch_gpt.model import ScratchGPTForCausalLM
 from scratch_gpt.training.launch import launched_processes
 from scratch_gpt.training.layout import Layout
-from scratch_gpt.training.optimizer import Optimizers, load_state_tensors, state_tensors
+from scratch_gpt.training.optimizer import Optimizers
 
 STATE = "trainer_state"
 MARKER = "complete.json"
@@ -65,7 +65,7 @@ class Snapshot:
     weights: dict[str, torch.Tensor]
     """As :func:`weight_tensors`, whole."""
     optimizer: dict[str, torch.Tensor]
-    """As :func:`state_tensors`, whole."""
+    """As :meth:`Optimizers.state_tensors`, whole."""
     rng: dict[str, torch.Tensor]
     """By kind of generator, each (processes, bytes)."""
     state: dict[str, Any]
@@ -81,7 +81,7 @@ def take_snapshot(
     """
     return Snapshot(
         weights=layout.gather(weight_tensors(layout.unwrap(model)), copy),
-        optimizer=layout.gather(state_tensors(optimizer), copy),
+        optimizer=layout.gather(optimizer.state_tensors(), copy),
         rng={
             kind: layout.accelerator.gather(own.unsqueeze(0).to(layout.device)).cpu()
             for kind, own in _rng_states().items()
@@ -229,7 +229,7 @@ def load_checkpoint(layout: Layout, folder: Path, optimizer: Optimizers) -> Trai
 
 def load_optimizer(folder: Path, optimizer: Optimizers) -> None:
     """Raises a UserError if the checkpoint's optimizer is of another kind."""
-    load_state_tensors(optimizer, load_file(folder / STATE / "optimizer.safetensors"))
+    optimizer.load_state_tensors(load_file(folder / STATE / "optimizer.safetensors"))
 
 
 def _rng_states() -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from scratch_gpt.console import say
 from scratch_gpt.data.workers import available_cores
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.training.layout import choose_layout
+from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.pipeline import choose_pipeline
 from scratch_gpt.training.precision import check_precision, has_bf16
 from scratch_gpt.training.recompute import checkpoint_activations
@@ -35,6 +36,7 @@ def doctor_command(settings: DoctorSettings) -> None:
     say(f"versions   scratch-gpt {__version__}, Python {sys.version.split()[0]}, {', '.join(_versions())}")
 
     layout = choose_layout()
+    layout.check(settings.training)
     tiny = ScratchGPTConfig(
         vocab_size=256,
         hidden_size=64,
@@ -56,7 +58,8 @@ def doctor_command(settings: DoctorSettings) -> None:
     torch.manual_seed(settings.seed)
     model = ScratchGPTForCausalLM(tiny).train()
     checkpoint_activations(model, settings.training)
-    for number, line in enumerate(layout.describe(layout.spread(model, precision), precision, "")):
+    spread, _ = layout.engage(layout.spread(model, precision), build_optimizer(model, settings.training))
+    for number, line in enumerate(layout.describe(spread, precision, "")):
         say(("layout     " if number == 0 else "           ") + line)
     say("           (numbers of a tiny model, on which it was tried)")
     layout.accelerator.end_training()

@@ -1,12 +1,16 @@
 """The processes of a launch, as Accelerate sees them."""
 
+import functools
 import os
 from datetime import timedelta
 
 from accelerate import Accelerator, ParallelismConfig, PartialState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env, patch_environment
 
 from scratch_gpt.errors import UserError
+
+WITHOUT_DEEPSPEED = functools.partial(patch_environment, ACCELERATE_USE_DEEPSPEED="false")
+"""`zero.py` sets DeepSpeed up by itself, alike on all devices; on CPUs Accelerate drops it without a word."""
 
 
 def launched_processes(timeout: float | None = None) -> PartialState:
@@ -19,7 +23,8 @@ def launched_processes(timeout: float | None = None) -> PartialState:
         UserError: the launcher started several processes that Accelerate does not take as one run.
     """
     patience = {} if timeout is None else {"timeout": timedelta(seconds=2 * timeout)}
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **patience)
+    with WITHOUT_DEEPSPEED():
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **patience)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != expected:
         raise UserError(
@@ -28,6 +33,8 @@ def launched_processes(timeout: float | None = None) -> PartialState:
             "configs/accelerate/ddp_cpu.yaml."
         )
     _let_cpus_shard(state)
+    if state.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, takes the GPU, or warns of none
     return state
 
 
@@ -44,7 +51,8 @@ def launched_accelerator() -> Accelerator:
             and (asked := ParallelismConfig().total_size) != world
         ):
             raise ValueError(f"parallelism_config asks for {asked} processes, the launcher started {world}")
-        return Accelerator()
+        with WITHOUT_DEEPSPEED():
+            return Accelerator()
     except (ValueError, ImportError) as error:
         raise UserError(f"this launch is refused: {error}") from error
 

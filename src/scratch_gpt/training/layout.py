@@ -12,7 +12,7 @@ hold whole tensors by name and say nothing of the layout, so that any layout goe
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from scratch_gpt.config import TrainingSettings
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock, ScratchGPTRotaryEmbedding
 from scratch_gpt.training.launch import launched_accelerator
 from scratch_gpt.training.tensor_parallel import divide, partial_gradients
+
+if TYPE_CHECKING:
+    from scratch_gpt.training.optimizer import Optimizers
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -86,6 +90,9 @@ class Layout:
     def is_sharded(self) -> bool:
         """Whether a process holds only parts of the model."""
         return self.mesh is not None
+
+    def check(self, settings: TrainingSettings) -> None:
+        """Raises a UserError if this layout cannot do what ``settings`` ask for."""
 
     def spread(self, model: Any, precision: str) -> nn.Module:
         """Put ``model`` in force, whole and the same on every process, or empty; returns what to call in its place.
@@ -163,6 +170,14 @@ class Layout:
         elif (self.strategy == "ddp") != isinstance(model, DistributedDataParallel):
             raise UserError(f"{self.strategy} was asked for, but the model is a {type(model).__name__}")
 
+    def engage(self, model: nn.Module, optimizers: "Optimizers") -> tuple[nn.Module, "Optimizers"]:
+        """What to call in the place of a model that is spread and filled, and of the optimizers over its parameters."""
+        return model, optimizers
+
+    def load_weights(self, model: nn.Module, whole: Mapping[str, torch.Tensor]) -> None:
+        """Fill ``model``, which is in training, from whole tensors by name."""
+        load_weights(self.unwrap(model), whole)
+
     @staticmethod
     def unwrap(model: nn.Module) -> Any:
         return model.module if isinstance(model, DistributedDataParallel) else model
@@ -182,6 +197,10 @@ class Layout:
         yield
         if last and self.tensor_size > 1:
             self._complete_gradients(model)
+
+    def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
+        """The backward pass of one micro-batch."""
+        loss.backward()
 
     def _complete_gradients(self, model: Any) -> None:
         assert self.mesh is not None
@@ -206,13 +225,14 @@ class Layout:
         """What this process's gradient counts for: of equal copies on several processes each is a part."""
         return num_shards(parameter) / self.world
 
+    def own_gradients(self, parameters: Iterable[nn.Parameter]) -> tuple[list[torch.Tensor], list[float]]:
+        """The gradients that this process holds, and the :meth:`share` of each."""
+        there_is = [parameter for parameter in parameters if parameter.grad is not None]
+        return [local(parameter.grad) for parameter in there_is], [self.share(parameter) for parameter in there_is]
+
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
         """Scale the gradients so that their norm over the whole model is at most ``max_norm``; returns what it was."""
-        pieces, shares = [], []
-        for parameter in parameters:
-            if parameter.grad is not None:
-                pieces.append(local(parameter.grad))
-                shares.append(self.share(parameter))
+        pieces, shares = self.own_gradients(parameters)
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         norms = torch.stack(torch._foreach_norm(pieces)).to(self.device, exact)
         squares = norms.square() * torch.tensor(shares, dtype=exact, device=self.device)
@@ -251,7 +271,7 @@ class Layout:
         parameters = list(model.parameters())
         blocks = [block for block in self.unwrap(model).transformer.h if isinstance(block, ScratchGPTBlock)]
         sharded = sum(num_shards(parameter) > 1 for parameter in parameters)
-        held, number = sum(local(p).numel() for p in parameters), sum(p.numel() for p in parameters)
+        held, number = sum(local(p).numel() for p in parameters), sum(whole_shape(p).numel() for p in parameters)
         recomputed = sum(block.gradient_checkpointing for block in blocks)
         compiled = sum(block._compiled_call_impl is not None for block in blocks)
         line = (
@@ -280,10 +300,13 @@ def choose_layout() -> Layout:
     Raises:
         UserError: it asks for what is not supported, or would not be in force.
     """
-    for flag, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
-        if parse_flag_from_env(flag):
-            raise UserError(f"{name} is not supported: take one of configs/accelerate/")
+    if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError("Megatron-LM is not supported: take one of configs/accelerate/")
     accelerator = launched_accelerator()
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        from scratch_gpt.training.zero import choose_zero  # which knows this module
+
+        return choose_zero(accelerator)
     world: int = accelerator.num_processes
     shard_blocks = parse_flag_from_env("ACCELERATE_USE_FSDP")
     sizes: ParallelismConfig = accelerator.parallelism_config or ParallelismConfig(
@@ -326,11 +349,32 @@ def _check_plugin(accelerator: Accelerator) -> None:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of ``tensor`` that this process holds; what changes in it changes in ``tensor``."""
+    if is_zero3(tensor):
+        start, end = _zero3_range(tensor)
+        return tensor.ds_tensor.detach()[: end - start]
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of ``tensor`` with all its parts."""
+    return tensor.ds_shape if is_zero3(tensor) else tensor.shape
+
+
+def is_zero3(tensor: torch.Tensor) -> bool:
+    """Whether it is a parameter that DeepSpeed's ZeRO-3 has cut into parts, the rows one after the other."""
+    return hasattr(tensor, "ds_tensor")
+
+
+def _zero3_range(parameter: Any) -> tuple[int, int]:
+    """Which numbers of the flattened parameter this process holds; the last part may be short, or empty."""
+    size, rank = parameter.ds_tensor.ds_numel, parameter.ds_zero_partition_rank
+    return min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
 
 
 def num_shards(tensor: torch.Tensor) -> int:
     """In how many different parts ``tensor`` lies on the processes; 1 where each has all of it."""
+    if is_zero3(tensor):
+        return tensor.ds_zero_partition_world_size
     if not isinstance(tensor, DTensor):
         return 1
     shards = 1
@@ -342,6 +386,9 @@ def num_shards(tensor: torch.Tensor) -> int:
 
 def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``whole``, of which every process has a copy, as ``like`` is held."""
+    if is_zero3(like):
+        start, end = _zero3_range(like)
+        return whole.flatten()[start:end].to(like.ds_tensor.device)
     if not isinstance(like, DTensor):
         return whole.to(like.device)
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -27,7 +27,7 @@ from scratch_gpt.training.checkpoint import (
     read_state,
 )
 from scratch_gpt.training.guard import Guard
-from scratch_gpt.training.layout import Layout, load_weights
+from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.loss_scale import LossScale
 from scratch_gpt.training.metrics import MetricsFile, speed
 from scratch_gpt.training.observe import Looks, Observer
@@ -208,7 +208,7 @@ class Loop:
                         shift_labels=batch.labels,
                         num_items_in_batch=data.num_targets,
                     ).loss
-                (micro_loss * factor).backward()
+                self.layout.backward(self.model, micro_loss * factor)
             loss += micro_loss.detach()
         return loss
 
@@ -232,7 +232,7 @@ class Loop:
             return
         before = read_state(checkpoint)
         self.guard.rolled_back(before.guard)
-        load_weights(self.layout.unwrap(self.model), SavedWeights(checkpoint))
+        self.layout.load_weights(self.model, SavedWeights(checkpoint))
         load_checkpoint(self.layout, checkpoint, self.optimizer)
         state.step, state.record = before.step, before.record
         state.learning_rate_scale *= self.settings.guard.rollback_learning_rate

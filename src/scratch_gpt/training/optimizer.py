@@ -5,7 +5,7 @@ matrix before it is applied (Jordan et al., 2024, kellerjordan.github.io/posts/m
 an AdamW update, so that both take the same learning rate and weight decay (Liu et al., 2025, arXiv:2502.16982).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.errors import UserError
-from scratch_gpt.training.layout import part_of
+from scratch_gpt.training.layout import part_of, whole_shape
 from scratch_gpt.training.muon import Muon
 
 EPSILON = 1e-8
@@ -41,6 +41,37 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The state as flat tensors named {parameter}.{state}, each as its parameter is spread."""
+        return {
+            f"{name}.{key}": value.detach()
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            for key, value in optimizer.state[parameter].items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Inverse of :meth:`state_tensors`, from whole tensors, for optimizers over parameters of the same names.
+
+        Raises:
+            UserError: they are the state of another kind of optimizer.
+        """
+        for optimizer in self.optimizers:
+            groups = optimizer.param_groups
+            parameters = [parameter for group in groups for parameter in group["params"]]
+            names = [name for group in groups for name in group["param_names"]]
+            states = states_by_name(tensors, names, type(optimizer).__name__)
+            spread = {
+                index: {
+                    key: part_of(value, parameter) if value.shape == parameter.shape else value
+                    for key, value in states[name].items()
+                }
+                for index, (name, parameter) in enumerate(zip(names, parameters, strict=True))
+                if name in states
+            }
+            optimizer.load_state_dict({"state": spread, "param_groups": optimizer.state_dict()["param_groups"]})
+
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizers:
     """Matrices of the blocks decay; embeddings (the tied head with them), the head, norms and biases do not."""
@@ -48,7 +79,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizers:
     matrices: list[tuple[str, nn.Parameter]] = []
     others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
-        in_a_block = parameter.ndim >= 2 and id(parameter) not in embeddings and not name.startswith("lm_head")
+        in_a_block = len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings and not name.startswith("lm_head")
         (matrices if in_a_block else others).append((name, parameter))
     decayed = [{"params": some, "weight_decay": settings.weight_decay} for some in alike(matrices)]
     rest = [{"params": some, "weight_decay": 0.0} for some in alike(others)]
@@ -74,7 +105,7 @@ def describe(optimizers: Optimizers) -> Iterator[str]:
     for optimizer in optimizers.optimizers:
         for group in optimizer.param_groups:
             modules = sorted({_kind(name) for name in group["param_names"]})
-            number = sum(parameter.numel() for parameter in group["params"])
+            number = sum(whole_shape(parameter).numel() for parameter in group["params"])
             yield (
                 f"{type(optimizer).__name__:<5}  decay {group['weight_decay']:<5g}  {number:>13,} parameters in "
                 f"{len(group['params']):>3} tensors: {', '.join(modules)}"
@@ -86,46 +117,22 @@ def _kind(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("transformer", "h") and not part.isdigit())
 
 
-def state_tensors(optimizers: Optimizers) -> dict[str, torch.Tensor]:
-    """The state as flat tensors named {parameter}.{state}, each as its parameter is spread."""
-    return {
-        f"{name}.{key}": value.detach()
-        for optimizer in optimizers.optimizers
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def load_state_tensors(optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of :func:`state_tensors`, from whole tensors, for optimizers over parameters of the same names.
+def states_by_name(tensors: Mapping[str, torch.Tensor], names: list[str], kind: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Of what :meth:`Optimizers.state_tensors` gave, the state of the parameters with these names.
 
     Raises:
-        UserError: they are the state of another kind of optimizer.
+        UserError: it is that of another kind of optimizer than ``kind``.
     """
-    parameters = {
-        name: parameter
-        for group in optimizers.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    }
     states: dict[str, dict[str, torch.Tensor]] = {}
+    known = set(names)
     for key, value in tensors.items():
         name, _, state = key.rpartition(".")
-        if name in parameters:
-            like = parameters[name]
-            states.setdefault(name, {})[state] = part_of(value, like) if value.shape == like.shape else value
-    for optimizer in optimizers.optimizers:
-        names = [name for group in optimizer.param_groups for name in group["param_names"]]
-        kept = STATE_OF[type(optimizer).__name__]
-        for name in names:
-            if name in states and states[name].keys() != kept:
-                raise UserError(
-                    f"the state of {name} is that of another optimizer than {type(optimizer).__name__}: take the "
-                    "--training.optimizer that it was saved with, or leave its state behind (--resume-optimizer false)"
-                )
-        optimizer.load_state_dict(
-            {
-                "state": {index: states[name] for index, name in enumerate(names) if name in states},
-                "param_groups": optimizer.state_dict()["param_groups"],
-            }
-        )
+        if name in known:
+            states.setdefault(name, {})[state] = value
+    for name, state in states.items():
+        if state.keys() != STATE_OF[kind]:
+            raise UserError(
+                f"the state of {name} is that of another optimizer than {kind}: take the --training.optimizer that it was "
+                "saved with, or leave its state behind (--resume-optimizer false)"
+            )
+    return states

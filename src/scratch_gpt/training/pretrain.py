@@ -178,6 +178,7 @@ class Pretraining:
         self.checkpoint = newest_checkpoint(run_dir)
         self.origin = find_origin(settings) if self.checkpoint is None else None
         self.layout = choose_layout()
+        self.layout.check(settings.training)
         self.source = self.checkpoint or self.origin
         # Too large a model for one process is spread before it is filled.
         self.empty = self.layout.is_sharded and settings.parallel.pipeline == 1
@@ -233,10 +234,10 @@ class Pretraining:
             load_weights(self.model, SavedWeights(self.source))
         elif self.empty:
             initialise(self.model, self.settings.seed)
+        model, optimizer = layout.engage(model, build_optimizer(self.model, self.settings.training))
         for number, line in enumerate(layout.describe(model, self.arithmetic.precision, self.data_fingerprint)):
             say(("layout     " if number == 0 else "           ") + line)
         torch.manual_seed(self.settings.seed + layout.random_rank)  # each part of the data has dropout of its own
-        optimizer = build_optimizer(self.model, self.settings.training)
         state = TrainerState(
             step=0,
             tokens=0,

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.training.layout import Layout, local
-from scratch_gpt.training.optimizer import build_optimizer, state_tensors
+from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.precision import autocast
 
 TOKENS = 8
@@ -86,7 +86,7 @@ def rehearse(config: ScratchGPTConfig, dimensions: dict[str, int], precision: st
                 optimizer.step()
         parameters = dict(model.named_parameters())
         gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-        moments = [value for value in state_tensors(optimizers).values() if value.ndim]
+        moments = [value for value in optimizers.state_tensors().values() if value.ndim]
         return Held(_bytes(parameters.values()), _bytes(gradients), _bytes(moments), parameters)
 
 
