@@ -27,13 +27,13 @@ from scratch_gpt.alignment.scoring import RewardError
 from scratch_gpt.config import PPOSettings
 from scratch_gpt.console import duration, progress_bar, say
 from scratch_gpt.errors import StoppedOnRequest, UserError
-from scratch_gpt.evaluation.evaluate import load_model
 from scratch_gpt.files import disk_errors, new_folder, write_text
-from scratch_gpt.publishing.model_card import hardware
+from scratch_gpt.training.build import load_model
 from scratch_gpt.training.launch import launched_processes
 from scratch_gpt.training.metrics import MetricsFile, read_metrics
 from scratch_gpt.training.run import CONFIG, record_settings, run_directory, stored_settings
 from scratch_gpt.training.stop import StopRequest
+from scratch_gpt.training.utilisation import hardware
 
 TOLD = 10
 """Lines of progress in a run."""

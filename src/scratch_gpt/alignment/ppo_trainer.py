@@ -38,6 +38,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from scratch_gpt.alignment.chat import encode_prompt, end_of_turn
 from scratch_gpt.alignment.ppo_config import PPOConfig
 from scratch_gpt.alignment.ppo_math import (
     KLController,
@@ -55,8 +56,6 @@ from scratch_gpt.alignment.rollout import (
     base_of,
     completion_logits,
     concatenate,
-    encode_prompt,
-    end_of_turn,
     entropy,
     generate,
     position_arguments,

@@ -1,14 +1,19 @@
 """What a completion is worth: a reward model of ours, any sequence classifier with one score, or a Python function."""
 
+import importlib
 import math
 import numbers
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from scratch_gpt.errors import UserError
 
 RewardFunction = Callable[..., Sequence[float]]
 Reward: TypeAlias = str | PreTrainedModel | RewardFunction
@@ -159,6 +164,35 @@ def load_rewards(
         else:
             raise TypeError(f"{reward!r} is neither a path, a model nor a function")
     return loaded
+
+
+def reward_function(name: str) -> RewardFunction:
+    """The function `module:function`, its module looked for in the current folder, too.
+
+    Raises:
+        UserError: there is none.
+    """
+    module_name, _, function_name = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name) if module_name and function_name else None
+    except ImportError as error:
+        raise UserError(f"--reward {name}: cannot import {module_name} here ({error})") from error
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"--reward {name}: give MODULE:FUNCTION, such as rewards:politeness of a rewards.py here")
+    return function
+
+
+def check_reward(reward_model: str | None, reward: str | None) -> list[str]:
+    """What is wrong with a choice of reward, as far as it can be known before it is loaded."""
+    if (reward_model is None) == (reward is None):
+        return ["give one of --reward-model FOLDER and --reward MODULE:FUNCTION"]
+    if reward_model is not None and not (Path(reward_model) / "config.json").is_file():
+        return [f"--reward-model: {reward_model} holds no model (no config.json)"]
+    return []
 
 
 def score(reward: RewardModel | FunctionReward, rollout: Completions) -> torch.Tensor:
