@@ -605,17 +605,18 @@ class GRPOTrainingSettings(GroupTrainingSettings):
 
 
 @dataclass
-class GroupSettings(StageSettings):
-    """What GRPO and RLOO have in common."""
+class DrawingSettings(StageSettings):
+    """What the stages that draw completions have in common."""
 
     reward_model: str | None = None
     """Folder of a sequence classifier with one score (its tokenizer may be another)."""
     reward: str | None = None
-    """A Python function instead, as module:function: f(prompts, completions, completion_ids, **columns) -> scores."""
+    """A Python function instead, as module:function: f(prompts, completions, completion_ids, **columns) -> scores;
+    left out for the bundled data: 1 for one whole sentence."""
 
 
 @dataclass
-class GRPOSettings(GroupSettings):
+class GRPOSettings(DrawingSettings):
     """Group relative policy optimisation: reinforcement learning without a value function."""
 
     run_dir: str = "runs/grpo"
@@ -624,7 +625,7 @@ class GRPOSettings(GroupSettings):
 
 
 @dataclass
-class RLOOSettings(GroupSettings):
+class RLOOSettings(DrawingSettings):
     """REINFORCE with a leave-one-out baseline: reinforcement learning, at its simplest."""
 
     run_dir: str = "runs/rloo"
@@ -699,33 +700,13 @@ class PPOTrainingSettings:
 
 
 @dataclass
-class PPOSettings:
+class PPOSettings(DrawingSettings):
     """Reinforcement learning with PPO from a reward model or function. The same command goes on after an interruption."""
 
-    model: str = "runs/sft/final"
-    """Folder of the model to begin with, which is also the reference of the KL penalty."""
-    reward_model: str | None = None
-    """Folder of a sequence classifier with one score (its tokenizer may be another)."""
-    reward: str | None = None
-    """A Python function instead, as module:function: f(prompts, completions, completion_ids, **columns) -> scores."""
-    prompts: str = "prompts.jsonl"
-    """JSON Lines with a field prompt: text, or a list of messages; the other fields go to the reward function."""
-    validation_prompts: str | None = None
-    """Likewise, for evaluation on the way."""
     run_dir: str = "runs/ppo"
     """Folder for everything the run writes."""
     max_steps: int = 800
     """Optimizer steps of the whole run; a rollout takes mini_batches x epochs of them."""
-    seed: int = 1337
-    """Decides the completions and the order of the prompts."""
-    fresh: bool = False
-    """Delete what an earlier run left in run_dir and start over."""
-    max_hours: float | None = None
-    """Save and stop after this time (exit code 75); the same command goes on."""
-    lora_rank: int | None = None
-    """Train LoRA adapters of this rank on all linear layers instead of all weights."""
-    merge_adapters: bool = True
-    """Write them into the weights of final/, which is then a model like any other."""
     ppo: PPOTrainingSettings = field(default_factory=PPOTrainingSettings)
 
 

@@ -4,6 +4,7 @@ What a person wrote stays text. A user who types `<|im_end|>` gets those ten cha
 else whoever writes the prompt could put words into the assistant's mouth. Special tokens come from the template alone.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -17,14 +18,24 @@ _DISGUISE = 0xF0000
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of ``text`` as it stands, without special tokens, whatever it holds."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    """Ids of ``text`` as it stands, without special tokens, whatever it holds.
+
+    Raises:
+        ValueError: the tokenizer knows no other way to write a special token that the text holds than by that token.
+    """
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    if smuggled := sorted({id for id in ids if id in _special_ids(tokenizer)}):
+        raise ValueError(
+            f"the text {text[:80]!r} holds the special token {tokenizer.convert_ids_to_tokens(smuggled[0])}, which this "
+            "tokenizer cannot take for text: take it out"
+        )
+    return ids
 
 
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Ids of a conversation, and for each whether the assistant would have to write it (1) or not (0).
+    """Ids of a conversation, and for each whether the template says that the assistant writes it (1) or not (0).
 
     ``answer``: up to where the assistant begins to answer.
 
@@ -33,18 +44,19 @@ def encode_chat(
     """
     require_template(tokenizer)
     disguised, secrets = _disguise(tokenizer, messages)
+    marked = _marks_the_assistant(tokenizer)
     try:
         encoded = tokenizer.apply_chat_template(
             disguised,
             add_generation_prompt=answer,
             return_dict=True,
-            return_assistant_tokens_mask=not answer,
+            return_assistant_tokens_mask=marked and not answer,
             tokenizer_kwargs={"return_offsets_mapping": True} if secrets else {},
         )
     except Exception as error:  # templates raise what they like
         raise ValueError(f"the chat template does not take these messages: {error}") from error
     ids = list(encoded["input_ids"])
-    mask = [0] * len(ids) if answer else list(encoded["assistant_masks"])
+    mask = list(encoded["assistant_masks"]) if marked and not answer else [0] * len(ids)
     if secrets:
         text = tokenizer.apply_chat_template(disguised, add_generation_prompt=answer, tokenize=False)
         ids, mask = _undisguise(tokenizer, text, ids, mask, encoded["offset_mapping"])
@@ -99,6 +111,10 @@ def _is_disguised(character: str) -> bool:
     return bool(character) and _DISGUISE <= ord(character) < _DISGUISE + 0xFFFE
 
 
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """How the tokens are written that text may not become."""
     return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -113,10 +129,14 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def _marks_the_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
+
+
 def require_generation_marks(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises a ValueError if the template does not say which tokens are the assistant's, the end of its turn included."""
     require_template(tokenizer)
-    if "generation" not in str(tokenizer.chat_template):
+    if not _marks_the_assistant(tokenizer):
         raise ValueError(
             "the tokenizer's chat template does not mark what the assistant writes: put {% generation %} before the "
             "assistant's content and {% endgeneration %} after the token that ends its turn"

@@ -19,12 +19,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from scratch_gpt.alignment.chat import encode_prompt, stop_tokens
 from scratch_gpt.alignment.models import context_of, load_for_training
 from scratch_gpt.alignment.records import learning_data, prompts
-from scratch_gpt.alignment.scoring import Completions, check_reward, load_rewards, reward_function, score
+from scratch_gpt.alignment.scoring import Completions, check_reward, load_rewards, reward_function, reward_of, score
 from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
-from scratch_gpt.config import GroupSettings, GroupTrainingSettings, GRPOSettings, RLOOSettings
+from scratch_gpt.config import DrawingSettings, GroupTrainingSettings, GRPOSettings, RLOOSettings
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
-from scratch_gpt.training.build import load_model
 
 
 class EncodedPrompts:
@@ -52,9 +51,9 @@ def rloo_command(settings: RLOOSettings) -> None:
     run_stage(settings, "rloo", build_rloo, lambda settings: check(settings, "rloo"))
 
 
-def check(settings: GroupSettings, verb: str) -> None:
+def check(settings: DrawingSettings, verb: str) -> None:
     group: GroupTrainingSettings = getattr(settings, verb)
-    problems = check_reward(settings.reward_model, settings.reward)
+    problems = check_reward(settings)
     if group.batch_size % group.num_generations:
         problems.append(
             f"--{verb}.batch_size is {group.batch_size} completions; it must be a multiple of {group.num_generations} "
@@ -80,7 +79,7 @@ def build_rloo(settings: RLOOSettings, run_dir: Path) -> Stage:
 
 
 def _build(
-    settings: GroupSettings, verb: str, run_dir: Path, trainer_class: Any, config_class: Any, own: dict[str, Any]
+    settings: DrawingSettings, verb: str, run_dir: Path, trainer_class: Any, config_class: Any, own: dict[str, Any]
 ) -> Stage:
     group: GroupTrainingSettings = getattr(settings, verb)
     model, tokenizer = load_for_training(settings)
@@ -91,7 +90,7 @@ def _build(
             f"{context_of(model)} tokens"
         )
     data = learning_data(settings, prompts, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest)
-    data.facts["reward"] = f"`{settings.reward_model or settings.reward}`"
+    data.facts["reward"] = f"`{reward_of(settings)}`"
     stop_ids = stop_tokens(tokenizer, data.chat)
     model.generation_config.eos_token_id = stop_ids
     reward = scorer(settings, tokenizer, stop_ids)
@@ -118,18 +117,25 @@ def _build(
         processing_class=tokenizer,
         peft_config=lora(settings, "CAUSAL_LM"),
     )
-    if (
-        trainer.ref_model is not None
-    ):  # TRL has read it from where the model came from; that the weights are its own is seen to here
-        trainer.accelerator.unwrap_model(trainer.ref_model).load_state_dict(load_model(settings.model)[0].state_dict())
+    _check_reference(trainer)
     describe_model(settings, trainer.model)
-    say(f"reward     {settings.reward_model or settings.reward}")
+    say(f"reward     {reward_of(settings)}")
     return Stage(trainer, tokenizer, describe, steps_per_rollout=group.num_iterations, facts=data.facts)
 
 
-def scorer(settings: GroupSettings, tokenizer: Any, stop_ids: list[int]) -> Callable[..., list[float]]:
+def _check_reference(trainer: Any) -> None:
+    """TRL reads the reference from where the policy says that it came from: it must be what the policy begins as."""
+    if trainer.ref_model is None:
+        return
+    policy, reference = (trainer.accelerator.unwrap_model(m) for m in (trainer.model, trainer.ref_model))
+    theirs = dict(reference.named_parameters())
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter.cpu(), theirs[name].cpu()), f"the reference has another {name}"
+
+
+def scorer(settings: DrawingSettings, tokenizer: Any, stop_ids: list[int]) -> Callable[..., list[float]]:
     """The reward as TRL calls it: what it gives is checked, and what it raises is told."""
-    chosen = settings.reward_model or reward_function(str(settings.reward))
+    chosen = settings.reward_model or reward_function(reward_of(settings))
     (reward,) = load_rewards(chosen, None, tokenizer, stop_ids)
     if isinstance(getattr(reward, "model", None), torch.nn.Module) and torch.cuda.is_available():
         reward.model.cuda()  # type: ignore[union-attr]

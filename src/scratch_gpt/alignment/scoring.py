@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from scratch_gpt.alignment import bundled
+from scratch_gpt.config import DrawingSettings
 from scratch_gpt.errors import UserError
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -186,12 +188,19 @@ def reward_function(name: str) -> RewardFunction:
     return function
 
 
-def check_reward(reward_model: str | None, reward: str | None) -> list[str]:
+def reward_of(settings: DrawingSettings) -> str:
+    """The folder or function that the settings name; for the bundled data there is one."""
+    if settings.reward_model is None and settings.reward is None and settings.data == bundled.NAME:
+        return f"{bundled.__name__}:{bundled.whole_sentence.__name__}"
+    return settings.reward_model or settings.reward or ""
+
+
+def check_reward(settings: DrawingSettings) -> list[str]:
     """What is wrong with a choice of reward, as far as it can be known before it is loaded."""
-    if (reward_model is None) == (reward is None):
+    if not reward_of(settings) or (settings.reward_model is not None and settings.reward is not None):
         return ["give one of --reward-model FOLDER and --reward MODULE:FUNCTION"]
-    if reward_model is not None and not (Path(reward_model) / "config.json").is_file():
-        return [f"--reward-model: {reward_model} holds no model (no config.json)"]
+    if settings.reward_model is not None and not (Path(settings.reward_model) / "config.json").is_file():
+        return [f"--reward-model: {settings.reward_model} holds no model (no config.json)"]
     return []
 
 

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from scratch_gpt import __version__
-from scratch_gpt.config import PPOSettings, StageSettings, StageTrainingSettings
+from scratch_gpt.config import StageTrainingSettings
 from scratch_gpt.console import duration, progress_bar, say
 from scratch_gpt.errors import StoppedOnRequest, UserError
 from scratch_gpt.files import disk_errors, flush, new_folder, remove_folder, sha256, write_json, write_text
@@ -49,7 +49,6 @@ TOLD = 10
 EXECUTABLE = ("training_args.bin",)
 """What Trainer writes as a pickle that only code could read; nothing here reads it."""
 
-Settings = StageSettings | PPOSettings
 Logs = dict[str, Any]
 
 
@@ -67,10 +66,12 @@ class Stage:
     """At the end, on all processes: results for report.json, and lines in Markdown for the card."""
     facts: dict[str, Any] = field(default_factory=dict)
     """For the card: what was learnt from, and what was left out of it."""
+    policy: Callable[[Any], Any] = lambda model: model
+    """Of what the trainer trains, the part that final/ gets."""
 
     def model(self) -> Any:
         """What final/ gets, adapters around it where there are any."""
-        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return self.policy(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
 
 def run_stage(
@@ -244,8 +245,16 @@ class _Metrics(TrainerCallback):
     def __init__(self, file: MetricsFile, update_bar: Callable[[int, str], None], stage: Stage):
         self.file, self.update_bar, self.stage = file, update_bar, stage
         before = [record for record in read_metrics(file.path) if "tokens" in record]
-        self.tokens_before = before[-1]["tokens"] if before else 0
-        self.tokens, self.clock = self.tokens_before, time.perf_counter()
+        self.tokens_before = self.tokens = before[-1]["tokens"] if before else 0
+        self.clock = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.tokens_before -= int(
+            state.num_input_tokens_seen
+        )  # some trainers count on in a resumed run, some begin anew
+        self.clock = time.perf_counter()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.clock = time.perf_counter()
@@ -274,6 +283,7 @@ class _Metrics(TrainerCallback):
                     "before it are good: start over with --fresh and a lower learning rate"
                 )
             self.update_bar(step, f"step {step}/{state.max_steps} {self.stage.describe(logs)}")
+        logs.pop("eval_num_tokens", None)  # of this sitting
         finite = {n: v if not isinstance(v, float) or math.isfinite(v) else None for n, v in logs.items()}
         self.file.write({"step": step, **finite, "time": round(time.time(), 3)})
         rollout, rollouts = step // self.stage.steps_per_rollout, state.max_steps // self.stage.steps_per_rollout
