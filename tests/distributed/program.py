@@ -28,10 +28,13 @@ def noting(collective):
 def run(loop, original=Loop.run):
     reduced.clear()
     loss_dtypes = set()
-    hook = loop.model.register_forward_hook(lambda model, inputs, output: note(output.loss))
+    columns = set()
 
-    def note(loss):
-        loss_dtypes.update([] if loss is None else [str(loss.dtype)])
+    def note(model, inputs, arguments, output):
+        loss_dtypes.update([] if output.loss is None else [str(output.loss.dtype)])
+        columns.update([] if "labels" not in arguments else [arguments["labels"].shape[1]])
+
+    hook = loop.model.register_forward_hook(note, with_kwargs=True)
 
     try:
         original(loop)
@@ -51,6 +54,7 @@ def run(loop, original=Loop.run):
             "total": sum(p.numel() for p in parameters),
             "dtypes": sorted({str(p.dtype) for p in held}),
             "loss": sorted(loss_dtypes),
+            "columns": sorted(columns),
             "began_empty": began_empty[-1],
             "reduced": sorted(reduced),
             "stages": len(getattr(loop.model, "stages", ())),
