@@ -1,5 +1,6 @@
 """Do several runs in the processes of one launch, and write down what was in force: facts-{rank}.json in each run_dir."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from scratch_gpt.cli import main
 from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.loop import Loop
+from scratch_gpt.training.pipeline import PipelineLayout
 
 reduced: set[str] = set()
 """Dtypes in which gradients were sent to the process that keeps their sum."""
@@ -70,6 +72,7 @@ def spread(layout, model, precision, original=Layout.spread):
 began_empty: list[bool] = [False]
 """Whether the model took no memory before it was spread."""
 Layout.spread = spread
+PipelineLayout.spread = functools.partialmethod(spread, original=PipelineLayout.spread)
 Loop.run = run
 for name in ("reduce_scatter_single", "reduce_scatter_tensor"):  # of torch 2.13, and before
     if hasattr(dist, name):

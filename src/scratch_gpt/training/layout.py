@@ -20,7 +20,7 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -116,25 +116,25 @@ class Layout:
         if self.context_size > 1:
             model.set_attn_implementation(context_parallel.ATTENTION)
         if self.shards_blocks:
-            self._shard(model, precision)
+            self._shard(model, model.transformer.h, precision)
         elif self.strategy == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             spread = DistributedDataParallel(model, device_ids=devices)
         self._check_in_force(spread)
         if empty:
-            offloads = self.shards_blocks and self._offload_policy() is not None
-            make_room(model, torch.device("cpu") if offloads else self.device)
+            make_room(model, torch.device("cpu") if self.offloads else self.device)
         return spread
 
-    def _shard(self, model: Any, precision: str) -> None:
-        """Each block is gathered when it computes; embeddings, final norm and head once for forward and backward.
+    def _shard(self, model: nn.Module, blocks: Iterable[nn.Module], precision: str) -> None:
+        """Each of the model's blocks is gathered when it computes; embeddings, final norm and head once for forward and
+        backward.
 
         The loss multiplies by the head's weight without calling the head, whose weight may be that of the embedding: so
         they are one group, which belongs to the whole model. It stays float32, as autocast has embedding and residual
         stream; blocks are gathered in the dtype that autocast would cast them to.
         """
         plugin = self.accelerator.state.fsdp_plugin
-        offload = self._offload_policy() or OffloadPolicy()
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offloads else OffloadPolicy()
 
         def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
             return MixedPrecisionPolicy(
@@ -142,7 +142,7 @@ class Layout:
             )
 
         common: dict[str, Any] = {"mesh": self._shard_mesh(), "offload_policy": offload}
-        for block in model.transformer.h:
+        for block in blocks:
             fully_shard(
                 block,
                 mp_policy=policy(COMPUTE_DTYPES[precision]),
@@ -157,10 +157,10 @@ class Layout:
         shards = "dp_shard_cp" if self.context_size > 1 else "dp_shard"  # one dimension of Accelerate's, made of two
         return self.mesh[("dp_replicate", shards) if "dp_replicate" in self.mesh.mesh_dim_names else shards]
 
-    def _offload_policy(self) -> OffloadPolicy | None:
-        if isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-            return CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        return None
+    @property
+    def offloads(self) -> bool:
+        """Whether parts of the model lie in the memory of the CPU while they do not compute."""
+        return self.shards_blocks and isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
 
     def _check_in_force(self, model: nn.Module) -> None:
         if self.mesh is not None:
@@ -214,8 +214,9 @@ class Layout:
 
     def after_evaluation(self, model: Any) -> None:
         """Give up the weights that a forward pass has gathered for a backward pass that does not come."""
-        if self.shards_blocks:
-            model.reshard()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     # ------------------------------------------------------------------------------------------------ gradients
 
@@ -363,7 +364,12 @@ def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def make_room(model: Any, device: torch.device) -> None:
     """Give the empty ``model`` memory on ``device``, not filled but for what follows from the config."""
     model.to_empty(device=device)
-    if model.config.tie_word_embeddings:
+    complete(model, device)
+
+
+def complete(model: Any, device: torch.device) -> None:
+    """What follows from the config in a model, or a part of one, that has memory."""
+    if model.config.tie_word_embeddings and None not in (model.lm_head, model.transformer.wte):
         model.lm_head.weight = model.transformer.wte.weight
     if model.config.position_embedding_type == "rope":
         model.transformer.rotary_emb = ScratchGPTRotaryEmbedding(model.config).to(device)

@@ -181,7 +181,7 @@ class Pretraining:
         self.layout = choose_layout()
         self.source = self.checkpoint or self.origin
         # Too large a model for one process is spread before it is filled.
-        self.empty = self.layout.is_sharded and settings.parallel.pipeline == 1
+        self.empty = self.layout.is_sharded or settings.parallel.pipeline > 1
         if self.empty:
             config = build_config(settings.model, self.tokenizer)
             self.model = empty_model(ScratchGPTConfig.from_pretrained(self.source) if self.source else config)
