@@ -37,7 +37,7 @@ from scratch_gpt.training.checkpoint import (
     is_complete,
     newest_checkpoint,
 )
-from scratch_gpt.training.launch import launched_accelerator, launched_processes
+from scratch_gpt.training.launch import asks_for_deepspeed, launched_accelerator, launched_processes
 from scratch_gpt.training.metrics import MetricsFile, read_metrics
 from scratch_gpt.training.run import CONFIG, record_settings, run_directory, stored_settings
 from scratch_gpt.training.stop import StopRequest
@@ -106,10 +106,10 @@ def run_stage(
 def check_launch(settings: Any) -> None:
     """Raises a UserError for layouts and adapters that this launch or machine does not allow."""
     accelerator = launched_accelerator()
-    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU") or accelerator.parallelism_config:
+    asked = "DEEPSPEED" if asks_for_deepspeed() else accelerator.distributed_type.value
+    if asked not in ("NO", "MULTI_GPU", "MULTI_CPU") or accelerator.parallelism_config:
         raise UserError(
-            f"this stage runs on one process or data parallel, and the configuration file asks for "
-            f"{accelerator.distributed_type.value}: take configs/accelerate/ddp.yaml, and --lora-rank where memory is short"
+            f"this stage runs on one process or data parallel, and the configuration file asks for {asked}: take configs/accelerate/ddp.yaml, and --lora-rank where memory is short"
         )
     if getattr(settings, "load_in_4bit", False):
         if settings.lora_rank is None:

@@ -13,6 +13,11 @@ WITHOUT_DEEPSPEED = functools.partial(patch_environment, ACCELERATE_USE_DEEPSPEE
 """`zero.py` sets DeepSpeed up by itself, alike on all devices; on CPUs Accelerate drops it without a word."""
 
 
+def asks_for_deepspeed() -> bool:
+    """Whether the configuration file says distributed_type: DEEPSPEED; Accelerate's own state does not, see above."""
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+
+
 def launched_processes(timeout: float | None = None) -> PartialState:
     """Device and rank of this process.
 

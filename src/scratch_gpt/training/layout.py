@@ -29,7 +29,7 @@ from scratch_gpt.data.batches import Batch
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock, ScratchGPTRotaryEmbedding
 from scratch_gpt.training import context_parallel
-from scratch_gpt.training.launch import launched_accelerator
+from scratch_gpt.training.launch import asks_for_deepspeed, launched_accelerator
 from scratch_gpt.training.tensor_parallel import divide, partial_gradients
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def choose_layout() -> Layout:
     if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM is not supported: take one of configs/accelerate/")
     accelerator = launched_accelerator()
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+    if asks_for_deepspeed():
         from scratch_gpt.training.zero import choose_zero  # which knows this module
 
         return choose_zero(accelerator)

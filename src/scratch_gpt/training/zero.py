@@ -43,7 +43,7 @@ class ZeroLayout(Layout):
         self.stage: int = config["zero_optimization"]["stage"]
         super().__init__(accelerator, f"zero{self.stage}")
         self.config = config
-        self.offloads = {
+        self.on_cpu = {
             what: (config["zero_optimization"].get(f"offload_{what}") or {}).get("device", "none") == "cpu"
             for what in ("optimizer", "param")
         }
@@ -119,7 +119,7 @@ class ZeroLayout(Layout):
                 f"{self.strategy} was asked for, but DeepSpeed runs stage {self.optimizers.stage}, and this process "
                 f"updates {self.optimizers.held:,} of {number:,} numbers"
             )
-        if self.offloads["optimizer"] != self.optimizers.offloaded:
+        if self.on_cpu["optimizer"] != self.optimizers.offloaded:
             raise UserError(f"offload_optimizer_device is not in force: {self.config['zero_optimization']}")
 
     @staticmethod
@@ -175,7 +175,7 @@ class ZeroLayout(Layout):
             f"{IN_PARTS[self.optimizers.stage]} in parts: each updates {self.optimizers.held:,} numbers, padding included, in "
             f"{where}"
         )
-        if self.offloads["param"]:
+        if self.on_cpu["param"]:
             ours += "; weights lie there, too, until they are gathered"
         if self.stage == 3 and (small := self.engine.optimizer.persistent_parameters):
             ours += f"; {sum(p.ds_numel for p in small):,} numbers of {len(small)} small parameters stay gathered"
