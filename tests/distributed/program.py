@@ -60,8 +60,14 @@ def run(loop, original=Loop.run):
             "began_empty": began_empty[-1],
             "reduced": sorted(reduced),
             "stages": len(getattr(loop.model, "stages", ())),
+            **more_facts(loop),
         }
         Path(loop.run_dir, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
+
+
+def more_facts(loop):
+    """What other programs add, in place of this."""
+    return {}
 
 
 def spread(layout, model, precision, original=Layout.spread):

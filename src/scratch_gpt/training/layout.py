@@ -320,11 +320,11 @@ def choose_layout() -> Layout:
     """
     if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM is not supported: take one of configs/accelerate/")
-    accelerator = launched_accelerator()
     if asks_for_deepspeed():
         from scratch_gpt.training.zero import choose_zero  # which knows this module
 
-        return choose_zero(accelerator)
+        return choose_zero()
+    accelerator = launched_accelerator()
     world: int = accelerator.num_processes
     shard_blocks = parse_flag_from_env("ACCELERATE_USE_FSDP")
     sizes: ParallelismConfig = accelerator.parallelism_config or ParallelismConfig(

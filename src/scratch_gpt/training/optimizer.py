@@ -79,7 +79,9 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizers:
     matrices: list[tuple[str, nn.Parameter]] = []
     others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
-        in_a_block = len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings and not name.startswith("lm_head")
+        in_a_block = (
+            len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings and not name.startswith("lm_head")
+        )
         (matrices if in_a_block else others).append((name, parameter))
     decayed = [{"params": some, "weight_decay": settings.weight_decay} for some in alike(matrices)]
     rest = [{"params": some, "weight_decay": 0.0} for some in alike(others)]
@@ -117,7 +119,9 @@ def _kind(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("transformer", "h") and not part.isdigit())
 
 
-def states_by_name(tensors: Mapping[str, torch.Tensor], names: list[str], kind: str) -> dict[str, dict[str, torch.Tensor]]:
+def states_by_name(
+    tensors: Mapping[str, torch.Tensor], names: list[str], kind: str
+) -> dict[str, dict[str, torch.Tensor]]:
     """Of what :meth:`Optimizers.state_tensors` gave, the state of the parameters with these names.
 
     Raises:

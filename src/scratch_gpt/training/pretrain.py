@@ -6,6 +6,7 @@
 This file makes what is not there yet and finds what is; the training itself is in ``loop.py``.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -364,6 +365,8 @@ class Pretraining:
                     f"{self.run_dir} was trained on other token shards than are in "
                     f"{data_folder(self.settings, self.run_dir)} now. Bring those back, or start over with --fresh."
                 )
+            compiled = "on" if state.compiled else "off"
+            self.layout.check(replace(self.settings.training, precision=precision, compile=compiled))
             if state.compiled:
                 compile_blocks(self.model)
             return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
 from torch import nn
 
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTRotaryEmbedding
+from scratch_gpt.training.launch import launched_accelerator
 from scratch_gpt.training.layout import Layout, is_zero3, local, whole_shape
 from scratch_gpt.training.optimizer import STATE_OF, Optimizers, states_by_name
 from scratch_gpt.training.precision import autocast
@@ -56,20 +57,7 @@ class ZeroLayout(Layout):
         return self.stage == 3
 
     def check(self, settings: TrainingSettings) -> None:
-        reasons = {
-            "optimizer muon": "Muon orthogonalises whole matrices, and DeepSpeed cuts all parameters as one long row",
-            "precision fp16": "its loss scale is not carried over to DeepSpeed's gradients",
-            "precision fp8": "float8 weights in DeepSpeed's parts are not tested here",
-        }
-        if self.stage == 3:
-            reasons["compile on"] = "a compiled block would have to gather its weights"
-        for what, why in reasons.items():
-            setting, value = what.split()
-            if getattr(settings, setting) == value:
-                raise UserError(
-                    f"--training.{setting} {value} is not supported under {self.strategy}: {why}. Change it, or take "
-                    "configs/accelerate/fsdp2.yaml"
-                )
+        check_settings(settings, self.stage)
 
     # ------------------------------------------------------------------------------------------------ model
 
@@ -309,17 +297,42 @@ def put_together(own: list[tuple[int, torch.Tensor]], shape: torch.Size, device:
 # ------------------------------------------------------------------------------------------------ the configuration
 
 
-def choose_zero(accelerator: Accelerator) -> ZeroLayout:
+def choose_zero() -> ZeroLayout:
     """The stage that the configuration file of `accelerate launch` asks for.
 
     Raises:
         UserError: it asks for what is not supported, or DeepSpeed is not installed.
     """
+    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise UserError(
+            "parallelism_config together with distributed_type: DEEPSPEED is not supported: ZeRO divides over all "
+            "processes. Take fsdp2_tp.yaml, fsdp2_cp.yaml or hsdp.yaml of configs/accelerate/"
+        )
     if find_spec("deepspeed") is None:
-        raise UserError("ZeRO needs the package deepspeed: pip install 'scratch-gpt[deepspeed]' --no-build-isolation")
-    if accelerator.parallelism_config is not None:
-        raise UserError("parallelism_config together with distributed_type: DEEPSPEED is not supported: take FSDP")
-    return ZeroLayout(accelerator, deepspeed_config(DeepSpeedPlugin().deepspeed_config))
+        raise UserError(
+            "the configuration file says distributed_type: DEEPSPEED, and the package deepspeed is not installed: "
+            "pip install 'scratch-gpt[deepspeed]', or take configs/accelerate/fsdp2.yaml, which needs no other package"
+        )
+    config = deepspeed_config(DeepSpeedPlugin().deepspeed_config)
+    return ZeroLayout(launched_accelerator(), config)
+
+
+def check_settings(settings: TrainingSettings, stage: int) -> None:
+    """Raises a UserError for what a stage of ZeRO cannot do."""
+    reasons = {
+        "optimizer muon": "Muon orthogonalises whole matrices, and DeepSpeed cuts all parameters as one long row",
+        "precision fp16": "its loss scale is not carried over to DeepSpeed's gradients",
+        "precision fp8": "float8 weights in DeepSpeed's parts are not tested",
+    }
+    if stage == 3:
+        reasons["compile on"] = "a compiled block would have to gather its weights"
+    for what, why in reasons.items():
+        setting, value = what.split()
+        if getattr(settings, setting) == value:
+            raise UserError(
+                f"--training.{setting} {value} is not supported under zero{stage}: {why}. Change it, or take "
+                "configs/accelerate/fsdp2.yaml"
+            )
 
 
 def deepspeed_config(asked: dict[str, Any]) -> dict[str, Any]:
