@@ -53,7 +53,7 @@ def test_a_stage_of_zero_on_two_processes_gives_the_run_of_one(name, stage, sing
     def run(which):
         return arguments(tmp_path / which, shards, "modern" if which == "bf16" else which, STEPS, *RUNS[which])
 
-    done = launch(configuration(name, tmp_path, 2), *map(run, RUNS), program=PROGRAM)
+    done = launch(configuration(name, tmp_path, 2), *map(run, RUNS), ["doctor"], program=PROGRAM)
     for style in ("gpt2", "modern"):
         assert_same_run(single / style, tmp_path / style, STEPS)
     for key, rel in (("loss", 0.005), ("grad_norm", 0.06)):  # rounded to bf16, and so other sums to other numbers
@@ -72,7 +72,11 @@ def test_a_stage_of_zero_on_two_processes_gives_the_run_of_one(name, stage, sing
                 assert process["weights"] == total and process["parts"] == 0
             if which == "modern":  # what stays of the gradients while a step goes on
                 assert process["gradients"] == [total] if stage == 1 else set(process["gradients"]) <= set(half(total))
-    assert f"zero{stage} on 2 process(es), cpu, DeepSpeed " in done.stdout
+    assert done.stdout.count(f"zero{stage} on 2 process(es), cpu, DeepSpeed ") == len(RUNS) + 1  # and the doctor
+    assert done.stdout.count("process 0 on") == done.stdout.count("process 1 on") == 1
+    sharded = "24 of 24 parameters sharded, 49,328" if stage == 3 else "0 of 24 parameters sharded, 98,656"
+    assert "each updates 49,328 numbers, padding included, in " in done.stdout
+    assert f"each: {sharded} of 98,656 numbers held; float32, gradients reduced in float32" in done.stdout
 
 
 HALF, WHOLE = 6, 12
