@@ -218,9 +218,10 @@ def test_splitting_more_never_takes_more_of_what_is_split():
     assert by_name["fsdp2"].weights == by_name["ddp"].weights / 16
     assert by_name["hsdp"].weights == by_name["ddp"].weights / 8
     assert by_name["zero2"].gradients == by_name["zero1"].gradients / 16
-    # ZeRO keeps 16 bytes a parameter in all: bf16 weights and gradients, float32 weights and moments
-    zero3 = by_name["zero3"]
+    # 16 bytes a parameter in all, as under fsdp2; with whole weights also a copy of those that are updated here
+    zero2, zero3 = by_name["zero2"], by_name["zero3"]
     assert (zero3.weights + zero3.gradients + zero3.optimizer) * 16 == 16 * parameters.total
+    assert zero2.optimizer == zero3.optimizer + 4 * parameters.total / 16
     assert by_name["fsdp2 x tp8"].activations < by_name["fsdp2"].activations
 
 

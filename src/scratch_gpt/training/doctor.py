@@ -36,7 +36,8 @@ def doctor_command(settings: DoctorSettings) -> None:
     say(f"versions   scratch-gpt {__version__}, Python {sys.version.split()[0]}, {', '.join(_versions())}")
 
     layout = choose_layout()
-    layout.check(settings.training)
+    asked = settings.training
+    layout.check(asked.optimizer, asked.precision, asked.compile == "on")
     tiny = ScratchGPTConfig(
         vocab_size=256,
         hidden_size=64,

@@ -24,7 +24,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from scratch_gpt.config import TrainingSettings
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock, ScratchGPTRotaryEmbedding
@@ -102,8 +101,8 @@ class Layout:
         """Whether a process holds only parts of the model."""
         return self.mesh is not None
 
-    def check(self, settings: TrainingSettings) -> None:
-        """Raises a UserError if this layout cannot do what ``settings`` ask for."""
+    def check(self, optimizer: str, precision: str, compiled: bool) -> None:
+        """Raises a UserError if this layout cannot do what a run asks for, or has begun with."""
 
     def spread(self, model: Any, precision: str) -> nn.Module:
         """Put ``model`` in force, whole and the same on every process, or empty; returns what to call in its place.

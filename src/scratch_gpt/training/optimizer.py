@@ -133,8 +133,8 @@ def states_by_name(
         name, _, state = key.rpartition(".")
         if name in known:
             states.setdefault(name, {})[state] = value
-    for name, state in states.items():
-        if state.keys() != STATE_OF[kind]:
+    for name, its in states.items():
+        if its.keys() != STATE_OF[kind]:
             raise UserError(
                 f"the state of {name} is that of another optimizer than {kind}: take the --training.optimizer that it was "
                 "saved with, or leave its state behind (--resume-optimizer false)"

@@ -23,7 +23,7 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig
 from scratch_gpt.training import footprint
 from scratch_gpt.training.build import build_config, configure
-from scratch_gpt.training.footprint import BF16, FP32, Parameters, Precision, Workload
+from scratch_gpt.training.footprint import FP32, Parameters, Precision, Workload
 from scratch_gpt.training.rehearsal import rehearse
 
 GB = 1e9
@@ -31,10 +31,6 @@ FILL = 0.92
 """Share of a device's memory that a plan fills. The rest is for the device's context and for gaps between tensors."""
 TOKENS_PER_PARAMETER = 20
 """Compute-optimal training: Hoffmann et al., 2022, arXiv:2203.15556 ("Chinchilla", tables 2 and 3)."""
-DEEPSPEED_BUCKET = 500_000_000
-"""Elements in DeepSpeed's buckets for reducing gradients and gathering weights (its default)."""
-DEEPSPEED_LIVE = 1_000_000_000
-"""Gathered parameters that DeepSpeed's ZeRO-3 keeps at a time (its default)."""
 LARGEST_BATCH = 2**20
 
 
@@ -130,8 +126,8 @@ def memory(
 ) -> Memory:
     """Of a step with gradient accumulation, when the gradients of earlier forward passes are there in the next one.
 
-    Weights, gradients and AdamW's moments are float32. DeepSpeed differs: its weights and gradients have 16 bits, too, with
-    float32 weights beside the moments (Rajbhandari et al., 2020, arXiv:1910.02054, section 3.1).
+    Weights, gradients and AdamW's moments are float32. Where DeepSpeed leaves every process the whole weights, it has a copy
+    of those that the process updates beside the moments.
     """
     load = replace(load, tensor_parallel=layout.tensor_parallel)
     held = parameters.held(tensor_parallel=layout.tensor_parallel)
@@ -141,18 +137,15 @@ def memory(
             return held / shards
         return parameters.held(shards, layout.tensor_parallel)
 
-    weight_bytes = gradient_bytes = FP32
     if layout.deepspeed:
         state = footprint.optimizer_bytes(parameters, optimizer) / layout.optimizer_shards
-        if load.autocast:
-            weight_bytes = gradient_bytes = BF16
-            state += FP32 * part(layout.optimizer_shards)
+        state += 0 if layout.gathers_weights else FP32 * part(layout.optimizer_shards)
     else:
         state = footprint.optimizer_bytes(parameters, optimizer, layout.optimizer_shards, layout.tensor_parallel)
-    copies = not layout.gathers_weights and not layout.deepspeed
+    copies = not layout.gathers_weights
     return Memory(
-        weights=weight_bytes * part(layout.weight_shards),
-        gradients=gradient_bytes * part(layout.gradient_shards),
+        weights=FP32 * part(layout.weight_shards),
+        gradients=FP32 * part(layout.gradient_shards),
         optimizer=state,
         activations=footprint.bytes_of(footprint.saved_for_backward(config, load, copies), load),
         loss=_loss(config, load),
@@ -172,12 +165,13 @@ def _communication(layout: Layout, parameters: Parameters, load: Workload, held:
 
     ddp: buckets for all gradients (`gradient_as_bucket_view` would save them). fsdp2: embeddings and head gathered in
     float32 throughout, one block in use and the next on its way, and the whole gradients of a block, which are copied to
-    float32 before they are added up.
+    float32 before they are added up. DeepSpeed: buckets as `zero.py` sets them, a block each; zero3 gathers as fsdp2 does, but
+    in float32, and has two buckets.
     """
     if layout.deepspeed:
-        reduced = min(DEEPSPEED_BUCKET, held) * load.matmul_bytes
-        gathered = min(DEEPSPEED_LIVE if layout.gathers_weights else DEEPSPEED_BUCKET, held) * load.matmul_bytes
-        return reduced + gathered
+        outside = float(parameters.embeddings + parameters.head)
+        block = float(parameters.largest_block)
+        return FP32 * (outside + 2 * block + 2 * block if layout.gathers_weights else block)
     if layout.gathers_weights:
         outside = (parameters.embeddings + parameters.head) / layout.tensor_parallel
         block = parameters.largest_block / layout.tensor_parallel

@@ -6,7 +6,6 @@
 This file makes what is not there yet and finds what is; the training itself is in ``loop.py``.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -180,7 +179,8 @@ class Pretraining:
         self.checkpoint = newest_checkpoint(run_dir)
         self.origin = find_origin(settings) if self.checkpoint is None else None
         self.layout = choose_layout()
-        self.layout.check(settings.training)
+        asked = settings.training
+        self.layout.check(asked.optimizer, asked.precision, asked.compile == "on")
         self.source = self.checkpoint or self.origin
         # Too large a model for one process is spread before it is filled.
         self.empty = self.layout.is_sharded or settings.parallel.pipeline > 1
@@ -365,8 +365,7 @@ class Pretraining:
                     f"{self.run_dir} was trained on other token shards than are in "
                     f"{data_folder(self.settings, self.run_dir)} now. Bring those back, or start over with --fresh."
                 )
-            compiled = "on" if state.compiled else "off"
-            self.layout.check(replace(self.settings.training, precision=precision, compile=compiled))
+            self.layout.check(self.settings.training.optimizer, precision, state.compiled)
             if state.compiled:
                 compile_blocks(self.model)
             return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")

@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
 from torch import nn
 
-from scratch_gpt.config import TrainingSettings
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTRotaryEmbedding
 from scratch_gpt.training.launch import launched_accelerator
@@ -56,8 +55,8 @@ class ZeroLayout(Layout):
     def is_sharded(self) -> bool:
         return self.stage == 3
 
-    def check(self, settings: TrainingSettings) -> None:
-        check_settings(settings, self.stage)
+    def check(self, optimizer: str, precision: str, compiled: bool) -> None:
+        check(self.stage, optimizer, precision, compiled)
 
     # ------------------------------------------------------------------------------------------------ model
 
@@ -317,20 +316,21 @@ def choose_zero() -> ZeroLayout:
     return ZeroLayout(launched_accelerator(), config)
 
 
-def check_settings(settings: TrainingSettings, stage: int) -> None:
+CANNOT = {
+    "optimizer muon": "Muon orthogonalises whole matrices, and DeepSpeed cuts all parameters as one long row",
+    "precision fp16": "its loss scale is not carried over to DeepSpeed's gradients",
+    "precision fp8": "float8 weights in DeepSpeed's parts are not tested",
+    "compile on": "a compiled block would have to gather its weights",
+}
+
+
+def check(stage: int, optimizer: str, precision: str, compiled: bool) -> None:
     """Raises a UserError for what a stage of ZeRO cannot do."""
-    reasons = {
-        "optimizer muon": "Muon orthogonalises whole matrices, and DeepSpeed cuts all parameters as one long row",
-        "precision fp16": "its loss scale is not carried over to DeepSpeed's gradients",
-        "precision fp8": "float8 weights in DeepSpeed's parts are not tested",
-    }
-    if stage == 3:
-        reasons["compile on"] = "a compiled block would have to gather its weights"
-    for what, why in reasons.items():
-        setting, value = what.split()
-        if getattr(settings, setting) == value:
+    asked = [f"optimizer {optimizer}", f"precision {precision}", *(["compile on"] if compiled and stage == 3 else [])]
+    for what in asked:
+        if what in CANNOT:
             raise UserError(
-                f"--training.{setting} {value} is not supported under zero{stage}: {why}. Change it, or take "
+                f"--training.{what} is not supported under zero{stage}: {CANNOT[what]}. Change it, or take "
                 "configs/accelerate/fsdp2.yaml"
             )
 
