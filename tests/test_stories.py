@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from scratch_gpt.cli import main
+
 FOLDER = Path(__file__).parents[1] / "examples" / "stories"
 
 
@@ -130,3 +132,23 @@ def test_a_corpus_of_few_documents_is_cut_into_pieces_and_an_empty_one_refused(s
     (tmp_path / "novel.txt").write_text("\n\n")
     with pytest.raises(SystemExit, match="holds no text"):
         read_stories(tmp_path)
+
+
+def test_the_smoke_size_runs_every_stage_and_measures_it(stories, tmp_path, monkeypatch, capsys):
+    """The YAML files of all stages, from the bundled novels to PPO and GRPO; run again, nothing is left to do."""
+    monkeypatch.chdir(FOLDER.parents[1])
+    run = importlib.import_module("run")
+    run.Lineage(run.SMOKE, None, tmp_path, main).run(until=None)
+    results = json.loads((tmp_path / "results.json").read_text())
+    yamls = {path.stem for path in FOLDER.glob("*.yaml")}
+    assert yamls == set(run.SMOKE.overrides) == set(run.REAL.overrides)
+    assert list(results) == ["data", "base", "sft", "pairs", "reward", "judge", "answers", "dpo", "ppo-1",
+                             "checks-dpo-1", "checks-ppo-1", "checks-grpo-1"]  # fmt: skip
+    assert results["sft"]["validation_loss"] < results["sft"]["validation_loss_before"]
+    for name in ("dpo", "ppo-1", "checks-dpo-1", "checks-ppo-1", "checks-grpo-1"):
+        assert results[name]["asked"]["requests"] == 20 and results[name]["asked"]["kl"] != 0
+        assert results[name]["against_sft"]["judge"]["win_rate"] != 0.5
+    assert set(results["reward"]["kinds"]) == {"swapped", "shuffled", "sampled"}
+    capsys.readouterr()
+    run.Lineage(run.SMOKE, None, tmp_path, main).run(until=None)
+    assert "$" not in capsys.readouterr().out

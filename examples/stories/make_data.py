@@ -39,6 +39,7 @@ import checks
 
 PARTS = {"train": 0.78, "preferences": 0.12, "judge": 0.06, "test": 0.04}
 SHORTEST, LONGEST = 90, 280  # characters of a paragraph that is an answer
+VALIDATION = 1000  # examples that fine-tuning is validated on
 FEWEST_STORIES = 100  # a corpus of fewer documents (novels) is cut into pieces of so many paragraphs:
 PIECE = 12
 COMMON_WORDS, KNOWN_WORDS = 200, 4000  # a request asks for words between these ranks by frequency
@@ -74,6 +75,12 @@ def read_stories(corpus: Path) -> list[list[str]]:
     if len(stories) < FEWEST_STORIES:
         stories = [story[at : at + PIECE] for story in stories for at in range(0, len(story), PIECE)]
     return stories
+
+
+def bundled_corpus() -> Path:
+    import scratch_gpt
+
+    return Path(scratch_gpt.__file__).parent / "data" / "corpus"
 
 
 def split(stories: list[list[str]], rng: random.Random) -> list[Story]:
@@ -243,7 +250,8 @@ def make_data(corpus: Path, output: Path, seed: int = 0) -> dict[str, int]:
         requests = requests_of(stories, part, vocabulary, rng, seen)
         if part in ("train", "test"):
             name = f"sft_{part}.jsonl"
-            summary[name] = write_lines(output / name, [example(request) for request in requests])
+            taken = requests if part == "train" else requests[:VALIDATION]
+            summary[name] = write_lines(output / name, [example(request) for request in taken])
         if part != "train":
             name = f"requests_{part}.jsonl"
             summary[name] = write_lines(output / name, requests)
@@ -259,11 +267,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    corpus = arguments.corpus
-    if corpus is None:
-        import scratch_gpt
-
-        corpus = Path(scratch_gpt.__file__).parent / "data" / "corpus"
+    corpus = arguments.corpus or bundled_corpus()
     for name, count in make_data(corpus, arguments.output, arguments.seed).items():
         print(f"{count:8,}  {arguments.output / name}")
 
