@@ -146,9 +146,13 @@ def test_the_smoke_size_runs_every_stage_and_measures_it(stories, tmp_path, monk
                              "checks-dpo-1", "checks-ppo-1", "checks-grpo-1"]  # fmt: skip
     assert results["sft"]["validation_loss"] < results["sft"]["validation_loss_before"]
     for name in ("dpo", "ppo-1", "checks-dpo-1", "checks-ppo-1", "checks-grpo-1"):
-        assert results[name]["asked"]["requests"] == 20 and results[name]["asked"]["kl"] != 0
-        assert results[name]["against_sft"]["judge"]["win_rate"] != 0.5
+        assert results[name]["asked"]["obeyed"]["number"] == 20 and results[name]["asked"]["kl"] != 0
+        assert set(results[name]["against_sft"]) == {"reward", "judge"}
     assert set(results["reward"]["kinds"]) == {"swapped", "shuffled", "sampled"}
+    told = (tmp_path / "results.md").read_text()
+    assert (
+        told.count("\n## ") + told.startswith("## ") == 4 and f"{results['checks-ppo-1']['asked']['kl']:.1f} |" in told
+    )
     capsys.readouterr()
     run.Lineage(run.SMOKE, None, tmp_path, main).run(until=None)
     assert "$" not in capsys.readouterr().out

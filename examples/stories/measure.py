@@ -10,7 +10,6 @@ numbers of words). Texts are drawn at temperature 1, as reinforcement learning d
 import argparse
 import itertools
 import json
-import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -58,9 +57,9 @@ def write(
 ) -> Written:
     """One text per prompt (messages, or text to continue), drawn with nothing but the temperature in the way."""
     import torch
-    from scratch_gpt.alignment.chat import encode_prompt, stop_tokens
     from transformers import set_seed
 
+    from scratch_gpt.alignment.chat import encode_prompt, stop_tokens
     from scratch_gpt.alignment.rollout import completion_logits, generate, token_logprobs
     from scratch_gpt.training.build import load_model
 
@@ -106,8 +105,8 @@ def write(
 def loss_on_answers(model_folder: Path | str, examples: Sequence[dict[str, Any]]) -> float:
     """Nats per token of the answers, the token that ends them included, in the chat template."""
     import torch
-    from scratch_gpt.alignment.sft import encode
 
+    from scratch_gpt.alignment.sft import encode
     from scratch_gpt.training.build import load_model
 
     model, tokenizer = load_model(str(model_folder))
@@ -126,8 +125,9 @@ def loss_on_answers(model_folder: Path | str, examples: Sequence[dict[str, Any]]
 def reward_scores(reward_folder: Path | str, prompts: Sequence[Any], texts: Sequence[str]) -> list[float]:
     """What a reward model of ours gives to each text as the answer to its prompt."""
     import torch
-    from scratch_gpt.alignment.chat import encode_answer
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from scratch_gpt.alignment.chat import encode_answer
 
     tokenizer = AutoTokenizer.from_pretrained(reward_folder)
     model = AutoModelForSequenceClassification.from_pretrained(reward_folder, num_labels=1, dtype=torch.float32).eval()
@@ -147,16 +147,17 @@ def reward_scores(reward_folder: Path | str, prompts: Sequence[Any], texts: Sequ
     return scores
 
 
-def share(values: Sequence[float]) -> tuple[float, float]:
-    """A mean of numbers between 0 and 1, and half of its 95% confidence interval."""
-    mean = statistics.fmean(values)
-    return mean, 1.96 * math.sqrt(mean * (1 - mean) / len(values))
+def share(values: Sequence[float]) -> dict[str, Any]:
+    """How many of the values are 1, and the 95% interval of that by Wilson's score; a half is half a success."""
+    from scratch_gpt.alignment.preference_report import Share
+
+    found = Share.of(sum(values), len(values))
+    return {"share": found.value, "interval": [found.low, found.high], "number": found.number}
 
 
-def win_rate(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """How often the first text of a request has the higher score; a tie is half a win. With half of the interval."""
-    wins = [0.5 if a == b else float(a > b) for a, b in zip(scores, others, strict=True)]
-    return statistics.fmean(wins), 1.96 * statistics.pstdev(wins) / math.sqrt(len(wins))
+def win_rate(scores: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """How often the first text of a request has the higher score; a tie is half a win."""
+    return share([0.5 if a == b else float(a > b) for a, b in zip(scores, others, strict=True)])
 
 
 def distinct_pairs(texts: Sequence[str], words_in_all: int = 5000) -> float:
@@ -178,13 +179,10 @@ def describe(written: Written, requests: Sequence[dict[str, Any]]) -> dict[str, 
     for text, request in zip(written.texts, requests, strict=True):
         for name, score in checks.scores(text, request).items():
             by_demand[name].append(float(score == 1))
-    obeyed, interval = share(checks.obeyed(written.texts, **columns))
     return {
-        "requests": len(requests),
-        "obeyed": obeyed,
-        "obeyed_interval": interval,
+        "obeyed": share(checks.obeyed(written.texts, **columns)),
         "demands_met": statistics.fmean(checks.demands_met(written.texts, **columns)),
-        **{f"obeyed_{name}": statistics.fmean(values) for name, values in by_demand.items() if values},
+        "obeyed_by_demand": {name: statistics.fmean(values) for name, values in by_demand.items() if values},
         "mean_length": statistics.fmean(written.tokens),
         "ended": statistics.fmean(written.ended),
         "distinct_pairs": distinct_pairs(written.texts),

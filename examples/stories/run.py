@@ -21,6 +21,7 @@ from typing import Any
 import checks
 import make_data
 import measure
+import tables
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
@@ -49,7 +50,7 @@ TINY = """
 """
 SMOKE = Size(
     20,
-    24,
+    64,
     64,
     (1,),
     {
@@ -120,6 +121,7 @@ class Lineage:
                 measured = step()
                 self.results[name] = {"seconds": round(time.monotonic() - started, 1), **measured}
                 self.results_path.write_text(json.dumps(self.results, indent=2) + "\n")
+                (self.dir / "results.md").write_text(tables.write(self.results))
                 print(f"== {name}: {json.dumps(self.results[name])}", flush=True)
             if name == until:
                 break
@@ -222,8 +224,7 @@ class Lineage:
         kinds: dict[str, Any] = {}
         for kind in sorted({pair["kind"] for pair in pairs}):
             rows = [row for row, pair in enumerate(pairs) if pair["kind"] == kind]
-            mean, interval = measure.win_rate([sides[0][row] for row in rows], [sides[1][row] for row in rows])
-            kinds[kind] = {"accuracy": mean, "interval": interval, "pairs": len(rows)}
+            kinds[kind] = measure.win_rate([sides[0][row] for row in rows], [sides[1][row] for row in rows])
         return {**seconds, "report": report, "kinds": kinds}
 
     def answers(self) -> dict[str, Any]:
@@ -233,7 +234,9 @@ class Lineage:
             for request in self.lines("data/requests_preferences.jsonl", self.size.dpo_requests)
             for _ in range(ANSWERS)
         ]
+        started = time.monotonic()
         written = self.answer(self.model("sft"), [request["prompt"] for request in requests], seed=21)
+        seconds = round(time.monotonic() - started, 1)
         columns = {name: [request[name] for request in requests] for name in checks.DEMANDS}
         scores = measure.reward_scores(self.model("reward"), [request["prompt"] for request in requests], written.texts)
         rows = [
@@ -243,7 +246,7 @@ class Lineage:
             )
         ]
         make_data.write_lines(self.dir / "answers.jsonl", rows)
-        return {"texts": len(rows), "tokens": sum(written.tokens)}
+        return {"drawing_seconds": seconds, "texts": len(rows), "tokens": sum(written.tokens)}
 
     def by_reward_model(self, row: dict[str, Any]) -> float:
         return row["reward"]
@@ -271,6 +274,7 @@ class Lineage:
         logged = measure.read_lines(self.dir / name / "metrics.jsonl")
         last = [record for record in logged if "eval_loss" in record][-1]
         rewards = {key.removeprefix("eval_"): value for key, value in last.items() if key.startswith("eval_rewards")}
+        seconds["drawing_seconds"] = self.results["answers"]["drawing_seconds"]
         return {**seconds, "pairs": len(pairs), "held_out": rewards, **self.compare(name)}
 
     def of_checks(self) -> list[str]:
@@ -298,9 +302,8 @@ class Lineage:
         wins = {}
         for scorer in ("reward", "judge"):
             scores = [measure.reward_scores(self.model(scorer), prompts, one.texts) for one in (after, before)]
-            mean, interval = measure.win_rate(*scores)
             gain = sum(scores[0]) / len(prompts) - sum(scores[1]) / len(prompts)
-            wins[scorer] = {"win_rate": mean, "interval": interval, "mean_gain": gain}
+            wins[scorer] = {"wins": measure.win_rate(*scores), "mean_gain": gain}
         return {"asked": measure.describe(after, requests), "against_sft": wins}
 
 

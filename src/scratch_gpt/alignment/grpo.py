@@ -162,6 +162,10 @@ def scorer(settings: DrawingSettings, tokenizer: Any, stop_ids: list[int]) -> Ca
 def describe(logs: dict[str, Any]) -> str:
     """Score beside what it may have cost: divergence, length, completions that do not end."""
     kind = "eval_" if "eval_loss" in logs else ""
+    if (
+        f"{kind}reward" not in logs
+    ):  # TRL tells of completions in the step that draws them, not in those that use them again
+        return f"loss {logs['loss']:.3f}, on completions of an earlier step"
     said = f"{'validation ' if kind else ''}score {logs[f'{kind}reward']:.3f}"
     if f"{kind}kl" in logs:
         said += f", KL {logs[f'{kind}kl']:.4f} nats per token"
