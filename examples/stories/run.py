@@ -10,6 +10,7 @@ RUN_DIR/results.json has all numbers with the seconds that each step took, RUN_D
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -81,6 +82,12 @@ def in_a_process(words: list[str]) -> int:
     return subprocess.run([sys.executable, "-m", "scratch_gpt", *words], cwd=HERE.parents[1], check=False).returncode
 
 
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended: what a busy machine does not change much."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 class Lineage:
     """The steps, in order. Each is a method that writes into RUN_DIR and returns what it measured."""
 
@@ -117,24 +124,30 @@ class Lineage:
         for name, step in self.steps():
             if name not in self.results:
                 print(f"\n== {name}", flush=True)
-                started = time.monotonic()
+                started, busy = time.monotonic(), processor_seconds()
                 measured = step()
-                self.results[name] = {"seconds": round(time.monotonic() - started, 1), **measured}
+                self.results[name] = {
+                    "seconds": round(time.monotonic() - started, 1),
+                    "processor_seconds": round(processor_seconds() - busy, 1),
+                    **measured,
+                }
                 self.results_path.write_text(json.dumps(self.results, indent=2) + "\n")
                 (self.dir / "results.md").write_text(tables.write(self.results))
                 print(f"== {name}: {json.dumps(self.results[name])}", flush=True)
             if name == until:
                 break
 
-    def verb(self, verb: str, config: str, run_dir: str, *overrides: str | Path) -> dict[str, float]:
-        """Run a verb of scratch-gpt to its end; how long it took, of all its sittings."""
+    def verb(self, verb: str, config: str, run_dir: str, *overrides: str | Path) -> dict[str, Any]:
+        """Run a verb of scratch-gpt to its end; how long it took, and whether only its last sitting was timed."""
         words = [verb, "--config", HERE / f"{config}.yaml", "--run-dir", self.dir / run_dir, *overrides]
         command = [*map(str, words), *self.size.overrides[config]]
         print("$ scratch-gpt " + " ".join(command), flush=True)
-        started = time.monotonic()
+        resumed = any((self.dir / run_dir).glob("checkpoint-*"))
+        started, busy = time.monotonic(), processor_seconds()
         if code := self.scratch_gpt(command):
             raise SystemExit(code)
-        return {"training_seconds": round(time.monotonic() - started, 1)}
+        took = {"seconds": time.monotonic() - started, "processor_seconds": processor_seconds() - busy}
+        return {f"training_{name}": round(seconds, 1) for name, seconds in took.items()} | {"resumed": resumed}
 
     def model(self, name: str) -> Path:
         return self.dir / name / "final"
