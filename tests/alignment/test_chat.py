@@ -99,7 +99,9 @@ def test_an_answer_begins_where_its_prompt_ends(tmp_path):
     prompt, answer = encode_answer(tokenizer, talk[:1], talk[1:])
     ids, mask = encode_chat(tokenizer, talk)
     assert prompt == asked and ids[: len(asked)] == asked and mask[: len(asked)] == [0] * len(asked)
-    assert tokenizer.decode(answer) == "\n\nb<|im_end|>" and [i for i, one in zip(ids, mask, strict=True) if one] == answer
+    assert (
+        tokenizer.decode(answer) == "\n\nb<|im_end|>" and [i for i, one in zip(ids, mask, strict=True) if one] == answer
+    )
 
 
 @pytest.fixture
@@ -126,8 +128,10 @@ def prefixing():
 def test_tokenizers_that_write_a_space_before_every_text(prefixing):
     talk = [{"role": "user", "content": "be brief"}, {"role": "assistant", "content": "user"}]
     stock = prefixing.apply_chat_template(talk)["input_ids"]
-    apart = [prefixing(text, add_special_tokens=False).input_ids for text in ("<|im_start|>assistant\n", "user<|im_end|>\n")]
-    assert stock[-len(sum(apart, [])) :] != sum(apart, [])  # pieces of their own have a space too many
+    apart = [
+        prefixing(text, add_special_tokens=False).input_ids for text in ("<|im_start|>assistant\n", "user<|im_end|>\n")
+    ]
+    assert stock[-len(apart[0] + apart[1]) :] != apart[0] + apart[1]  # pieces of their own have a space too many
     ids, mask = encode_chat(prefixing, talk)
     prompt, answer = encode_answer(prefixing, talk[:1], talk[1:])
     assert ids == stock and stock[: len(prompt) + len(answer)] == prompt + answer
@@ -144,7 +148,9 @@ def test_templates_of_well_known_models_are_marked_for_them(tokenizer_folder):
     ids, mask = encode_chat(tokenizer, TALK)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
     learnt = tokenizer.decode([token for token, one in zip(ids, mask, strict=True) if one])
-    assert learnt.replace("\n", "") == "A woman of mean understanding.<|im_end|>So odd a mixture of quick parts.<|im_end|>"
+    assert (
+        learnt.replace("\n", "") == "A woman of mean understanding.<|im_end|>So odd a mixture of quick parts.<|im_end|>"
+    )
 
 
 def test_an_answer_ends_with_its_turn(tokenizer):

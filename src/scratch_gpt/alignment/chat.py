@@ -79,14 +79,16 @@ def encode_chat(
     text, spans = _render(tokenizer, disguised, answer)
     pieces = _encode_apart(tokenizer, text, [edge for span in spans for edge in span], hidden)
     ids = [token for piece in pieces for token in piece]
-    return ids, [number % 2 for number, piece in enumerate(pieces) for _ in piece]  # every second one is the assistant's
+    return ids, [
+        number % 2 for number, piece in enumerate(pieces) for _ in piece
+    ]  # every second one is the assistant's
 
 
 def _hide(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[Messages, Hidden]:
     """``messages`` with a character for each special token in them, which no message has; and what the characters mean."""
     pattern = _special_pattern(tokenizer, len(tokenizer))
     for message in messages:
-        if not isinstance(message.get("content"), str):
+        if type(message.get("content")) is not str:
             raise ValueError(f"the message {message!r} has no text as its content")
     texts = [value for message in messages for value in message.values() if isinstance(value, str)]
     found = dict.fromkeys(special for text in texts for special in pattern.findall(text))
@@ -103,9 +105,7 @@ def _hide(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[Messa
     return disguised, {stand_in: special for special, stand_in in stand_ins.items()}
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: bool
-) -> tuple[str, list[tuple[int, int]]]:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: bool) -> tuple[str, list[tuple[int, int]]]:
     """The template's text, and from where to where the assistant writes it."""
     template = _template(tokenizer)
     try:
@@ -121,13 +121,11 @@ def _render(
     return text, spans[0] if spans else []
 
 
-def _encode_apart(
-    tokenizer: PreTrainedTokenizerBase, text: str, cuts: list[int], hidden: Hidden
-) -> list[list[int]]:
+def _encode_apart(tokenizer: PreTrainedTokenizerBase, text: str, cuts: list[int], hidden: Hidden) -> list[list[int]]:
     """Ids of what lies before, between and behind ``cuts`` of a template's text, none of them over a cut."""
     pieces = [_encode(tokenizer, text[a:b], hidden) for a, b in itertools.pairwise([0, *cuts, len(text)])]
     whole = _encode(tokenizer, text, hidden)
-    if not cuts or sum(pieces, []) == whole:
+    if not cuts or list(itertools.chain(*pieces)) == whole:
         return pieces
     # Some tokenizers write the beginning of a text otherwise than its middle, so that pieces are not what the whole is of.
     heads = [_encode(tokenizer, text[:cut], hidden) for cut in cuts]
