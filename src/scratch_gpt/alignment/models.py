@@ -49,6 +49,7 @@ def merge(model: Any, name_or_path: str, adapters: Path) -> Any:
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     base = model.get_base_model()
     if not sharded and not getattr(base, "is_loaded_in_4bit", False):
+        base.config.use_cache = True  # which Trainer switches off
         return model.merge_and_unload()
     from peft import PeftModel
 
@@ -56,7 +57,8 @@ def merge(model: Any, name_or_path: str, adapters: Path) -> Any:
     labels = {"num_labels": 1} if base.config.num_labels == 1 else {}
     fresh = model_class.from_pretrained(name_or_path, dtype=torch.float32, **labels)
     fresh.generation_config = base.generation_config
-    fresh.config.pad_token_id = base.config.pad_token_id
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(fresh.config, name, getattr(base.config, name))
     return PeftModel.from_pretrained(fresh, adapters).merge_and_unload()
 
 

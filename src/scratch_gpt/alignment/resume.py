@@ -48,7 +48,7 @@ class Resumable(Trainer):
         self.store_flos()
         step, main = self.state.global_step, self.accelerator.is_main_process
         run_dir = Path(self.args.output_dir)
-        weights = self.whole_weights()
+        weights = self.whole_weights()  # first: it gives up what an evaluation has gathered
         optimizer = whole(self._optimizer_tensors(), main)
         states = gather_object([random_states()])
         problem: list[Any] = [None]
@@ -91,6 +91,9 @@ class Resumable(Trainer):
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """The trained weights by name, on the main process; None where the model has them whole anyway."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         parameters = dict(self.model.named_parameters())
         if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
             return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -117,6 +117,7 @@ def check_launch(settings: Any, verb: str) -> None:
 
 def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path], Stage]) -> None:
     started = time.monotonic()
+    set_seed(settings.seed)  # new heads and adapters are the same each time and on all processes
     try:
         stage = build(settings, run_dir)
     except ValueError as error:
@@ -195,6 +196,7 @@ def training_arguments(settings: Any, verb: str, run_dir: Path) -> dict[str, Any
         "report_to": settings.trackers,
         "disable_tqdm": True,
         "use_cpu": launched_processes().device.type == "cpu",
+        "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": launched_processes().device.type == "cuda",
     }
 
