@@ -56,7 +56,8 @@ def merge(model: Any, name_or_path: str, adapters: Path) -> Any:
     model_class: Any = next(one for one in type(base).__mro__ if not issubclass(one, FSDPModule))
     labels = {"num_labels": 1} if base.config.num_labels == 1 else {}
     fresh = model_class.from_pretrained(name_or_path, dtype=torch.float32, **labels)
-    fresh.generation_config = base.generation_config
+    if fresh.can_generate():
+        fresh.generation_config = base.generation_config
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(fresh.config, name, getattr(base.config, name))
     return PeftModel.from_pretrained(fresh, adapters).merge_and_unload()

@@ -171,7 +171,8 @@ def plain_model(model: Any, model_class: type = ScratchGPTForCausalLM) -> Any:
     """``model`` without its weights and as no layout has changed it: a sharded model is of a class nobody can load."""
     with torch.device("meta"):
         plain = model_class(model.config)
-    plain.generation_config = model.generation_config
+    if plain.can_generate():
+        plain.generation_config = model.generation_config
     return plain
 
 
