@@ -1,5 +1,6 @@
 """Do several runs in the processes of one launch, and write down what was in force: facts-{rank}.json in each run_dir."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from scratch_gpt.cli import main
 from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.loop import Loop
+from scratch_gpt.training.pipeline import PipelineLayout
 
 reduced: set[str] = set()
 """Dtypes in which gradients were sent to the process that keeps their sum."""
@@ -28,10 +30,13 @@ def noting(collective):
 def run(loop, original=Loop.run):
     reduced.clear()
     loss_dtypes = set()
-    hook = loop.model.register_forward_hook(lambda model, inputs, output: note(output.loss))
+    columns = set()
 
-    def note(loss):
-        loss_dtypes.update([] if loss is None else [str(loss.dtype)])
+    def note(model, inputs, arguments, output):
+        loss_dtypes.update([] if output.loss is None else [str(output.loss.dtype)])
+        columns.update([] if "labels" not in arguments else [arguments["labels"].shape[1]])
+
+    hook = loop.model.register_forward_hook(note, with_kwargs=True)
 
     try:
         original(loop)
@@ -51,6 +56,7 @@ def run(loop, original=Loop.run):
             "total": sum(p.numel() for p in parameters),
             "dtypes": sorted({str(p.dtype) for p in held}),
             "loss": sorted(loss_dtypes),
+            "columns": sorted(columns),
             "began_empty": began_empty[-1],
             "reduced": sorted(reduced),
             "stages": len(getattr(loop.model, "stages", ())),
@@ -66,6 +72,7 @@ def spread(layout, model, precision, original=Layout.spread):
 began_empty: list[bool] = [False]
 """Whether the model took no memory before it was spread."""
 Layout.spread = spread
+PipelineLayout.spread = functools.partialmethod(spread, original=PipelineLayout.spread)
 Loop.run = run
 for name in ("reduce_scatter_single", "reduce_scatter_tensor"):  # of torch 2.13, and before
     if hasattr(dist, name):

@@ -9,6 +9,7 @@ from tests.training.test_observe import write_task
 STEPS = 20
 RECOMPUTE = ["--training.activation_checkpointing", "full", "--training.device_batch_size", "2"]
 
+LOOKED_AT = [("ddp", {}), ("fsdp2", {}), ("tp", {"tp_size": 2}), ("fsdp2_cp", {"dp_shard_size": 1, "cp_size": 2})]
 OTHERS = {"bf16": ["--training.precision", "bf16"], "muon": ["--training.optimizer", "muon"]}
 
 
@@ -103,8 +104,34 @@ def test_fully_sharded_and_tensor_parallel(single, shards, tmp_path):
     assert "fsdp2 x tp on 4 process(es), dp_shard 2 x tp 2, cpu" in done.stdout
 
 
+def test_context_parallel(single, shards, tmp_path):
+    done = launch(configuration("fsdp2_cp", tmp_path, 2, dp_shard_size=1, cp_size=2), *runs(tmp_path, shards))
+    check(tmp_path, single)
+    for style in ("gpt2", "modern", "bf16"):
+        for process in facts(tmp_path / style):
+            assert_sharded(process, 2)
+            assert process["columns"] == [16] and process["meshes"] == ["[0, 1]"]  # half of each row
+    assert "fsdp2 x cp on 2 process(es), cp 2, cpu" in done.stdout
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sizes"), [("ddp", {}), ("fsdp2", {}), ("tp", {"tp_size": 2})])
+@pytest.mark.parametrize("name", ["dp_shard", "tp"])
+def test_context_parallel_beside_others(name, single, shards, tmp_path):
+    config = configuration("fsdp2_cp", tmp_path, 4, **{"dp_shard_size": 1, f"{name}_size": 2, "cp_size": 2})
+    done = launch(config, *runs(tmp_path, shards))
+    check(tmp_path, single)
+    for process in facts(tmp_path / "modern"):
+        assert process["columns"] == [16] and process["began_empty"]
+        assert process["held"] < 1.15 * process["total"] / 4
+        assert ("[0, 1, 2, 3]" if name == "dp_shard" else "[[0, 1], [2, 3]]") in process["meshes"]
+    said = (
+        "fsdp2 x cp on 4 process(es), dp_shard 2 x cp 2" if name == "dp_shard" else "fsdp2 x cp x tp on 4 process(es)"
+    )
+    assert said in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sizes"), LOOKED_AT)
 def test_looks_at_a_model_on_two_processes_change_no_bit(name, sizes, shards, tmp_path):
     looks = ["--training.sample_every", "4", "--training.benchmark_every", "5", "--training.benchmark_limit", "6"]
     looked = arguments(tmp_path / "looked", shards, "modern", 10, *looks, *write_task(tmp_path / "tasks"))

@@ -2,6 +2,7 @@
 
 import shutil
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -42,3 +43,22 @@ def test_a_run_goes_on_in_another_layout_and_on_other_numbers_of_processes(shard
     alone(run("2 to ddp", STEPS), run("2 to 1", STEPS))
     for name in ("1 to 2", "2 to 1", "2 to 4", "2 to ddp"):
         assert_same_run(tmp_path / "single", tmp_path / name, STEPS)
+
+
+@pytest.mark.slow
+def test_a_context_parallel_run_goes_on_bit_for_bit_and_in_one_process(shards, tmp_path):
+    def run(name, steps, *more):
+        return arguments(tmp_path / name, shards, "modern", steps, *CONSTANT, "--training.document_mask", "true", *more)
+
+    launch(
+        configuration("fsdp2_cp", tmp_path, 2, dp_shard_size=1, cp_size=2),
+        run("uninterrupted", STEPS, *DROPOUT),
+        run("interrupted", HALF, *DROPOUT),
+        run("interrupted", STEPS, *DROPOUT),
+        run("2 to 1", HALF),
+    )
+    assert facts(tmp_path / "interrupted")[0]["columns"] == [16]
+    for key in ("loss", "grad_norm", "validation_loss"):
+        assert curve(tmp_path / "interrupted", key) == curve(tmp_path / "uninterrupted", key), key
+    alone(run("2 to 1", STEPS), run("single", STEPS))
+    assert_same_run(tmp_path / "single", tmp_path / "2 to 1", STEPS)

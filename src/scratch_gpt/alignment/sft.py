@@ -10,16 +10,52 @@ rest.
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from scratch_gpt.alignment.chat import encode_answer, encode_chat, require_generation_marks, stop_tokens
 from scratch_gpt.alignment.models import context_of, load_for_training
 from scratch_gpt.alignment.records import conversations, learning_data
+from scratch_gpt.alignment.resume import Resumable
 from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
 from scratch_gpt.config import SFTSettings
 
 NO_LOSS = -100
+
+
+class AnswerTrainer(Resumable, SFTTrainer):
+    """SFTTrainer in runs that go on. Its validation loss is the mean over all held-out tokens of the assistant: Trainer's own
+    is one over batches, whatever number of tokens is in them."""
+
+    own_order = True
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        size, world = self.args.per_device_eval_batch_size, self.args.world_size
+        was_training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        for start in range(0, len(data), size * world):
+            mine = range(start + size * self.args.process_index, len(data))[:size]
+            # Where models are sharded all processes take part in each batch; one that has no rows left repeats some.
+            rows = data.select(mine or range(min(size, len(data)))).to_list()
+            inputs = self._prepare_inputs(self.data_collator(rows))
+            outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+            counted = [-outputs.log_probs.sum(), outputs.is_top1.sum(), outputs.label_mask.sum()]
+            sums += torch.stack([value.double() for value in counted]) * bool(mine)
+        nats, right, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": nats / tokens,
+            f"{metric_key_prefix}_mean_token_accuracy": right / tokens,
+        }
+        self.log(dict(metrics))
+        self.model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def sft_command(settings: SFTSettings) -> None:
@@ -33,7 +69,7 @@ def build(settings: SFTSettings, run_dir: Path) -> Stage:
     longest = min(settings.sft.max_length or context_of(model), context_of(model))
     data = learning_data(settings, conversations, lambda row: encode(tokenizer, row), longest)
     model.generation_config.eos_token_id = stop_tokens(tokenizer, data.chat)  # it is to stop where it learns to
-    trainer = SFTTrainer(
+    trainer = AnswerTrainer(
         model,
         SFTConfig(
             **training_arguments(settings, "sft", run_dir),
@@ -47,7 +83,7 @@ def build(settings: SFTSettings, run_dir: Path) -> Stage:
         peft_config=lora(settings, "CAUSAL_LM"),
     )
     describe_model(settings, trainer.model)
-    return Stage(trainer, tokenizer, describe, facts=data.facts)
+    return Stage(trainer, describe, facts=data.facts)
 
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:

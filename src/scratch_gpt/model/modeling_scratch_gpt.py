@@ -37,7 +37,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto import modeling_auto
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_liger_kernel_available, is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -489,6 +489,7 @@ class ScratchGPTModel(ScratchGPTPreTrainedModel):
 
     def __init__(self, config: ScratchGPTConfig):
         super().__init__(config)
+        config.validate_architecture()  # once more: its fields may have been set since it was built
         self.wte = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":
             self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -673,6 +674,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = ScratchGPTModel(config)
         self.lm_head = ScratchGPTLinear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self._forward_runs = False
         self.post_init()
 
     @can_return_tuple
@@ -765,10 +767,22 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             vocab_size=self.config.vocab_size,
         )
 
+    def __call__(self, *args, **kwargs):
+        self._forward_runs = True
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._forward_runs = False
+
     def get_output_embeddings(self) -> nn.Module:
-        """The head. One with rows of padding is shown without them, for trainers that multiply by it themselves."""
+        """The head. One with rows of padding is shown without them to a forward pass that multiplies by it itself.
+
+        That is TRL's way to the loss, which puts its own in place of `forward`. Whoever asks from outside wants the module
+        that holds the parameters: PEFT to leave it out, Accelerate to shard it together with the embedding that it is tied
+        to, quantizers to keep it as it is.
+        """
         head, vocab_size = self.lm_head, self.config.vocab_size
-        if self.config.padded_vocab_size == vocab_size:
+        if self.config.padded_vocab_size == vocab_size or not self._forward_runs:
             return head
         shown = nn.Linear(head.in_features, vocab_size, bias=False, device="meta")
         del shown.weight
@@ -1111,6 +1125,13 @@ for _names, _model_class in (
     (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, ScratchGPTForQuestionAnswering),
 ):
     _names.setdefault(ScratchGPTConfig.model_type, _model_class.__name__)
+
+# What `LoraConfig()` adapts when it is given no target_modules: every projection of every layer.
+if is_peft_available():
+    _peft_constants = importlib.import_module("peft.utils.constants")
+    _peft_constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(
+        ScratchGPTConfig.model_type, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
 
 
 __all__ = [

@@ -2,9 +2,9 @@
 
 Accelerate brings processes and devices and reads its configuration file; torch brings the means: DistributedDataParallel,
 and `fully_shard` for FSDP2 (Zhao et al., 2023, arXiv:2304.11277, per parameter since torch 2.6) and HSDP, both also over
-a model that tensor parallelism has divided before. Accelerate's
-`prepare` is not used: under bf16 it reduces gradients in bf16 and returns a bf16 loss, and it recomputes activations with
-other random numbers.
+a model that tensor parallelism has divided before, or whose rows context parallelism divides. Accelerate's `prepare` is
+not used: under bf16 it reduces gradients in bf16 and returns a bf16 loss, and it recomputes activations with other random
+numbers.
 
 The loop asks a `Layout` which rows to read, how much a loss counts, and for norms and sums over everything. Checkpoints
 hold whole tensors by name and say nothing of the layout, so that any layout goes on from any other.
@@ -20,12 +20,14 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from scratch_gpt.data.batches import Batch
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock, ScratchGPTRotaryEmbedding
+from scratch_gpt.training import context_parallel
 from scratch_gpt.training.launch import launched_accelerator
 from scratch_gpt.training.tensor_parallel import divide, partial_gradients
 
@@ -35,8 +37,8 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 class Layout:
     """One model on all processes of the launch. Every method is called by all of them.
 
-    ``strategy`` is single, ddp, fsdp2, hsdp or tp, or "fsdp2 x tp"; ``mesh`` names the dimensions that the processes are
-    arranged in.
+    ``strategy`` is single, ddp, fsdp2, hsdp or tp, or "fsdp2 x tp", "fsdp2 x cp"; ``mesh`` names the dimensions that the
+    processes are arranged in.
     """
 
     def __init__(self, accelerator: Accelerator, strategy: str, mesh: DeviceMesh | None = None):
@@ -45,25 +47,34 @@ class Layout:
         self.world: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
         self.is_main: bool = accelerator.is_main_process
-        self.shards_blocks: bool = mesh is not None and "dp_shard" in mesh.mesh_dim_names
-        self.tensor_size: int = mesh["tp"].size() if mesh is not None and "tp" in mesh.mesh_dim_names else 1
+        sizes = {} if mesh is None else dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+        self.tensor_size: int = sizes.get("tp", 1)
+        self.context_size: int = sizes.get("cp", 1)
+        self.shards_blocks: bool = "dp_shard" in sizes or "cp" in sizes
 
     # ------------------------------------------------------------------------------------------------ data
 
     @property
     def data_size(self) -> int:
-        """Into how many parts the rows of a step are divided: processes that share matrix products share rows."""
-        return self.world // self.tensor_size
+        """Into how many parts the rows of a step are divided: processes that share matrix products or columns share rows."""
+        return self.world // (self.tensor_size * self.context_size)
 
     @property
     def data_rank(self) -> int:
         """Which part this process reads."""
-        return self.rank // self.tensor_size
+        return self.rank // (self.tensor_size * self.context_size)
 
     @property
     def random_rank(self) -> int:
         """Processes of the same one draw the same random numbers."""
-        return self.data_rank
+        return self.rank // self.tensor_size
+
+    def own_part(self, batch: Batch, model: nn.Module) -> tuple[Batch, Any]:
+        """Of the rows that this process reads, what it computes; and what the model is given as attention mask."""
+        if self.context_size == 1:
+            return batch, None
+        assert self.mesh is not None
+        return context_parallel.divide_rows(batch, self.unwrap(model).config, self.mesh["cp"].get_group())
 
     def device_rows(self, rows: int, asked: int | None) -> int:
         """Rows of one forward pass of a process that reads ``rows`` a step."""
@@ -72,7 +83,7 @@ class Layout:
     @property
     def gradient_divisor(self) -> int:
         """Over how many processes gradients are averaged, where their sum is wanted."""
-        return self.data_size
+        return self.world // self.tensor_size
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` of every part of the data, added up; the same on all processes, bit for bit."""
@@ -102,36 +113,36 @@ class Layout:
         if self.tensor_size > 1:
             assert self.mesh is not None
             divide(model, self.mesh["tp"])
+        if self.context_size > 1:
+            model.set_attn_implementation(context_parallel.ATTENTION)
         if self.shards_blocks:
-            self._shard(model, precision)
+            self._shard(model, model.transformer.h, precision)
         elif self.strategy == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             spread = DistributedDataParallel(model, device_ids=devices)
         self._check_in_force(spread)
         if empty:
-            offloads = self.shards_blocks and self._offload_policy() is not None
-            make_room(model, torch.device("cpu") if offloads else self.device)
+            make_room(model, torch.device("cpu") if self.offloads else self.device)
         return spread
 
-    def _shard(self, model: Any, precision: str) -> None:
-        """Each block is gathered when it computes; embeddings, final norm and head once for forward and backward.
+    def _shard(self, model: nn.Module, blocks: Iterable[nn.Module], precision: str) -> None:
+        """Each of the model's blocks is gathered when it computes; embeddings, final norm and head once for forward and
+        backward.
 
         The loss multiplies by the head's weight without calling the head, whose weight may be that of the embedding: so
         they are one group, which belongs to the whole model. It stays float32, as autocast has embedding and residual
         stream; blocks are gathered in the dtype that autocast would cast them to.
         """
         plugin = self.accelerator.state.fsdp_plugin
-        offload = self._offload_policy() or OffloadPolicy()
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offloads else OffloadPolicy()
 
         def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
             return MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
             )
 
-        assert self.mesh is not None
-        names = ("dp_replicate", "dp_shard") if "dp_replicate" in self.mesh.mesh_dim_names else "dp_shard"
-        common: dict[str, Any] = {"mesh": self.mesh[names], "offload_policy": offload}
-        for block in model.transformer.h:
+        common: dict[str, Any] = {"mesh": self._shard_mesh(), "offload_policy": offload}
+        for block in blocks:
             fully_shard(
                 block,
                 mp_policy=policy(COMPUTE_DTYPES[precision]),
@@ -140,14 +151,20 @@ class Layout:
             )
         fully_shard(model, mp_policy=policy(torch.float32), **common)
 
-    def _offload_policy(self) -> OffloadPolicy | None:
-        if isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-            return CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        return None
+    def _shard_mesh(self) -> DeviceMesh:
+        """The processes that have parts of a copy, which share rows or not, and if there are several copies those too."""
+        assert self.mesh is not None
+        shards = "dp_shard_cp" if self.context_size > 1 else "dp_shard"  # one dimension of Accelerate's, made of two
+        return self.mesh[("dp_replicate", shards) if "dp_replicate" in self.mesh.mesh_dim_names else shards]
+
+    @property
+    def offloads(self) -> bool:
+        """Whether parts of the model lie in the memory of the CPU while they do not compute."""
+        return self.shards_blocks and isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
 
     def _check_in_force(self, model: nn.Module) -> None:
         if self.mesh is not None:
-            shards = self.mesh["dp_shard"].size() if self.shards_blocks else 1
+            shards = self._shard_mesh().shape[-1] if self.shards_blocks else 1
             wrong = [
                 name
                 for name, parameter in model.named_parameters()
@@ -197,8 +214,9 @@ class Layout:
 
     def after_evaluation(self, model: Any) -> None:
         """Give up the weights that a forward pass has gathered for a backward pass that does not come."""
-        if self.shards_blocks:
-            model.reshard()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     # ------------------------------------------------------------------------------------------------ gradients
 
@@ -289,18 +307,14 @@ def choose_layout() -> Layout:
     sizes: ParallelismConfig = accelerator.parallelism_config or ParallelismConfig(
         dp_replicate_size=1 if shard_blocks else world, dp_shard_size=world if shard_blocks else 1
     )
-    if sizes.cp_size * sizes.sp_size > 1:
-        raise UserError(
-            "parallelism_config: context and sequence parallelism (cp_size, sp_size) are not supported, for the attention "
-            "over rows that lie in parts is not tested here. For longer rows take tensor parallelism (tp_size) and "
-            "--training.activation_checkpointing full"
-        )
+    if sizes.sp_size > 1:
+        raise UserError("parallelism_config: DeepSpeed's sequence parallelism (sp_size) is not supported: take cp_size")
     if not shard_blocks and sizes.dp_shard_size > 1:
         raise UserError("parallelism_config asks for dp_shard_size without distributed_type: FSDP")
     if shard_blocks:
         _check_plugin(accelerator)
         strategy = "hsdp" if sizes.dp_replicate_size > 1 else "fsdp2"
-        strategy = f"{strategy} x tp" if sizes.tp_size > 1 else strategy
+        strategy += " x cp" * (sizes.cp_size > 1) + " x tp" * (sizes.tp_size > 1)
     elif sizes.tp_size > 1:
         strategy = "tp"
     else:
@@ -350,7 +364,12 @@ def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def make_room(model: Any, device: torch.device) -> None:
     """Give the empty ``model`` memory on ``device``, not filled but for what follows from the config."""
     model.to_empty(device=device)
-    if model.config.tie_word_embeddings:
+    complete(model, device)
+
+
+def complete(model: Any, device: torch.device) -> None:
+    """What follows from the config in a model, or a part of one, that has memory."""
+    if model.config.tie_word_embeddings and None not in (model.lm_head, model.transformer.wte):
         model.lm_head.weight = model.transformer.wte.weight
     if model.config.position_embedding_type == "rope":
         model.transformer.rotary_emb = ScratchGPTRotaryEmbedding(model.config).to(device)

@@ -198,11 +198,12 @@ class Loop:
         # Data parallelism averages gradients over processes; what we want is their sum.
         factor = self.layout.gradient_divisor * self.loss_scale.scale
         for number, batch in enumerate(data.batches, start=1):
-            batch = batch.to(device)
+            batch, attention_mask = self.layout.own_part(batch.to(device), self.model)
             with self.layout.micro_batch(self.model, last=number == len(data.batches)):
                 with autocast(device.type, self.state.precision):
                     micro_loss = self.model(
                         input_ids=batch.input_ids,
+                        attention_mask=attention_mask,
                         position_ids=batch.position_ids,
                         labels=batch.labels,
                         shift_labels=batch.labels,

@@ -8,6 +8,10 @@ accumulation.
 
 A stage is the model itself with holes in it, so that every parameter keeps its name and `modeling_scratch_gpt.py`
 remains the only description of the forward pass.
+
+Pipelines side by side have other data. They are copies, or (with an FSDP2 configuration) processes in the same place share
+a stage in parts. Then a stage is gathered for the first micro-batch, its gradients are reduced after the last one, and
+between steps only the parts are kept: which of torch's schedules do by themselves, as torchtitan uses them.
 """
 
 import copy
@@ -21,14 +25,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+from torch.distributed.tensor import DTensor
 
 from scratch_gpt.config import ParallelSettings, PretrainSettings
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.training.footprint import flops_per_token
-from scratch_gpt.training.layout import Layout
+from scratch_gpt.training.layout import Layout, complete, local, num_shards
 from scratch_gpt.training.precision import autocast
 
 STAGES_PER_PROCESS = {"1f1b": 1, "interleaved1f1b": 2}
@@ -126,6 +132,7 @@ class Stage(nn.Module):
         self.model.transformer = _shallow_copy(model.transformer)
         _keep(self.model, set(blocks), first, last)
         self.first, self.last, self.autocast = first, last, autocast
+        self.blocks = [self.model.transformer.h[i] for i in blocks]
         if not first and model.config.position_embedding_type == "learned":  # they are in the hidden states already
             self.model.transformer.config = copy.copy(model.config)
             self.model.transformer.config.position_embedding_type = "none"
@@ -157,7 +164,8 @@ class Stage(nn.Module):
 class Pipeline(nn.Module):
     """This process's stages of a model of which the other processes of a mesh (pipeline, data) have the rest.
 
-    ``model``, whole and the same on all of them, is reduced to what this one holds, under the names of the whole.
+    ``model``, whole and the same on all of them or empty (on torch's meta device), is reduced to what this one holds,
+    under the names of the whole.
     """
 
     def __init__(
@@ -170,7 +178,7 @@ class Pipeline(nn.Module):
         autocast: Callable[[], AbstractContextManager],
     ):
         super().__init__()
-        self.group, self.data_group = mesh["pipeline"].get_group(), mesh["data"].get_group()
+        self.group, self.data_group = (mesh[name].get_group() for name in mesh.mesh_dim_names)
         self.rank, self.size = self.group.rank(), self.group.size()
         self.schedule, self.device = schedule, device
         self.num_stages = self.size * STAGES_PER_PROCESS[schedule]
@@ -180,23 +188,38 @@ class Pipeline(nn.Module):
             Stage(model, self.split.blocks[stage], stage == 0, stage == self.num_stages - 1, autocast) for stage in own
         )
         _keep(model, {i for stage in own for i in self.split.blocks[stage]}, 0 in own, self.num_stages - 1 in own)
-        self.model = model.to(device)
-
-        self.tied_end: nn.Parameter | None = None
-        """This process's copy of the matrix that the first stage embeds with and the last one has as its head."""
+        self.model = model if next(model.parameters()).is_meta else model.to(device)
         if model.config.tie_word_embeddings:
-            self.tied_end = dict(model.named_parameters()).get(EMBEDDING)
             ends = [dist.get_global_rank(self.group, rank) for rank in (0, self.size - 1)]
             self.tied_group, _ = dist.new_subgroups_by_enumeration(_of_all_processes(ends))
         self.loss_factor = 1.0
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
+
+    @property
+    def tied_end(self) -> nn.Parameter | None:
+        """This process's copy of the matrix that the first stage embeds with and the last one has as its head."""
+        tied = self.model.config.tie_word_embeddings and self.model.transformer.wte is not None
+        return self.model.transformer.wte.weight if tied else None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes of the data group have parts of the same stages."""
+        return isinstance(self.stages[0], FSDPModule)
+
+    def make_room(self) -> None:
+        """See :func:`layout.make_room`."""
+        for stage in self.stages:
+            stage.to_empty(device=self.device)
+            complete(stage.model, self.device)
+        complete(self.model, self.device)
 
     def forward_backward(self, batches: list[Batch], num_targets: int, loss_factor: float = 1.0) -> torch.Tensor:
         """The loss of ``batches``, one micro-batch each, in nats per ``num_targets``: on every process of the pipeline.
 
         The gradients, times ``loss_factor``, are summed over the copies of the pipeline that have other data.
         """
-        self.loss_factor = loss_factor
+        # parts of gradients are averaged over the processes that share a stage; what we want is their sum
+        self.loss_factor = loss_factor * (self.data_group.size() if self.is_sharded else 1)
         labels = torch.cat([batch.labels for batch in batches])
         arguments: dict[str, Any] = {"labels": labels, "num_items_in_batch": num_targets}
         if batches[0].position_ids is not None:
@@ -206,16 +229,16 @@ class Pipeline(nn.Module):
         schedule = self._schedule(len(batches), batches[0].input_ids.shape)
         schedule.step(*inputs, target=labels, losses=losses, return_outputs=False, **arguments)
         self._reduce_gradients()
-        loss = torch.stack(losses).detach().sum() / loss_factor if losses else torch.zeros((), device=self.device)
+        loss = torch.stack(losses).detach().sum() / self.loss_factor if losses else torch.zeros((), device=self.device)
         dist.all_reduce(loss, group=self.group)
         return loss
 
     def _reduce_gradients(self) -> None:
-        if self.data_group.size() > 1:
+        if self.data_group.size() > 1 and not self.is_sharded:
             for parameter in self.model.parameters():
                 dist.all_reduce(parameter.grad, group=self.data_group)
         if self.tied_end is not None:
-            dist.all_reduce(self.tied_end.grad, group=self.tied_group)
+            dist.all_reduce(local(self.tied_end.grad), group=self.tied_group)
 
     def _schedule(self, micro_batches: int, shape: torch.Size) -> Any:
         """The schedule for so many micro-batches of this shape."""
@@ -263,9 +286,9 @@ class Pipeline(nn.Module):
         return loss
 
     def gather(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
-        """The tensors of all processes of the pipeline, by name, tied ones once: on its first process, on the CPU.
+        """The tensors of all stages by name, whole and tied ones once: on the first process, on the CPU.
 
-        What is there already is not copied, unless ``copy`` says so.
+        All processes call it. What is there already is not copied, unless ``copy`` says so.
         """
         if self.rank > 0 and self.tied_end is not None:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMBEDDING)}
@@ -273,12 +296,18 @@ class Pipeline(nn.Module):
         own = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         dist.all_gather_object(described, own, group=self.group)
         whole: dict[str, torch.Tensor] = {}
-        if self.rank == 0:
-            whole = {name: tensor.detach().to("cpu", copy=copy).contiguous() for name, tensor in tensors.items()}
-        for source in range(1, self.size):
+        for source in range(self.size):
             for name, (shape, dtype) in described[source].items():
                 if self.rank == source:
-                    dist.send(tensors[name].detach().to(self.device).contiguous(), group=self.group, group_dst=0)
+                    tensor = tensors[name].detach()
+                    if isinstance(tensor, DTensor):
+                        tensor = tensor.full_tensor()
+                if self.data_group.rank() > 0:
+                    continue
+                if self.rank == source == 0:
+                    whole[name] = tensor.to("cpu", copy=copy).contiguous()
+                elif self.rank == source:
+                    dist.send(tensor.to(self.device).contiguous(), group=self.group, group_dst=0)
                 elif self.rank == 0:
                     buffer = torch.empty(shape, dtype=dtype, device=self.device)
                     dist.recv(buffer, group=self.group, group_src=source)
@@ -297,13 +326,14 @@ def _of_all_processes(own: list[int]) -> list[list[int]]:
 
 
 class PipelineLayout(Layout):
-    """Pipelines side by side, each a copy of the model with other data; process p has place p // copies in its own."""
+    """Pipelines side by side with other data; process p has place p // pipelines in its own."""
 
     def __init__(self, layout: Layout, settings: PretrainSettings, context_length: int):
         self.settings, self.context_length = settings.parallel, context_length
-        places, copies = self.settings.pipeline, layout.world // self.settings.pipeline
-        mesh = init_device_mesh(layout.device.type, (places, copies), mesh_dim_names=("pipeline", "data"))
-        super().__init__(layout.accelerator, "pipeline", mesh)
+        places, side_by_side = self.settings.pipeline, layout.world // self.settings.pipeline
+        data = "dp_shard" if layout.shards_blocks else "data"
+        mesh = init_device_mesh(layout.device.type, (places, side_by_side), mesh_dim_names=("pipeline", data))
+        super().__init__(layout.accelerator, "pipeline x fsdp2" if layout.shards_blocks else "pipeline", mesh)
         self.places = places
         self.pipeline: Pipeline
 
@@ -329,7 +359,14 @@ class PipelineLayout(Layout):
         assert self.mesh is not None
         schedule = self.settings.pipeline_schedule
         autocasting = functools.partial(autocast, self.device.type, precision)
+        empty = next(model.parameters()).is_meta
         self.pipeline = Pipeline(model, self.mesh, schedule, self.context_length, self.device, autocasting)
+        if self.shards_blocks:
+            for stage in self.pipeline.stages:
+                self._shard(stage, stage.blocks, precision)
+        self._check_in_force(model)
+        if empty:
+            self.pipeline.make_room()
         return self.pipeline
 
     @staticmethod
@@ -337,10 +374,10 @@ class PipelineLayout(Layout):
         return model.model
 
     def share(self, parameter: nn.Parameter) -> float:
-        return (0.5 if parameter is self.pipeline.tied_end else 1.0) / self.data_size
+        return (0.5 if parameter is self.pipeline.tied_end else 1.0) * num_shards(parameter) / self.data_size
 
     def gather(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
-        return self.pipeline.gather(tensors, copy) if self.data_rank == 0 else {}
+        return self.pipeline.gather(tensors, copy)
 
     def describe(self, model: nn.Module, precision: str, data: str) -> list[str]:
         first, *others = super().describe(model, precision, data)
@@ -388,12 +425,19 @@ def choose_pipeline(
         UserError: the processes, the model or the settings do not allow the pipeline that was asked for.
     """
     asked = f"--parallel.pipeline is {settings.parallel.pipeline}"
-    if layout.strategy not in ("single", "ddp"):
+    if layout.strategy not in ("single", "ddp", "fsdp2"):
         raise UserError(
-            f"{asked}, the configuration file says {layout.strategy}: take configs/accelerate/pipeline.yaml"
+            f"{asked}, the configuration file says {layout.strategy}: take configs/accelerate/pipeline.yaml, or "
+            "pipeline_fsdp2.yaml"
         )
     if layout.world % settings.parallel.pipeline:
         raise UserError(f"{asked}; it must divide the number of processes, which is {layout.world}")
+    if layout.strategy == "fsdp2" and layout.world == settings.parallel.pipeline:
+        raise UserError(
+            f"{asked}, and so is the number of processes: no two share a stage. Take configs/accelerate/pipeline.yaml"
+        )
+    if layout.strategy == "fsdp2" and layout.offloads:
+        raise UserError(f"{asked} and fsdp_offload_params is true, which is not tested with pipelines: leave it false")
     stages = settings.parallel.pipeline * STAGES_PER_PROCESS[settings.parallel.pipeline_schedule]
     if stages > config.num_hidden_layers:
         raise UserError(

@@ -23,6 +23,7 @@ from scratch_gpt.data.tokenizer import fingerprint, load_tokenizer, save_tokeniz
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, new_folder
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
+from scratch_gpt.training import context_parallel
 from scratch_gpt.training.allocator import keep_freed_memory
 from scratch_gpt.training.build import build_config, build_model, empty_model, initialise
 from scratch_gpt.training.checkpoint import (
@@ -180,7 +181,7 @@ class Pretraining:
         self.layout = choose_layout()
         self.source = self.checkpoint or self.origin
         # Too large a model for one process is spread before it is filled.
-        self.empty = self.layout.is_sharded and settings.parallel.pipeline == 1
+        self.empty = self.layout.is_sharded or settings.parallel.pipeline > 1
         if self.empty:
             config = build_config(settings.model, self.tokenizer)
             self.model = empty_model(ScratchGPTConfig.from_pretrained(self.source) if self.source else config)
@@ -302,6 +303,7 @@ class Pretraining:
         context = self.settings.training.context_length or longest
         if self.model.config.position_embedding_type == "learned" and context > longest:
             raise UserError(f"--training.context_length is {context}, the model has {longest} learned positions")
+        context_parallel.check(self.model.config, context, self.layout.context_size)
         for split, streams in (("training", self.train_streams), ("held-out", self.validation_streams)):
             num_tokens = sum(map(len, streams.values()))
             if num_tokens < (context + 1 if split == "training" else 2):
@@ -353,7 +355,7 @@ class Pretraining:
         device = self.layout.device
         check_precision(precision, device)
         if precision == "fp8":
-            check_tokens(self.shape.device_rows, self.context_length)
+            check_tokens(self.shape.device_rows, self.context_length // self.layout.context_size)
             use_float8(self.model)
         if state is not None:
             if state.data != self.data_fingerprint:

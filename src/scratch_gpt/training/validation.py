@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,16 @@ def validate(
     vocab_size = layout.unwrap(model).config.vocab_size
     with autocast(layout.device.type, precision):
         nats = [
-            sum_of_losses(model, stream, context_length, vocab_size, layout.data_rank, layout.data_size, document_mask)
+            sum_of_losses(
+                model,
+                stream,
+                context_length,
+                vocab_size,
+                layout.data_rank,
+                layout.data_size,
+                document_mask,
+                lambda batch: layout.own_part(batch, model),
+            )
             for stream in streams.values()
         ]
     layout.after_evaluation(model)
@@ -67,10 +77,12 @@ def sum_of_losses(
     share: int = 0,
     shares: int = 1,
     document_mask: bool = False,
+    own_part: Callable[[Batch], tuple[Batch, Any]] = lambda batch: (batch, None),
 ) -> torch.Tensor:
     """(sum of cross-entropies in nats, number of targets), float64, over every ``shares``-th batch of ``stream``.
 
     Where a model is sharded all processes must compute as often: one without a batch left takes part with another's.
+    ``own_part``: see :meth:`Layout.own_part`.
     """
     was_training = model.training
     model.eval()
@@ -80,18 +92,22 @@ def sum_of_losses(
     batches = evaluation_batches(stream, context_length, batch_size, document_mask)
     for some in iter(lambda: list(itertools.islice(batches, shares)), []):
         mine = share < len(some)
-        cpu_batch = some[share if mine else 0]
-        batch = cpu_batch.to(device)
-        loss = model.sum_of_losses(batch) if isinstance(model, Pipeline) else _sum_of_losses(model, batch)
+        batch, attention_mask = own_part(some[share if mine else 0].to(device))
+        if isinstance(model, Pipeline):
+            loss = model.sum_of_losses(batch)
+        else:
+            loss = _sum_of_losses(model, batch, attention_mask)
         if mine:
-            nats += torch.tensor([loss.item(), (cpu_batch.labels != IGNORE_INDEX).sum().item()], dtype=torch.float64)
+            nats += torch.tensor([loss.item(), (batch.labels != IGNORE_INDEX).sum().item()], dtype=torch.float64)
     model.train(was_training)
     return nats
 
 
-def _sum_of_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+def _sum_of_losses(model: nn.Module, batch: Batch, attention_mask: Any) -> torch.Tensor:
     """Any model of transformers will do."""
-    logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    logits = model(
+        batch.input_ids, attention_mask=attention_mask, position_ids=batch.position_ids, use_cache=False
+    ).logits
     return nn.functional.cross_entropy(
         logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )

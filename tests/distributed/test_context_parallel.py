@@ -1,0 +1,100 @@
+"""Rows whose columns are divided over processes: the losses and gradients of whole rows."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from scratch_gpt.data.batches import Batch
+from scratch_gpt.errors import UserError
+from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
+from scratch_gpt.training.context_parallel import ATTENTION, check, divide_rows, own_columns
+from tests.model.conftest import SIZE, STYLES
+
+WORLD, COLUMNS = 3, 24
+IDS = torch.randint(1, SIZE["vocab_size"], (2, COLUMNS + 1), generator=torch.Generator().manual_seed(1))
+DOCUMENTS = torch.stack(  # of each row; their ends are not those of the pieces, which are 4 columns long
+    [torch.cat([torch.arange(count) for count in counts]) for counts in ((5, 6, 13), (1, 20, 3))]
+)
+BATCHES = {
+    "rows of one document": Batch(IDS[:, :-1], IDS[:, 1:]),
+    "packed documents": Batch(IDS[:, :-1], IDS[:, 1:], DOCUMENTS),
+}
+
+
+def build(style):
+    torch.manual_seed(0)
+    return ScratchGPTForCausalLM(ScratchGPTConfig(**{**SIZE, **STYLES[style]})).train()
+
+
+def loss_and_gradients(model, batch, attention_mask=None):
+    outputs = model(
+        batch.input_ids,
+        attention_mask=attention_mask,
+        position_ids=batch.position_ids,
+        labels=batch.labels,
+        shift_labels=batch.labels,
+        num_items_in_batch=IDS.numel() - 2,
+    )
+    outputs.loss.backward()
+    return outputs.loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def work(rank, folder, store_file):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store_file, WORLD), rank=rank, world_size=WORLD)
+    for style in STYLES:
+        for name, batch in BATCHES.items():
+            model = build(style)
+            model.set_attn_implementation(ATTENTION)
+            own, parts = divide_rows(batch, model.config, dist.group.WORLD)
+            loss, gradients = loss_and_gradients(model, own, parts)
+            for tensor in (loss, *gradients.values()):
+                dist.all_reduce(tensor)
+            torch.save((own.input_ids, loss, gradients), folder / f"{style} {name} {rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("context")
+    mp.spawn(work, args=(folder, str(folder / "store")), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("name", list(BATCHES))
+@pytest.mark.parametrize("style", list(STYLES))
+def test_parts_of_rows_give_loss_and_gradients_of_whole_ones(folder, style, name):
+    loss, gradients = loss_and_gradients(build(style), BATCHES[name])
+    seen = []
+    for rank in range(WORLD):
+        own_ids, own_loss, own_gradients = torch.load(folder / f"{style} {name} {rank}.pt")
+        torch.testing.assert_close(own_loss, loss)
+        assert own_gradients.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(
+                own_gradients[key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )
+        seen.append(own_ids)
+    assert all(ids.shape == (2, COLUMNS // WORLD) for ids in seen)
+    assert torch.equal(torch.cat(seen, 1).sort().values, IDS[:, :-1].sort().values)
+
+
+def test_each_process_has_as_much_to_attend_to():
+    for size in (1, 2, 3, 4):
+        columns = [own_columns(48, rank, size) for rank in range(size)]
+        assert torch.equal(torch.cat(columns).sort().values, torch.arange(48))
+        assert len({int(own.sum()) for own in columns}) == 1
+
+
+def test_rows_that_cannot_be_divided_are_refused():
+    config = SimpleNamespace(position_embedding_type="rope", rope_parameters={"rope_type": "default"})
+    check(config, 24, 3)
+    with pytest.raises(UserError, match="6 pieces, and the context of 32 does not divide"):
+        check(config, 32, 3)
+    config.rope_parameters["rope_type"] = "longrope"
+    check(config, 32, 1)
+    with pytest.raises(UserError, match="the angles of rope_type longrope follow from the last position"):
+        check(config, 32, 2)
