@@ -27,7 +27,7 @@ import tables
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
 ANSWERS = 4  # of the fine-tuned model to each request, from which pairs for DPO are chosen
-SIMILAR = 0.15  # a sampled worse answer is at most so much longer or shorter than the better one
+SIMILAR = 0.25  # a sampled worse answer is at most so much longer or shorter than the better one
 
 
 @dataclass
@@ -38,13 +38,22 @@ class Size:
     """Held-out requests that every model answers."""
     answer_length: int
     """Tokens after which an answer is cut off."""
+    sampled_pairs: dict[str, int]
+    """Of each part, requests that the fine-tuned model answers for the worse side of a pair."""
     dpo_requests: int
     """Requests with ANSWERS answers each. Reinforcement learning draws as many texts: dpo_requests x ANSWERS."""
     seeds: tuple[int, ...]
     overrides: dict[str, list[str]]
 
 
-REAL = Size(1000, 96, 2400, SEEDS, {"base": [], "sft": [], "reward": [], "dpo": [], "ppo": [], "grpo": []})
+REAL = Size(
+    600,
+    96,
+    {"preferences": 4000, "judge": 2000, "test": 1000},
+    800,
+    SEEDS,
+    {"base": [], "sft": [], "reward": [], "dpo": [], "ppo": [], "grpo": []},
+)
 TINY = """
     --tokenizer.vocab_size=512 --model.hidden_size=64 --model.num_hidden_layers=2 --model.num_attention_heads=2
     --model.num_key_value_heads=2 --model.intermediate_size=128 --training.warmup_steps=2
@@ -52,6 +61,7 @@ TINY = """
 SMOKE = Size(
     20,
     64,
+    {"preferences": 100, "judge": 100, "test": 100},
     64,
     (1,),
     {
@@ -210,7 +220,7 @@ class Lineage:
         """To the pairs of make_data, answers of the fine-tuned model as worse ones, where they are of similar length."""
         found: dict[str, Any] = {}
         for part, seed in (("preferences", 11), ("judge", 12), ("test", 13)):
-            requests = self.lines(f"data/requests_{part}.jsonl")
+            requests = self.lines(f"data/requests_{part}.jsonl", self.size.sampled_pairs[part])
             texts = self.answer(self.model("sft"), [request["prompt"] for request in requests], seed=seed).texts
             sampled = [
                 make_data.pair(request, text, "sampled")
