@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from scratch_gpt.alignment.chat import encode_answer, encode_chat, require_generation_marks, stop_tokens
 from scratch_gpt.alignment.models import context_of, load_for_training
@@ -29,6 +30,11 @@ class AnswerTrainer(Resumable, SFTTrainer):
     is one over batches, whatever number of tokens is in them."""
 
     own_order = True
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+        if "position_ids" in inputs:  # packed: the model parts a row where they begin anew, if no mask says otherwise
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        return super().compute_loss(model, inputs, *arguments, **keywords)
 
     @torch.no_grad()
     def evaluate(
@@ -69,15 +75,17 @@ def build(settings: SFTSettings, run_dir: Path) -> Stage:
     longest = min(settings.sft.max_length or context_of(model), context_of(model))
     data = learning_data(settings, conversations, lambda row: encode(tokenizer, row), longest)
     model.generation_config.eos_token_id = stop_tokens(tokenizer, data.chat)  # it is to stop where it learns to
+    rows, collator = Dataset.from_list(data.train), None
+    if settings.sft.packing:
+        # Not by SFTConfig, which lays all rows of a batch end to end: attention over that is quadratic in the batch as well
+        # wherever there is no kernel for rows of several lengths.
+        rows = pack_dataset(rows, longest, "bfd")
+        collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, return_position_ids=True)
     trainer = AnswerTrainer(
         model,
-        SFTConfig(
-            **training_arguments(settings, "sft", run_dir),
-            max_length=longest if settings.sft.packing else None,
-            packing=settings.sft.packing,
-            eval_packing=False,
-        ),
-        train_dataset=Dataset.from_list(data.train),
+        SFTConfig(**training_arguments(settings, "sft", run_dir), max_length=None),
+        data_collator=collator,
+        train_dataset=rows,
         eval_dataset=Dataset.from_list(data.validation),
         processing_class=tokenizer,
         peft_config=lora(settings, "CAUSAL_LM"),
