@@ -41,8 +41,8 @@ def test_pipelines_are_not_beside_zero():
 
 
 def test_a_stage_of_alignment_does_not_pass_for_zero(launched):
-    with pytest.raises(UserError, match="the configuration file asks for DEEPSPEED: take configs/accelerate/ddp.yaml"):
-        check_launch(SimpleNamespace())
+    with pytest.raises(UserError, match="DeepSpeed is not supported: take configs/accelerate/ddp.yaml"):
+        check_launch(SimpleNamespace(), "sft")
 
 
 @pytest.mark.parametrize(
