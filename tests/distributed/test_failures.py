@@ -80,16 +80,16 @@ def test_the_launcher_restarts_after_a_kill(config, shards, tmp_path, rank):
     assert_same_bits(tmp_path / "whole", tmp_path / "struck")
 
 
-def hang(config, folder, shards, fault, rank):
+def hang(config, folder, shards, fault, rank, options=(), **more):
     """What the processes say of a run in which one hangs, until they have given up."""
     run = arguments(folder / "struck", shards, "modern", STEPS, "--parallel.timeout", 4, *SAVES)
     process = subprocess.Popen(
-        launcher(config, [run], program=[*PROGRAM, fault, str(rank), "5"]),
+        launcher(config, [run], options, program=[*PROGRAM, fault, str(rank), "5"]),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
         cwd=ROOT,
-        env=environment(),
+        env=environment(**more),
     )
     said = ""
     with process:
@@ -105,6 +105,12 @@ def test_a_hung_process_is_named(config, shards, tmp_path):
     said = hang(config, tmp_path, shards, "SIGSTOP", 1)
     pid = (tmp_path / "struck" / "pid").read_text()
     assert re.search(rf"process 0 gives up in step 5: process 1 \({pid} on \S+\) gives no sign of life", said), said
+
+
+@pytest.mark.slow
+def test_that_the_process_with_the_store_hangs_is_found_out(config, shards, tmp_path):
+    said = hang(config, tmp_path, shards, "SIGSTOP", 0, ["--rdzv_backend", "c10d"], **OWN_STORE)
+    assert "process 1 gives up in step 5: the store of the launch, in the launcher or in process 0, does not" in said
 
 
 @pytest.mark.slow
