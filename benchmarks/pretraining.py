@@ -12,6 +12,7 @@ float32 and eager, what their documentation gives a CPU user.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -113,7 +114,16 @@ def trainer(shape: tuple[int, ...], precision: str, compiled: bool, checkout: st
     return [after - before for before, after in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
 
 
-def ours(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) -> list[float]:
+def ours(
+    shape: tuple[int, ...],
+    precision: str,
+    compiled: bool,
+    checkout: str = "",
+    *,
+    all_logits: bool = False,
+    keep_memory: bool = True,
+    **training_settings: object,
+) -> list[float]:
     """The loop of `scratch-gpt pretrain`, guard, metrics and all."""
     from scratch_gpt.config import PhaseSettings, PretrainSettings, TrainingSettings
     from scratch_gpt.data.loader import TrainingData
@@ -129,17 +139,23 @@ def ours(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) 
     from scratch_gpt.training.metrics import read_metrics
     from scratch_gpt.training.optimizer import build_optimizer
     from scratch_gpt.training.precision import compile_blocks
+    from scratch_gpt.training.recompute import checkpoint_activations
 
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     layers, width, heads, vocabulary, context, rows = shape
     sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "vocab_size": vocabulary}
     fields = {**GPT2_STYLE, **sizes, "max_position_embeddings": context, "bos_token_id": None, "eos_token_id": None}
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**fields)).train()
+    if all_logits:
+        model.forward = functools.partial(model.forward, skip_logits=False)  # type: ignore[method-assign]
     if compiled:
         compile_blocks(model)
     stream = TokenStream([tokens(vocabulary, 1_000_000)], num_bytes=1_000_000)
     steps = WARM_UP + STEPS
-    training = TrainingSettings(learning_rate=RATE, eval_every=10**9, save_every=10**9)
+    rare = {"eval_every": 10**9, "save_every": 10**9}
+    training = TrainingSettings(learning_rate=RATE, trackers=[], **rare, **training_settings)  # type: ignore[arg-type]
+    checkpoint_activations(model, training)
     packing = pack(stream, "concat", context, False, 0, "random")
     data = TrainingData(
         {"random": stream}, TrainingOrder({"random": packing}, [PhaseSettings("pretrain")]), context, False, vocabulary

@@ -414,6 +414,226 @@ class QuickstartSettings(PretrainSettings):
 
 
 @dataclass
+class StageSettings:
+    """What the stages of alignment have in common."""
+
+    model: str = "runs/sft/final"
+    """Folder of the model to begin with (or a name on the Hub)."""
+    data: str = "bundled"
+    """.jsonl, .json or .parquet, a folder that `datasets` saved, or a dataset of the Hub: see the README for its columns;
+    bundled: made from the bundled corpus, to try things out."""
+    validation_data: str | None = None
+    """Likewise, held out; left out: taken from data, see validation_fraction."""
+    validation_fraction: float = 0.05
+    """Share of the rows of data that is held out."""
+    split: str = "train"
+    """Of a dataset."""
+    plain_text: Literal["chat", "continue"] = "chat"
+    """Prompts and answers that are plain texts: what a user and the assistant say (chat), or texts that go on (continue)."""
+    run_dir: str = "runs/stage"
+    """Folder for everything the run writes."""
+    max_steps: int = 300
+    """Optimizer steps of the whole run."""
+    seed: int = 1337
+    """Decides the order of the data and all that is drawn."""
+    fresh: bool = False
+    """Delete what an earlier run left in run_dir and start over."""
+    max_hours: float | None = None
+    """Save and stop after this time (exit code 75); the same command goes on."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank on all linear layers instead of all weights."""
+    load_in_4bit: bool = False
+    """With lora_rank: hold the frozen weights in 4 bits (QLoRA; CUDA, needs `pip install bitsandbytes`)."""
+    merge_adapters: bool = True
+    """Write them into the weights of final/, which is then a model like any other; adapters/ has them apart."""
+    trackers: list[str] = field(default_factory=list)
+    """Dashboards that get the metrics, of trackio, tensorboard and wandb."""
+
+
+@dataclass
+class StageTrainingSettings:
+    """How a stage learns."""
+
+    batch_size: int = 16
+    """Rows of one optimizer step, over all processes."""
+    device_batch_size: int | None = None
+    """Rows that one process learns from at a time; left out: its whole part of the batch."""
+    learning_rate: float = 2e-4
+    """At its peak."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How it falls after the warm-up: to 0, or not at all."""
+    warmup_steps: int = 10
+    """Optimizer steps in which it rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the matrix products; weights are fp32 in both."""
+    activation_checkpointing: bool = False
+    """Less memory, about a fifth slower."""
+    max_length: int | None = None
+    """Longer rows are left out, and counted; left out: the model's context."""
+    log_every: int = 1
+    """Steps between two lines in metrics.jsonl."""
+    eval_every: int = 100
+    """Steps between two validations."""
+    save_every: int = 100
+    """Steps between two checkpoints."""
+    keep_last: int = 2
+    """How many checkpoints to keep."""
+
+
+@dataclass
+class SFTTrainingSettings(StageTrainingSettings):
+    """How supervised fine-tuning learns."""
+
+    packing: bool = False
+    """Put several rows into one of max_length, which do not see each other: faster where lengths differ."""
+
+
+@dataclass
+class SFTSettings(StageSettings):
+    """Supervised fine-tuning: teach a base model to answer, by the loss of the assistant's tokens alone."""
+
+    model: str = "runs/quickstart/final"
+    """Folder of the model to begin with (or a name on the Hub)."""
+    run_dir: str = "runs/sft"
+    """Folder for everything the run writes."""
+    sft: SFTTrainingSettings = field(default_factory=SFTTrainingSettings)
+
+
+@dataclass
+class RewardTrainingSettings(StageTrainingSettings):
+    """How the reward model learns."""
+
+    learning_rate: float = 1e-4
+    """At its peak."""
+    center_rewards_coefficient: float | None = None
+    """Keep the scores of a pair around 0 by this weight on the square of their sum."""
+
+
+@dataclass
+class RewardSettings(StageSettings):
+    """Reward model: learn from pairs which answer is the better one; gives one score for a conversation."""
+
+    run_dir: str = "runs/reward"
+    """Folder for everything the run writes."""
+    reward: RewardTrainingSettings = field(default_factory=RewardTrainingSettings)
+
+
+@dataclass
+class DPOTrainingSettings(StageTrainingSettings):
+    """How direct preference optimisation learns."""
+
+    learning_rate: float = 2e-5
+    """At its peak."""
+    beta: float = 0.1
+    """How dear it is to leave the model that it begins with."""
+    loss_type: str = "sigmoid"
+    """sigmoid (DPO itself), ipo, hinge, robust, ...: those of TRL's DPOConfig."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that are taken to be the wrong way round."""
+
+
+@dataclass
+class DPOSettings(StageSettings):
+    """Direct preference optimisation: learn from pairs what to answer, without a reward model."""
+
+    run_dir: str = "runs/dpo"
+    """Folder for everything the run writes."""
+    dpo: DPOTrainingSettings = field(default_factory=DPOTrainingSettings)
+
+
+@dataclass
+class KTOTrainingSettings(StageTrainingSettings):
+    """How Kahneman-Tversky optimisation learns."""
+
+    learning_rate: float = 2e-5
+    """At its peak."""
+    beta: float = 0.1
+    """How dear it is to leave the model that it begins with."""
+    desirable_weight: float = 1.0
+    """Weight of the good answers."""
+    undesirable_weight: float = 1.0
+    """Weight of the bad ones."""
+
+
+@dataclass
+class KTOSettings(StageSettings):
+    """Kahneman-Tversky optimisation: learn from single answers, each good or bad."""
+
+    run_dir: str = "runs/kto"
+    """Folder for everything the run writes."""
+    kto: KTOTrainingSettings = field(default_factory=KTOTrainingSettings)
+
+
+@dataclass
+class GroupTrainingSettings(StageTrainingSettings):
+    """How a policy learns from groups of completions of one prompt."""
+
+    batch_size: int = 32
+    """Completions of one optimizer step, over all processes: a multiple of num_generations."""
+    learning_rate: float = 1e-5
+    """At its peak."""
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """How it falls after the warm-up: to 0, or not at all."""
+    num_generations: int = 8
+    """Completions of each prompt, which are compared with one another."""
+    num_iterations: int = 1
+    """Optimizer steps on the same completions."""
+    max_completion_length: int = 64
+    """Tokens after which a completion is cut off."""
+    temperature: float = 1.0
+    """Of sampling, and of every probability that is compared."""
+    beta: float = 0.05
+    """Coefficient of the KL penalty to the model that it begins with."""
+    epsilon: float = 0.2
+    """How far the probability ratio may leave 1 with profit."""
+    mask_truncated_completions: bool = False
+    """Learn nothing from completions that were cut off."""
+
+
+@dataclass
+class GRPOTrainingSettings(GroupTrainingSettings):
+    """How group relative policy optimisation learns."""
+
+    loss_type: str = "dapo"
+    """grpo, dapo, dr_grpo, bnpo, ...: those of TRL's GRPOConfig."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide a completion's advantage by the deviation of its group's scores, of all scores, or not."""
+
+
+@dataclass
+class DrawingSettings(StageSettings):
+    """What the stages that draw completions have in common."""
+
+    reward_model: str | None = None
+    """Folder of a sequence classifier with one score (its tokenizer may be another)."""
+    reward: str | None = None
+    """A Python function instead, as module:function: f(prompts, completions, completion_ids, **columns) -> scores;
+    left out for the bundled data: 1 for one whole sentence."""
+
+
+@dataclass
+class GRPOSettings(DrawingSettings):
+    """Group relative policy optimisation: reinforcement learning without a value function."""
+
+    run_dir: str = "runs/grpo"
+    """Folder for everything the run writes."""
+    grpo: GRPOTrainingSettings = field(default_factory=GRPOTrainingSettings)
+
+
+@dataclass
+class RLOOSettings(DrawingSettings):
+    """REINFORCE with a leave-one-out baseline: reinforcement learning, at its simplest."""
+
+    run_dir: str = "runs/rloo"
+    """Folder for everything the run writes."""
+    rloo: GroupTrainingSettings = field(default_factory=GroupTrainingSettings)
+
+
+@dataclass
 class PPOTrainingSettings:
     """How PPO learns; a rollout is `mini_batches` times `mini_batch_size` completions."""
 
@@ -480,33 +700,13 @@ class PPOTrainingSettings:
 
 
 @dataclass
-class PPOSettings:
+class PPOSettings(DrawingSettings):
     """Reinforcement learning with PPO from a reward model or function. The same command goes on after an interruption."""
 
-    model: str = "runs/sft/final"
-    """Folder of the model to begin with, which is also the reference of the KL penalty."""
-    reward_model: str | None = None
-    """Folder of a sequence classifier with one score (its tokenizer may be another)."""
-    reward: str | None = None
-    """A Python function instead, as module:function: f(prompts, completions, completion_ids, **columns) -> scores."""
-    prompts: str = "prompts.jsonl"
-    """JSON Lines with a field prompt: text, or a list of messages; the other fields go to the reward function."""
-    validation_prompts: str | None = None
-    """Likewise, for evaluation on the way."""
     run_dir: str = "runs/ppo"
     """Folder for everything the run writes."""
     max_steps: int = 800
     """Optimizer steps of the whole run; a rollout takes mini_batches x epochs of them."""
-    seed: int = 1337
-    """Decides the completions and the order of the prompts."""
-    fresh: bool = False
-    """Delete what an earlier run left in run_dir and start over."""
-    max_hours: float | None = None
-    """Save and stop after this time (exit code 75); the same command goes on."""
-    lora_rank: int | None = None
-    """Train LoRA adapters of this rank on all linear layers instead of all weights."""
-    merge_adapters: bool = True
-    """Write them into the weights of final/, which is then a model like any other."""
     ppo: PPOTrainingSettings = field(default_factory=PPOTrainingSettings)
 
 
@@ -622,7 +822,7 @@ def parse_settings(settings_class: type[Settings], arguments: Sequence[str], pro
 # Smallest value allowed, by field name; "more than 0" where 0 itself makes no sense.
 _AT_LEAST = {"warmup_steps": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "decay_fraction": 0, "temperature": 0}
 _AT_LEAST |= {"top_k": 0, "rows": 0, "seed": 0, "batch_warmup_steps": 0, "final_learning_rate": 0, "muon_momentum": 0}
-_AT_LEAST |= {"sigmas": 0}
+_AT_LEAST |= {"sigmas": 0, "beta": 0, "num_generations": 2}
 _BELOW_ONE = {"beta1", "beta2", "mfu", "muon_momentum", "validation_fraction"}
 _MORE_THAN_ZERO = {"max_steps", "minutes", "max_characters", "hidden_size", "num_hidden_layers", "num_attention_heads"}
 _MORE_THAN_ZERO |= {"num_key_value_heads", "intermediate_size", "max_position_embeddings", "context_length"}
@@ -633,7 +833,16 @@ _MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks
 _MORE_THAN_ZERO |= {"activation_checkpointing_every", "max_hours", "keep_every"}
 _MORE_THAN_ZERO |= {"pipeline", "pipeline_microbatches"}
 _MORE_THAN_ZERO |= {"sample_every", "benchmark_every", "benchmark_limit", "memory_snapshot_step"}
-_MORE_THAN_ZERO |= {"mini_batch_size", "mini_batches", "epochs", "lora_rank"}
+_MORE_THAN_ZERO |= {
+    "mini_batch_size",
+    "mini_batches",
+    "epochs",
+    "lora_rank",
+    "batch_size",
+    "max_length",
+    "num_iterations",
+}
+_MORE_THAN_ZERO |= {"max_completion_length"}
 _MORE_THAN_ZERO |= {"devices", "devices_per_node", "flops", "mfu", "price", "tokens", "limit_rows"}
 
 

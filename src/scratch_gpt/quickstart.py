@@ -112,10 +112,11 @@ def pretrain(settings: QuickstartSettings, run_dir: Path, prompts: list[str], st
 
 def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> dict[str, Any]:
     """Look at the finished model from outside: samples, a reload elsewhere, the benchmark, the card."""
-    from scratch_gpt.evaluation.evaluate import describe, evaluate, load_model
+    from scratch_gpt.evaluation.evaluate import describe, evaluate
     from scratch_gpt.publishing.model_card import write_model_card
     from scratch_gpt.publishing.verify import reload_elsewhere
     from scratch_gpt.serving.generate import samples
+    from scratch_gpt.training.build import load_model
     from scratch_gpt.training.guard import summarise
     from scratch_gpt.training.metrics import read_events, read_metrics
 

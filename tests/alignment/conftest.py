@@ -91,6 +91,12 @@ import time
 def vowels(completions, **columns):
     return [sum(text.count(vowel) for vowel in "aeiou") / 10 for text in completions]
 
+def vowels_said(completions, **columns):
+    return vowels([messages[0]["content"] for messages in completions])
+
+def no_number(completions, **columns):
+    return [float("nan")] * len(completions)
+
 def slow(completions, **columns):
     time.sleep(0.3)
     return vowels(completions)
@@ -114,6 +120,7 @@ def material(tmp_path, monkeypatch, tokenizer_folder):
         tokenizer.save_pretrained(tmp_path / name)
     prompts = [{"prompt": text, "note": 1} for text in ("It was", "She said that", "Then", "A letter came") * 8]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts[:4]))
     (tmp_path / "rewards_of_test.py").write_text(REWARDS)
     yield tmp_path
     sys.modules.pop("rewards_of_test", None)

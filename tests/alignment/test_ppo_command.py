@@ -16,7 +16,8 @@ from scratch_gpt.training.metrics import read_metrics
 
 def arguments(*more, run_dir="run", reward="rewards_of_test:vowels", steps=32):
     given = [] if reward is None else ["--reward", reward]
-    given = ["ppo", "--model", "base", *given, "--prompts", "prompts.jsonl", "--run-dir", run_dir]
+    given = ["ppo", "--model", "base", *given, "--data", "prompts.jsonl", "--run-dir", run_dir]
+    given += ["--validation-data", "held_out.jsonl", "--plain-text", "continue"]
     given += ["--max-steps", steps, "--ppo.mini_batch_size", 8, "--ppo.max_completion_length", 8]
     return [str(word) for word in [*given, "--ppo.learning_rate", "3e-3", "--ppo.save_every", 8, *more]]
 
@@ -25,12 +26,20 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+def learnt(folder):
+    """The records of training."""
+    return [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
+
+
 def without_times(records):
-    return [{name: value for name, value in record.items() if name != "time"} for record in records]
+    return [
+        {name: value for name, value in record.items() if name not in ("time", "tokens_per_second")}
+        for record in records
+    ]
 
 
 def test_run_saves_a_plain_model_and_knows_when_it_is_finished(material, capsys):
-    validation = ["--validation-prompts", "prompts.jsonl", "--ppo.eval_every", "16"]
+    validation = ["--ppo.eval_every", "16"]
     assert main(arguments(*validation)) == 0
     final = material / "run" / "final"
     assert {file.name for file in final.iterdir()} >= {
@@ -44,11 +53,11 @@ def test_run_saves_a_plain_model_and_knows_when_it_is_finished(material, capsys)
                            weights(material / "base")["transformer.wte.weight"])  # fmt: skip
     AutoModelForCausalLM.from_pretrained(final)
     card = (final / "README.md").read_text()
-    records = [record for record in read_metrics(material / "run" / "metrics.jsonl") if "loss" in record]
+    records = learnt(material / "run")
     assert [record["step"] for record in records] == [8, 16, 24, 32]
     assert f"| {records[0]['objective/scores']:.3f} | {records[-1]['objective/scores']:.3f} |" in card
     output = capsys.readouterr().out
-    assert "8 completions a rollout" not in output and "16 completions a rollout, 4 rollouts" in output
+    assert "rollouts   4 of 16 completions" in output
     assert output.count("validation score") == 2 and "ended" in output
     assert main(arguments(*validation)) == 0
     assert "is finished (32 steps)" in capsys.readouterr().out
@@ -89,8 +98,9 @@ def test_a_checkpoint_that_was_not_finished_is_left_out(material, capsys):
     capsys.readouterr()
     assert main(arguments(run_dir="cut", steps=32)) == 0
     output = capsys.readouterr().out
-    assert "checkpoint-16 was not finished" in output and "checkpoint-8: 8 of 32 steps are done" in output
-    assert [record["step"] for record in read_metrics(material / "cut" / "metrics.jsonl")] == [8, 16, 24, 32]
+    assert "checkpoint-16 is not used: trainer_state.json is damaged" in output
+    assert "checkpoint-8: 8 of 32 steps are done" in output
+    assert [record["step"] for record in learnt(material / "cut")] == [8, 16, 24, 32]
 
 
 def test_a_reward_model_of_ours_and_merged_adapters(material):
@@ -115,9 +125,9 @@ def test_a_reward_model_of_ours_and_merged_adapters(material):
         ({"reward": "no_such_module:f"}, "cannot import no_such_module here"),
         ({"reward": "rewards_of_test:broken"}, "broken raised IndexError: string index out of range"),
         (["--ppo.device_batch_size", 3], "it must be a multiple of 3 (device_batch_size) x 1 (processes)"),
-        (["--prompts", "none.jsonl"], "there is no file none.jsonl"),
-        (["--prompts", "bad.jsonl"], "bad.jsonl, line 2: not an object with a field prompt (it has text)"),
-        (["--prompts", "mixed.jsonl"], "mixed.jsonl, line 2: text and messages are mixed"),
+        (["--data", "none.jsonl"], "there is no file none.jsonl"),
+        (["--data", "bad.jsonl"], "bad.jsonl, row 2: its columns are text, but this stage takes prompt; instruction"),
+        (["--data", "mixed.jsonl"], "mixed.jsonl: plain texts and messages are mixed"),
         (["--ppo.max_completion_length", 64], "the model's whole context 64 tokens"),
         (["--ppo.temperature", 0], "temperature is 0"),
         (["--model", "nothing"], "there is no model nothing"),

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scratch_gpt.alignment import ppo_trainer, rollout
 from scratch_gpt.alignment.ppo_config import PPOConfig
 from scratch_gpt.alignment.ppo_trainer import PPOTrainer
-from scratch_gpt.evaluation.evaluate import load_model
+from scratch_gpt.training.build import load_model
 
 folder, rows, drawn = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 

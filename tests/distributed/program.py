@@ -86,7 +86,8 @@ def run_all(runs):
     code = 0
     for arguments in runs:
         code = code or main(arguments)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return code
 
 

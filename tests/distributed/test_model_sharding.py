@@ -1,9 +1,14 @@
 """One model on two processes, its weights split by the plans of its config: the same numbers as in one."""
 
+import types
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers.distributed import DistributedConfig
 
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
@@ -37,7 +42,34 @@ def work(rank, folder, store_file):
             held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
             torch.save((logits, whole, held), folder / f"{style} {split} {rank}.pt")
             model.save_pretrained(folder / f"{style} {split}")
+
+    model = ScratchGPTForCausalLM.from_pretrained(folder / "padded").train()
+    model.forward = types.MethodType(forward_as_trl_does, model)
+    shard_as_accelerate_does(model)
+    loss = model(IDS[rank : rank + 1])
+    loss.backward()
+    whole = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    torch.save((loss.detach(), whole), folder / f"padded {rank}.pt")
     dist.destroy_process_group()
+
+
+def forward_as_trl_does(self, ids):
+    """The loss of `trl.trainer.utils.add_fused_lm_head`, which takes the head's matrix into its own hands."""
+    hidden_states = self.base_model(ids, use_cache=False).last_hidden_state[:, :-1]
+    weight = self.get_output_embeddings().weight  # gathered already, with the norm that shares its group
+    logits = hidden_states @ (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).t()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def shard_as_accelerate_does(model):
+    """The groups of `accelerate.utils.fsdp_utils.fsdp2_prepare_model`, which has no CPU version."""
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embedding.weight is head.weight
+    fully_shard([model.transformer.ln_f, embedding, head], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +78,9 @@ def folder(tmp_path_factory):
     for style in ("gpt2", "modern"):
         torch.manual_seed(0)
         ScratchGPTForCausalLM(ScratchGPTConfig(**{**SIZE, **STYLES[style]})).save_pretrained(folder / style)
+    torch.manual_seed(0)
+    padded = ScratchGPTForCausalLM(ScratchGPTConfig(**{**SIZE, **STYLES["modern"], "pad_vocab_size_multiple": 64}))
+    padded.save_pretrained(folder / "padded")
     mp.spawn(work, args=(folder, str(folder / "store")), nprocs=2)
     return folder
 
@@ -75,3 +110,13 @@ def test_a_split_model_saves_the_weights_it_was_loaded_from(folder, style, split
     assert saved.lm_head.weight is saved.transformer.wte.weight
     for name, weight in original.state_dict().items():
         assert torch.equal(saved.state_dict()[name], weight), name
+
+
+def test_a_padded_vocabulary_fits_trls_loss_and_accelerates_groups_of_modules(folder):
+    model = ScratchGPTForCausalLM.from_pretrained(folder / "padded").train()
+    loss = model(IDS, labels=IDS, skip_logits=False).loss
+    loss.backward()
+    losses, gradients = zip(*(torch.load(folder / f"padded {rank}.pt") for rank in range(2)), strict=True)
+    torch.testing.assert_close(sum(losses) / 2, loss.detach(), rtol=1e-5, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[0][name], parameter.grad, rtol=1e-4, atol=1e-5)

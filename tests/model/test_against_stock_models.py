@@ -16,8 +16,9 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-VOCABULARY, WIDTH, LAYERS, HEADS = 97, 48, 3, 4
+VOCABULARY, WIDTH, LAYERS, HEADS, HEAD_DIM = 97, 48, 3, 4, 20
 STOCK_SIZE = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
@@ -50,7 +51,20 @@ ROPE_TYPES = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "short_factor": [1 + pair / 10 for pair in range(HEAD_DIM // 2)],
+        "long_factor": [2 + pair / 3 for pair in range(HEAD_DIM // 2)],
+    },
+    "proportional": {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 }
+
+
+def test_no_rope_type_is_left_out():
+    assert set(ROPE_TYPES) == {"default", *ROPE_INIT_FUNCTIONS}
 
 
 def llama_names(name: str) -> str:
@@ -132,7 +146,7 @@ def test_logits_equal_gpt2(build, attn):
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
 def test_logits_equal_llama_for_every_rope_type(build, attn, rope_type):
     rope = ROPE_TYPES[rope_type]
-    fields = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "head_dim": 20}
+    fields = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "head_dim": HEAD_DIM}
     stock = randomised(LlamaForCausalLM(LlamaConfig(**STOCK_SIZE, **fields, rope_parameters=dict(rope))))
     ours = build("modern", **OUR_SIZE, **fields, rope_parameters=rope, qk_norm=False, rms_norm_eps=1e-6)
     ours.load_state_dict({llama_names(name): tensor for name, tensor in stock.state_dict().items()})

@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from scratch_gpt.model import ScratchGPTConfig
 
@@ -47,7 +48,10 @@ def test_gpt2_names_are_accepted_and_derived_fields_follow_them():
         ({"norm_bias": True}, ["norm_bias", "layernorm"]),
         ({"hidden_act": "sillu"}, ["hidden_act='sillu'", "silu"]),
         ({"rope_parameters": {"rope_type": "yarrn", "factor": 2.0}}, ["yarrn", "yarn"]),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            ["partial_rotary_factor=0.5", "proportional"],
+        ),
         ({"final_logit_softcapping": 0.0}, ["final_logit_softcapping=0.0"]),
         ({"attention_dropout": 1.5}, ["attention_dropout=1.5"]),
         ({"num_atention_heads": 8}, ["num_atention_heads", "'num_attention_heads'"]),
@@ -78,6 +82,13 @@ def test_a_config_spoilt_after_building_is_refused_at_save(tmp_path):
     config.num_key_value_heads = 5
     with pytest.raises(Exception, match="num_key_value_heads=5"):
         config.save_pretrained(tmp_path)
+
+
+def test_no_model_is_built_from_a_config_spoilt_after_building():
+    config = ScratchGPTConfig(hidden_size=32, num_attention_heads=4)
+    config.num_key_value_heads = 3
+    with pytest.raises(ValueError, match="num_attention_heads=4 is not divisible by num_key_value_heads=3"):
+        AutoModelForCausalLM.from_config(config)
 
 
 def test_save_and_load_give_an_equal_config(tmp_path, build, style):

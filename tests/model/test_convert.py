@@ -17,7 +17,7 @@ from transformers import (
 
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
 from scratch_gpt.model.convert import FAMILIES, from_hf, to_hf
-from tests.model.test_against_stock_models import ROPE_TYPES, STOCK_SIZE, VOCABULARY, randomised
+from tests.model.test_against_stock_models import HEAD_DIM, ROPE_TYPES, STOCK_SIZE, VOCABULARY, randomised
 
 GPT2_SIZE = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 80}
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -25,15 +25,18 @@ NO_ROPE = {"no_rope_layers": [1, 0, 1]}
 CASES = {
     "gpt2": ("gpt2", {}),
     "gpt2 untied, four times the width": ("gpt2", {"tie_word_embeddings": False, "n_inner": None}),
+    "gpt2 of one layer with one head": ("gpt2", {"n_layer": 1, "n_head": 1, "n_inner": 7}),
     "gpt2 with another activation": ("gpt2", {"activation_function": "relu", "layer_norm_epsilon": 1e-3}),
-    **{f"llama {rope}": ("llama", {"rope_parameters": ROPE_TYPES[rope]}) for rope in ROPE_TYPES},
+    **{f"llama {rope}": ("llama", {"rope_parameters": ROPE_TYPES[rope], "head_dim": HEAD_DIM}) for rope in ROPE_TYPES},
     "llama with biases and wide heads": ("llama", {**LLAMA_BIASES, "head_dim": 20}),
+    "llama of one layer with one key/value head": ("llama", {"num_hidden_layers": 1, "num_key_value_heads": 1}),
     "llama tied": ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 20}),
     "mistral with a window": ("mistral", {"sliding_window": 9}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3 of an odd width": ("qwen3", {"hidden_size": 35, "head_dim": 6, "intermediate_size": 33}),
     "qwen3 with biases and yarn": ("qwen3", {"attention_bias": True, "rope_parameters": ROPE_TYPES["yarn"]}),
     "smollm3": ("smollm3", NO_ROPE),
     "smollm3 with biases": ("smollm3", {**LLAMA_BIASES, "no_rope_layers": [1, 1, 1]}),

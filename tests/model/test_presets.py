@@ -16,6 +16,15 @@ def test_documented_parameter_counts_are_exact(name):
     assert count_parameters(preset(name)) == documented(presets.__doc__, name)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_documented_shapes_are_those_of_the_preset(name):
+    config = preset(name)
+    shape = [config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.num_key_value_heads]
+    row = next(line for line in presets.__doc__.splitlines() if line.startswith(f"| {name} "))
+    columns = [int(number) for number in re.findall(r"\d+", "|".join(row.split("|")[3:8]))]
+    assert columns == [*shape, config.intermediate_size, config.vocab_size]
+
+
 @pytest.mark.parametrize("depth", [4, 8, 12, 20])
 def test_documented_counts_of_the_depth_dial_are_exact(depth):
     assert count_parameters(from_depth(depth)) == documented(from_depth.__doc__, str(depth))

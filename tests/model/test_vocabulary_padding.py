@@ -41,24 +41,6 @@ def test_loss_and_gradients_are_the_same(pair, ids, skip_logits):
         assert not parameter.grad[len(expected) :].any(), name
 
 
-def test_the_head_is_shown_without_them(pair, ids):
-    plain, padded = pair
-    head = padded.get_output_embeddings()
-    assert head.weight.shape == plain.lm_head.weight.shape and head.bias is None
-    (head.weight.sum()).backward()
-    assert padded.lm_head.weight.grad[:VOCABULARY].eq(1).all() and not padded.lm_head.weight.grad[VOCABULARY:].any()
-
-
-def test_trls_fused_head_gives_the_same_loss(pair, ids):
-    trl_utils = pytest.importorskip("trl.trainer.utils")
-    plain, padded = pair
-    expected = plain(ids, labels=ids, skip_logits=False).loss
-    trl_utils.add_fused_lm_head(padded)
-    actual = padded(ids, labels=ids, fused_lm_head=True)
-    actual = actual["loss"] if isinstance(actual, dict) else actual.loss
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_their_ids_are_refused_and_generation_never_writes_them(pair, ids):
     _, padded = pair
     with pytest.raises(ValueError, match="to 97, but vocab_size=97"):

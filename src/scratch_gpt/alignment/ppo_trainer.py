@@ -38,6 +38,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from scratch_gpt.alignment.chat import encode_prompt, end_of_turn
 from scratch_gpt.alignment.ppo_config import PPOConfig
 from scratch_gpt.alignment.ppo_math import (
     KLController,
@@ -55,8 +56,6 @@ from scratch_gpt.alignment.rollout import (
     base_of,
     completion_logits,
     concatenate,
-    encode_prompt,
-    end_of_turn,
     entropy,
     generate,
     position_arguments,
@@ -338,6 +337,7 @@ class PPOTrainer(Trainer):
         order = torch.stack([torch.randperm(len(examples)) for _ in range(args.num_ppo_epochs)])
         tokens = mask.sum(1).cpu()[order].view(args.num_ppo_epochs, args.num_mini_batches, -1).sum(2)
         tokens = self._all_sum(tokens.to(mask.device))
+        self.state.num_input_tokens_seen += int(self._all_sum(batch.attention_mask.sum()).item())
         return Rollout(batch, logprobs, values, advantages, returns, order.to(mask.device), tokens)
 
     @torch.no_grad()
@@ -505,6 +505,7 @@ class PPOTrainer(Trainer):
         """Add the means since the last entry to what Trainer logs of training."""
         if "loss" in logs:
             logs = logs | {name: sum(values) / len(values) for name, values in self._averages.items()}
+            logs["num_tokens"] = self.state.num_input_tokens_seen  # of prompts and completions drawn
             logs["rollout"] = self.state.global_step // self.args.steps_per_rollout
             self._averages.clear()
         super().log(logs, start_time)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 
 @dataclass
@@ -145,29 +145,3 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tenso
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Of the distribution at each position, in nats (rows, seq)."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    """Ids of a text, or of messages up to where the assistant answers.
-
-    Raises:
-        ValueError: a message holds a special token, which would end its turn or begin another.
-    """
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    for message in prompt:
-        for token in tokenizer.all_special_tokens:
-            if token in message["content"]:
-                raise ValueError(f"the message {message['content']!r} holds the special token {token}: take it out")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts after the assistant's words; None if it puts none."""
-    marker = "the answer"
-    turns = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": marker}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    after = tokenizer(text[text.rindex(marker) + len(marker) :], add_special_tokens=False).input_ids
-    special = after[:1] and tokenizer.convert_ids_to_tokens(after[0]) in tokenizer.added_tokens_encoder
-    return after[0] if special else None

@@ -1,14 +1,21 @@
 """What a completion is worth: a reward model of ours, any sequence classifier with one score, or a Python function."""
 
+import importlib
 import math
 import numbers
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from scratch_gpt.alignment import bundled
+from scratch_gpt.config import DrawingSettings
+from scratch_gpt.errors import UserError
 
 RewardFunction = Callable[..., Sequence[float]]
 Reward: TypeAlias = str | PreTrainedModel | RewardFunction
@@ -159,6 +166,42 @@ def load_rewards(
         else:
             raise TypeError(f"{reward!r} is neither a path, a model nor a function")
     return loaded
+
+
+def reward_function(name: str) -> RewardFunction:
+    """The function `module:function`, its module looked for in the current folder, too.
+
+    Raises:
+        UserError: there is none.
+    """
+    module_name, _, function_name = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name) if module_name and function_name else None
+    except ImportError as error:
+        raise UserError(f"--reward {name}: cannot import {module_name} here ({error})") from error
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"--reward {name}: give MODULE:FUNCTION, such as rewards:politeness of a rewards.py here")
+    return function
+
+
+def reward_of(settings: DrawingSettings) -> str:
+    """The folder or function that the settings name; for the bundled data there is one."""
+    if settings.reward_model is None and settings.reward is None and settings.data == bundled.NAME:
+        return f"{bundled.__name__}:{bundled.whole_sentence.__name__}"
+    return settings.reward_model or settings.reward or ""
+
+
+def check_reward(settings: DrawingSettings) -> list[str]:
+    """What is wrong with a choice of reward, as far as it can be known before it is loaded."""
+    if not reward_of(settings) or (settings.reward_model is not None and settings.reward is not None):
+        return ["give one of --reward-model FOLDER and --reward MODULE:FUNCTION"]
+    if settings.reward_model is not None and not (Path(settings.reward_model) / "config.json").is_file():
+        return [f"--reward-model: {settings.reward_model} holds no model (no config.json)"]
+    return []
 
 
 def score(reward: RewardModel | FunctionReward, rollout: Completions) -> torch.Tensor:

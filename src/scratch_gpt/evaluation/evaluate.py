@@ -70,30 +70,12 @@ def describe(score: Score) -> str:
     )
 
 
-def load_model(name_or_path: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A saved causal language model in float32 and its tokenizer.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import scratch_gpt.model  # noqa: F401 (registers the model type)
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:  # ValueError: a config.json is missing or of an unknown kind
-        if Path(name_or_path).exists():
-            raise UserError(f"{name_or_path} holds no complete model: {error}") from error
-        raise UserError(f"there is no model {name_or_path}: give a folder that holds a config.json") from error
-
-
 def evaluate_command(settings: EvaluateSettings) -> None:
     """`scratch-gpt evaluate`."""
     paths = [bundled_corpus("valid")] if settings.text is None else find_files(settings.text)
     documents = list(read_documents(paths, settings.errors))
+    from scratch_gpt.training.build import load_model
+
     model, tokenizer = load_model(settings.model)
     with tempfile.TemporaryDirectory() as folder:
         evaluation = evaluate(

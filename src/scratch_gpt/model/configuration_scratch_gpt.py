@@ -325,10 +325,10 @@ class ScratchGPTConfig(PreTrainedConfig):
         choices = ["default", *ROPE_INIT_FUNCTIONS]
         if rope_type not in choices:
             problems.append(f"rope_parameters has rope_type={rope_type!r}{_did_you_mean(rope_type, choices)}")
-        if rope_parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
+        if rope_type != "proportional" and rope_parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
             problems.append(
                 f"rope_parameters has partial_rotary_factor={rope_parameters['partial_rotary_factor']}: "
-                "only whole heads are rotated here, drop it"
+                'only whole heads are rotated here; drop it or set rope_type="proportional", which turns the rest by nothing'
             )
         return problems
 

@@ -1,7 +1,5 @@
 """The model card: ``model_card.md`` at the top of the repository, filled with measured numbers only."""
 
-import os
-import platform
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from scratch_gpt import __version__
 from scratch_gpt.evaluation.evaluate import Evaluation
 from scratch_gpt.files import write_text
+from scratch_gpt.training.utilisation import hardware
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,17 +77,3 @@ def _result(task: str, metric: str, value: float, text: str) -> dict[str, Any]:
         "metric_type": metric,
         "metric_value": value,
     }
-
-
-def hardware() -> str:
-    """What the training ran on, as far as the system says."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    return f"{os.cpu_count()} CPU cores ({name})"

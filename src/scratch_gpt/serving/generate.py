@@ -62,7 +62,7 @@ def samples(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prom
 
 def generate_command(settings: GenerateSettings) -> None:
     """`scratch-gpt generate`."""
-    from scratch_gpt.evaluation.evaluate import load_model
+    from scratch_gpt.training.build import load_model
 
     model, tokenizer = load_model(settings.model)
     for text in continuations(model, tokenizer, settings.prompt, settings):

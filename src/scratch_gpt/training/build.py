@@ -1,13 +1,15 @@
-"""From settings to a freshly initialised model that fits its tokenizer."""
+"""Models to train: freshly initialised from settings, or a saved one."""
 
 import copy
 import dataclasses
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scratch_gpt.config import ModelSettings
 from scratch_gpt.errors import UserError
@@ -84,3 +86,18 @@ def initialise(model: Any, seed: int) -> None:
             model._init_weights(whole)
         load_module(module, whole._parameters)
         filled |= {id(parameter) for parameter in own.values()}
+
+
+def load_model(name_or_path: str) -> tuple[Any, Any]:
+    """A saved causal language model in float32 and its tokenizer.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:  # ValueError: a config.json is missing or of an unknown kind
+        if Path(name_or_path).exists():
+            raise UserError(f"{name_or_path} holds no complete model: {error}") from error
+        raise UserError(f"there is no model {name_or_path}: give a folder that holds a config.json") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from scratch_gpt.config import FREE_KEYS, PPOSettings, PretrainSettings, flatten, save_settings
+from scratch_gpt.config import FREE_KEYS, PretrainSettings, StageSettings, flatten, save_settings
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import is_partial, remove_folder, remove_partial
 
@@ -30,8 +30,10 @@ FREE |= {"parallel.timeout"}
 FREE |= {"training.trackers", "training.sample_every", "training.sample_prompts", "training.benchmark_every"}
 FREE |= {"training.benchmark_tasks", "training.benchmark_path", "training.benchmark_limit", "training.profile_steps"}
 FREE |= {"training.memory_snapshot_step"}
-FREE |= {"ppo.save_every", "ppo.keep_last", "ppo.eval_every"}
-RunSettings = PretrainSettings | PPOSettings
+STAGES = ("sft", "reward", "dpo", "kto", "grpo", "rloo", "ppo")
+FREE |= {f"{stage}.{name}" for stage in STAGES for name in ("save_every", "keep_last", "eval_every", "log_every")}
+FREE |= {"trackers"}
+RunSettings = PretrainSettings | StageSettings
 
 
 @contextmanager
@@ -98,8 +100,16 @@ def _check_same_run(run_dir: Path, settings: RunSettings) -> None:
 
 def _empty(run_dir: Path) -> None:
     """Delete what runs write, and nothing else; the settings last, by which a run is known."""
-    folders = ("final", "evaluation", "profile", "tensorboard", "wandb", "tokenizer", "data")
+    folders = ("final", "adapters", "evaluation", "profile", "tensorboard", "wandb", "tokenizer", "data")
     for folder in (*run_dir.glob("checkpoint-*"), *map(run_dir.joinpath, folders)):
         remove_folder(folder)
-    for name in ("best.json", "tracker_run.json", "samples.jsonl", "metrics.jsonl", CONFIG):
+    for name in (
+        "best.json",
+        "report.json",
+        "calibration.svg",
+        "tracker_run.json",
+        "samples.jsonl",
+        "metrics.jsonl",
+        CONFIG,
+    ):
         (run_dir / name).unlink(missing_ok=True)

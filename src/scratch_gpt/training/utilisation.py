@@ -5,9 +5,12 @@ peak is measured, for it depends on the threads and on the machine's neighbours;
 """
 
 import math
+import os
+import platform
 import re
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -100,3 +103,15 @@ def _product_speed(side: int, dtype: torch.dtype) -> float:
         torch.mm(one, other, out=product)
         seconds.append(time.perf_counter() - start)
     return 2 * side**3 / statistics.median(seconds)
+
+
+def hardware() -> str:
+    """What the training ran on, as far as the system says."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return f"{os.cpu_count()} CPU cores ({name})"

@@ -1,0 +1,74 @@
+"""Direct preference optimisation: pairs of answers to a model that prefers the better ones.
+
+    scratch-gpt dpo --model runs/sft/final --data pairs.jsonl --run-dir runs/dpo
+
+Rafailov et al., 2023, arXiv:2305.18290, by TRL's DPOTrainer. The model it is measured against is the one it begins with, loaded
+a second time from disk; with adapters, the same model without them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from scratch_gpt.alignment.chat import encode_answer, stop_tokens
+from scratch_gpt.alignment.models import context_of, load_for_training
+from scratch_gpt.alignment.records import learning_data, pairs
+from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.config import DPOSettings
+from scratch_gpt.training.build import load_model
+
+
+class EncodedDPOTrainer(DPOTrainer):
+    """DPOTrainer on rows that are tokens already, in which no text of a user has become a special one."""
+
+    def _prepare_dataset(self, dataset: Any, *arguments: Any, **keywords: Any) -> Any:
+        return dataset
+
+
+def dpo_command(settings: DPOSettings) -> None:
+    """`scratch-gpt dpo`."""
+    run_stage(settings, "dpo", build)
+
+
+def build(settings: DPOSettings, run_dir: Path) -> Stage:
+    """Models, data and trainer put together."""
+    model, tokenizer = load_for_training(settings)
+    reference = load_model(settings.model)[0].eval().requires_grad_(False) if settings.lora_rank is None else None
+    longest = min(settings.dpo.max_length or context_of(model), context_of(model))
+    data = learning_data(settings, pairs, lambda row: encode(tokenizer, row), longest)
+    model.generation_config.eos_token_id = stop_tokens(tokenizer, data.chat)
+    trainer = EncodedDPOTrainer(
+        model,
+        reference,
+        DPOConfig(
+            **training_arguments(settings, "dpo", run_dir),
+            max_length=None,
+            beta=settings.dpo.beta,
+            loss_type=[settings.dpo.loss_type],
+            label_smoothing=settings.dpo.label_smoothing,
+        ),
+        train_dataset=Dataset.from_list(data.train),
+        eval_dataset=Dataset.from_list(data.validation),
+        processing_class=tokenizer,
+        peft_config=lora(settings, "CAUSAL_LM"),
+    )
+    describe_model(settings, trainer.model)
+    return Stage(trainer, tokenizer, describe, facts=data.facts)
+
+
+def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Ids of the prompt and of both sides; and the tokens of the prompt with the longer one."""
+    (prompt, chosen), (_, rejected) = (encode_answer(tokenizer, row["prompt"], row[s]) for s in ("chosen", "rejected"))
+    ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    return ids, len(prompt) + max(len(chosen), len(rejected))
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """The margin is the difference of the implicit rewards of the two sides, beta log(policy / reference)."""
+    kind = "eval_" if "eval_loss" in logs else ""
+    return (
+        f"{'validation ' if kind else ''}loss {logs[f'{kind}loss']:.3f}, accuracy "
+        f"{logs[f'{kind}rewards/accuracies']:.1%}, margin {logs[f'{kind}rewards/margins']:.2f}"
+    )

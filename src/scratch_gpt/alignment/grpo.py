@@ -1,0 +1,169 @@
+"""Reinforcement learning from groups of completions: GRPO, and RLOO, its simplest relative.
+
+    scratch-gpt grpo --model runs/sft/final --data prompts.jsonl --reward rewards:politeness --run-dir runs/grpo
+    scratch-gpt rloo --model runs/sft/final --data prompts.jsonl --reward-model runs/reward/final --run-dir runs/rloo
+
+Several completions of the same prompt are drawn, scored, and each is made more or less likely by how much better than the
+others it is (Shao et al., 2024, arXiv:2402.03300; Ahmadian et al., 2024, arXiv:2402.14740), by TRL's trainers. There is no
+value function to learn, in contrast to PPO.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from scratch_gpt.alignment.chat import encode_prompt, stop_tokens
+from scratch_gpt.alignment.models import context_of, load_for_training
+from scratch_gpt.alignment.records import learning_data, prompts
+from scratch_gpt.alignment.scoring import Completions, check_reward, load_rewards, reward_function, reward_of, score
+from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.config import DrawingSettings, GroupTrainingSettings, GRPOSettings, RLOOSettings
+from scratch_gpt.console import say
+from scratch_gpt.errors import UserError
+
+
+class EncodedPrompts:
+    """Of a trainer: prompts become tokens in our way, in which no text of a user becomes a special one."""
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}  # type: ignore[attr-defined]
+
+
+class EncodedGRPOTrainer(EncodedPrompts, GRPOTrainer):
+    """GRPOTrainer with :class:`EncodedPrompts`."""
+
+
+class EncodedRLOOTrainer(EncodedPrompts, RLOOTrainer):
+    """RLOOTrainer with :class:`EncodedPrompts`."""
+
+
+def grpo_command(settings: GRPOSettings) -> None:
+    """`scratch-gpt grpo`."""
+    run_stage(settings, "grpo", build_grpo, lambda settings: check(settings, "grpo"))
+
+
+def rloo_command(settings: RLOOSettings) -> None:
+    """`scratch-gpt rloo`."""
+    run_stage(settings, "rloo", build_rloo, lambda settings: check(settings, "rloo"))
+
+
+def check(settings: DrawingSettings, verb: str) -> None:
+    group: GroupTrainingSettings = getattr(settings, verb)
+    problems = check_reward(settings)
+    if group.batch_size % group.num_generations:
+        problems.append(
+            f"--{verb}.batch_size is {group.batch_size} completions; it must be a multiple of {group.num_generations} "
+            "(num_generations)"
+        )
+    if settings.max_steps % group.num_iterations:
+        problems.append(
+            f"--max-steps is {settings.max_steps}; give a multiple of {group.num_iterations} (num_iterations)"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def build_grpo(settings: GRPOSettings, run_dir: Path) -> Stage:
+    """Models, data and trainer put together."""
+    own = {"loss_type": settings.grpo.loss_type, "scale_rewards": settings.grpo.scale_rewards}
+    return _build(settings, "grpo", run_dir, EncodedGRPOTrainer, GRPOConfig, own)
+
+
+def build_rloo(settings: RLOOSettings, run_dir: Path) -> Stage:
+    """Models, data and trainer put together."""
+    return _build(settings, "rloo", run_dir, EncodedRLOOTrainer, RLOOConfig, {})
+
+
+def _build(
+    settings: DrawingSettings, verb: str, run_dir: Path, trainer_class: Any, config_class: Any, own: dict[str, Any]
+) -> Stage:
+    group: GroupTrainingSettings = getattr(settings, verb)
+    model, tokenizer = load_for_training(settings)
+    longest = context_of(model) - group.max_completion_length
+    if longest < 1:
+        raise UserError(
+            f"--{verb}.max_completion_length is {group.max_completion_length}, the model's whole context "
+            f"{context_of(model)} tokens"
+        )
+    data = learning_data(settings, prompts, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest)
+    data.facts["reward"] = f"`{reward_of(settings)}`"
+    stop_ids = stop_tokens(tokenizer, data.chat)
+    model.generation_config.eos_token_id = stop_ids
+    reward = scorer(settings, tokenizer, stop_ids)
+    trainer = trainer_class(
+        model,
+        reward,
+        config_class(
+            **training_arguments(settings, verb, run_dir),
+            remove_unused_columns=False,
+            num_generations=group.num_generations,
+            num_iterations=group.num_iterations,
+            max_completion_length=group.max_completion_length,
+            temperature=group.temperature,
+            top_p=1.0,  # nothing may stand between the probabilities that are drawn from and those that are compared
+            top_k=0,
+            beta=group.beta,
+            epsilon=group.epsilon,
+            mask_truncated_completions=group.mask_truncated_completions,
+            disable_dropout=True,
+            **own,
+        ),
+        train_dataset=Dataset.from_list(data.train),
+        eval_dataset=Dataset.from_list(data.validation),
+        processing_class=tokenizer,
+        peft_config=lora(settings, "CAUSAL_LM"),
+    )
+    _check_reference(trainer)
+    describe_model(settings, trainer.model)
+    say(f"reward     {reward_of(settings)}")
+    return Stage(trainer, tokenizer, describe, steps_per_rollout=group.num_iterations, facts=data.facts)
+
+
+def _check_reference(trainer: Any) -> None:
+    """TRL reads the reference from where the policy says that it came from: it must be what the policy begins as."""
+    if trainer.ref_model is None:
+        return
+    policy, reference = (trainer.accelerator.unwrap_model(m) for m in (trainer.model, trainer.ref_model))
+    theirs = dict(reference.named_parameters())
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter.cpu(), theirs[name].cpu()), f"the reference has another {name}"
+
+
+def scorer(settings: DrawingSettings, tokenizer: Any, stop_ids: list[int]) -> Callable[..., list[float]]:
+    """The reward as TRL calls it: what it gives is checked, and what it raises is told."""
+    chosen = settings.reward_model or reward_function(reward_of(settings))
+    (reward,) = load_rewards(chosen, None, tokenizer, stop_ids)
+    if isinstance(getattr(reward, "model", None), torch.nn.Module) and torch.cuda.is_available():
+        reward.model.cuda()  # type: ignore[union-attr]
+
+    def scores(
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
+    ) -> list[float]:
+        drawn = Completions(
+            prompts=prompts,
+            completions=completions,
+            completion_ids=completion_ids,
+            sequences=[
+                torch.tensor(encode_prompt(tokenizer, prompt) + list(ids))
+                for prompt, ids in zip(prompts, completion_ids, strict=True)
+            ],
+            columns={name: value for name, value in columns.items() if isinstance(value, list)},
+        )
+        return score(reward, drawn).tolist()
+
+    scores.__name__ = reward.name
+    return scores
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """Score beside what it may have cost: divergence, length, completions that do not end."""
+    kind = "eval_" if "eval_loss" in logs else ""
+    said = f"{'validation ' if kind else ''}score {logs[f'{kind}reward']:.3f}"
+    if f"{kind}kl" in logs:
+        said += f", KL {logs[f'{kind}kl']:.4f} nats per token"
+    ended = 1 - logs[f"{kind}completions/clipped_ratio"]
+    return f"{said}, length {logs[f'{kind}completions/mean_length']:.1f}, ended {ended:.0%}"

@@ -1,0 +1,279 @@
+"""The stages as a user runs them, but for what is PPO's own."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import pack_dataset
+
+from scratch_gpt.alignment.chat import encode_answer
+from scratch_gpt.alignment.records import conversations
+from scratch_gpt.alignment.sft import encode
+from scratch_gpt.cli import main
+from scratch_gpt.config import SFTSettings
+from scratch_gpt.training.metrics import read_metrics
+
+ROWS = [
+    {"prompt": f"Who is {name}?", "chosen": f"{name} is a friend.", "rejected": f"I do not know {name} at all."}
+    for name in ("Ann", "Bess", "Cleo", "Dora", "Emma", "Fay", "Gwen", "Hope")
+]
+VERBS = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
+
+
+@pytest.fixture
+def pairs(material):
+    """Beside the model: pairs.jsonl, and held_pairs.jsonl."""
+    for name, rows in (("pairs", ROWS), ("held_pairs", ROWS[:3])):
+        (material / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return material
+
+
+def words(verb, *more, steps=6, run_dir=None, **settings):
+    given = [verb, "--model", "base", "--data", "pairs.jsonl", "--validation-data", "held_pairs.jsonl"]
+    given += ["--run-dir", run_dir or verb, "--max-steps", steps]
+    own = {"batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 1, "eval_every": 6, "save_every": 2, **settings}
+    if verb in ("grpo", "rloo"):
+        own = {**own, "num_generations": 4, "max_completion_length": 8, "batch_size": 8}
+        given += ["--reward", "rewards_of_test:vowels_said"]
+    for name, value in own.items():
+        given += [f"--{verb}.{name}", value]
+    return [str(word) for word in [*given, *more]]
+
+
+def without_times(folder):
+    records = read_metrics(folder / "metrics.jsonl")
+    leave = ("time", "tokens_per_second", "step_time")
+    return [
+        {name: value for name, value in record.items() if not name.endswith(leave) and "_runtime" not in name
+         and "per_second" not in name}
+        for record in records
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_stage_writes_a_model_like_any_other_and_is_finished_then(pairs, capsys, verb):
+    assert main(words(verb)) == 0
+    run = pairs / verb
+    records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in records] == list(range(1, 7))
+    contract = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "time"}
+    assert all(contract <= record.keys() for record in records)
+    assert [r["tokens"] for r in records] == sorted({r["tokens"] for r in records})
+    assert {file.name for file in (run / "final").iterdir()} >= {
+        "README.md", "config.json", "model.safetensors", "modeling_scratch_gpt.py", "tokenizer.json",
+        "chat_template.jinja",
+    }  # fmt: skip
+    assert {folder.name for folder in run.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    assert not list(run.rglob("training_args.bin"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (pairs / "base", run / "final"))
+    assert any(not torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
+    kind = AutoModelForSequenceClassification if verb == "reward" else AutoModelForCausalLM
+    saved = kind.from_pretrained(run / "final")
+    assert saved.config.use_cache is True
+    if verb != "reward":
+        turn = AutoTokenizer.from_pretrained(run / "final").convert_tokens_to_ids("<|im_end|>")
+        assert turn in saved.generation_config.eos_token_id
+    card = (run / "final" / "README.md").read_text()
+    assert "6 optimizer steps, seed 1337" in card and "`pairs.jsonl`" in card
+    capsys.readouterr()
+    assert main(words(verb)) == 0
+    assert "is finished (6 steps)" in capsys.readouterr().out
+    assert main(words(verb, "--seed", "2")) == 2
+    assert "seed is 1337 there and 2 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("verb", "end"), [("dpo", signal.SIGTERM), ("sft", signal.SIGKILL), ("grpo", signal.SIGKILL)])
+def test_a_run_that_was_ended_goes_on_bit_for_bit(pairs, capsys, verb, end):
+    """SIGTERM saves and exits with 75; after SIGKILL the newest checkpoint stands, and one cut short is left out."""
+    more = ["--dpo.device_batch_size", 2] if verb == "dpo" else []
+    assert main(words(verb, *more, steps=8, run_dir="whole")) == 0
+    every = 1000 if end == signal.SIGTERM else 2
+    command = words(verb, *more, steps=8, run_dir="ended", save_every=every)
+    slow = f"import sys, time\nimport scratch_gpt.alignment.stage as stage\nfrom scratch_gpt.cli import main\n{SLOW}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while len(read_metrics(pairs / "ended" / "metrics.jsonl")) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(end)
+    _, errors = process.communicate()
+    if end == signal.SIGTERM:
+        assert process.returncode == 75 and "The same command goes on" in errors
+    else:
+        (pairs / "ended" / "checkpoint-4").mkdir(exist_ok=True)  # as if it had been saving
+        (pairs / "ended" / "checkpoint-4" / "trainer_state" / "complete.json").unlink(missing_ok=True)
+    assert not (pairs / "ended" / "final").exists()
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "of 8 steps are done" in said
+    assert end == signal.SIGTERM or "checkpoint-4 is not used: it was not finished" in said
+    assert without_times(pairs / "ended") == without_times(pairs / "whole")
+    ended, whole = (load_file(pairs / name / "final" / "model.safetensors") for name in ("ended", "whole"))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in ended.items())
+
+
+SLOW = """
+log = stage._Metrics.on_log
+def slowly(*arguments, **keywords):
+    log(*arguments, **keywords)
+    time.sleep(0.3)
+stage._Metrics.on_log = slowly
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@torch.no_grad()
+def logprob(model, prompt, answer):
+    """Of an answer, by its definition."""
+    ids = torch.tensor([prompt + answer])
+    logprobs = F.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
+    return logprobs[torch.arange(len(prompt) - 1, ids.shape[1] - 1), ids[0, len(prompt) :]].sum().item()
+
+
+def test_losses_are_what_the_papers_say(pairs):
+    """Of the held-out rows, from the saved models: SFT's mean over tokens, Bradley-Terry's and DPO's over pairs."""
+    for verb in ("sft", "reward", "dpo"):
+        assert main(words(verb)) == 0
+    tokenizer = AutoTokenizer.from_pretrained(pairs / "base")
+    rows = [
+        {side: encode_answer(tokenizer, *([{"role": role, "content": text}] for role, text in (("user", row["prompt"]), ("assistant", row[side]))))
+         for side in ("chosen", "rejected")}
+        for row in ROWS[:3]
+    ]  # fmt: skip
+    base, sft, dpo = (
+        AutoModelForCausalLM.from_pretrained(pairs / name).eval() for name in ("base", "sft/final", "dpo/final")
+    )
+    reward = AutoModelForSequenceClassification.from_pretrained(pairs / "reward/final").eval()
+
+    def last(verb):
+        return [record for record in read_metrics(pairs / verb / "metrics.jsonl") if "eval_loss" in record][-1]
+
+    nats = sum(-logprob(sft, *row["chosen"]) for row in rows)
+    assert last("sft")["eval_loss"] == pytest.approx(nats / sum(len(row["chosen"][1]) for row in rows), rel=1e-4)
+
+    def softplus(x):
+        return math.log1p(math.exp(x))
+
+    margins = []
+    for row in rows:
+        of = {side: logprob(dpo, *row[side]) - logprob(base, *row[side]) for side in row}
+        margins.append(0.1 * (of["chosen"] - of["rejected"]))
+    assert last("dpo")["eval_loss"] == pytest.approx(sum(softplus(-m) for m in margins) / 3, rel=1e-4)
+    assert last("dpo")["eval_rewards/margins"] == pytest.approx(sum(margins) / 3, rel=1e-3)
+    scores = [
+        {
+            side: reward(input_ids=torch.tensor([prompt + answer])).logits.item()
+            for side, (prompt, answer) in row.items()
+        }
+        for row in rows
+    ]
+    margins = [score["chosen"] - score["rejected"] for score in scores]
+    assert last("reward")["eval_loss"] == pytest.approx(sum(softplus(-m) for m in margins) / 3, rel=1e-4)
+    found = json.loads((pairs / "reward" / "report.json").read_text())
+    assert found["loss"] == pytest.approx(sum(softplus(-m) for m in margins) / 3, rel=1e-4)
+    assert found["accuracy"] == sum(m > 0 for m in margins) / 3
+    assert "<svg" in (pairs / "reward" / "calibration.svg").read_text()
+    assert "95% interval" in (pairs / "reward" / "final" / "README.md").read_text()
+
+
+def test_packed_rows_learn_what_rows_apart_learn(pairs):
+    """Rows in one do not see each other: one step from all of them at once gives the same loss, gradient and weights."""
+    rows = [{"prompt": word, "completion": f"{word} {word}"} for word in ("a", "b", "c", "d", "e", "f")]
+    (pairs / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(pairs / "base")
+    ids = [
+        encode(tokenizer, row)[0]["input_ids"] for row in conversations(SFTSettings(), str(pairs / "short.jsonl")).rows
+    ]
+    packed = len(pack_dataset(Dataset.from_dict({"input_ids": ids}), 64, "bfd"))
+    assert packed < len(rows)
+    for name, size in (("apart", len(rows)), ("packed", packed)):
+        more = ["--sft.packing", name == "packed", "--data", "short.jsonl", "--validation-data", "short.jsonl"]
+        assert main(words("sft", *more, steps=1, run_dir=name, batch_size=size, warmup_steps=0)) == 0
+    apart, together = (load_file(pairs / name / "final" / "model.safetensors") for name in ("apart", "packed"))
+    first, second = (read_metrics(pairs / name / "metrics.jsonl")[0] for name in ("apart", "packed"))
+    assert second["tokens"] == first["tokens"] == sum(map(len, ids))
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
+    before = load_file(pairs / "base" / "model.safetensors")
+    for name, tensor in apart.items():
+        # Adam's first step is the sign of the gradient: where that is nothing but rounding it may be either
+        differs = (tensor - together[name]).abs() > 1e-4
+        assert differs.float().mean() < 0.02, name
+        assert (tensor - before[name]).abs().max() > 1e-3 or "norm" in name or "ln" in name, name
+
+
+def test_adapters_alone_are_trained_saved_and_merged(pairs):
+    assert main(words("sft", "--lora-rank", 2)) == 0
+    assert main(words("dpo", "--lora-rank", 2, "--merge-adapters", "false")) == 0
+    before, after = (load_file(pairs / name / "model.safetensors") for name in ("base", "sft/final"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("_proj" in name for name in changed)
+    assert (pairs / "sft" / "adapters" / "adapter_model.safetensors").is_file()
+    assert (pairs / "dpo" / "final" / "adapter_model.safetensors").is_file()
+    assert not (pairs / "dpo" / "final" / "model.safetensors").exists()
+
+
+def test_drawing_raises_the_score(pairs):
+    """GRPO and RLOO learn to say what is rewarded; the divergence is told beside."""
+    for verb in ("grpo", "rloo"):
+        settings = {"learning_rate": 1e-2, "eval_every": 1000, "save_every": 1000}
+        assert main(words(verb, f"--{verb}.beta", 0.01, steps=40, **settings)) == 0
+        scores = [r["reward"] for r in read_metrics(pairs / verb / "metrics.jsonl") if "loss" in r]
+        assert sum(scores[-5:]) > 1.5 * sum(scores[:5]), (verb, scores)
+        assert all("kl" in r for r in read_metrics(pairs / verb / "metrics.jsonl") if "loss" in r)
+
+
+@pytest.mark.parametrize(
+    ("verb", "more", "message"),
+    [
+        ("sft", ["--data", "none.jsonl"], "there is no file none.jsonl"),
+        ("sft", ["--model", "nothing"], "there is no model nothing"),
+        (
+            "sft",
+            ["--sft.batch_size", 5, "--sft.device_batch_size", 2],
+            "it must be a multiple of 2 (device_batch_size)",
+        ),
+        ("sft", ["--sft.max_length", 4], "no row is left of 8, all are longer than 4 tokens"),
+        ("sft", ["--load-in-4bit"], "needs adapters to train: give --lora-rank"),
+        ("sft", ["--load-in-4bit", "--lora-rank", 2], "needs a CUDA GPU"),
+        ("sft", ["--trackers", "[nobody]"], "there is no tracker 'nobody'"),
+        ("sft", ["--model", "silent"], "the tokenizer has no chat template"),
+        ("reward", ["--model", "nothing"], "holds no model that could give scores"),
+        ("dpo", ["--dpo.loss_type", "magic"], "magic"),
+        ("dpo", ["--dpo.beta", -1], "--dpo.beta is -1"),
+        ("kto", ["--kto.device_batch_size", 1], "compared with a neighbour's answer"),
+        ("kto", ["--data", "good.jsonl"], "8 good and 0 bad answers; it takes both"),
+        ("grpo", ["--grpo.num_generations", 3], "it must be a multiple of 3"),
+        ("grpo", ["--reward", "rewards_of_test:broken"], "broken raised IndexError"),
+        ("grpo", ["--reward", "rewards_of_test:no_number"], "gave nan for the completion"),
+        ("grpo", ["--reward-model", "judge"], "give one of --reward-model FOLDER and --reward MODULE:FUNCTION"),
+        ("rloo", ["--rloo.max_completion_length", 64], "the model's whole context 64 tokens"),
+    ],
+)
+def test_mistakes_are_told_in_one_message(pairs, capsys, verb, more, message):
+    good = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in ROWS]
+    (pairs / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good))
+    AutoModelForCausalLM.from_pretrained(pairs / "base").save_pretrained(pairs / "silent")
+    tokenizer = AutoTokenizer.from_pretrained(pairs / "base")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(pairs / "silent")
+    assert main(words(verb, *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_its_checkpoints_stay(pairs, capsys):
+    assert main(words("sft", steps=20, learning_rate=1e30, max_grad_norm=1e30)) == 2
+    said = capsys.readouterr().err
+    assert "the loss is" in said and "start over with --fresh and a lower learning rate" in said
