@@ -65,7 +65,7 @@ def test_the_slurm_script_queues_itself_again_until_the_run_is_finished(shards, 
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     commands = {
-        "srun": 'SLURM_PROCID=0 exec "$@"',
+        "srun": 'shift; SLURM_PROCID=0 exec "$@"',
         "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/requeued',
         "accelerate": f'shift; exec {sys.executable} -m accelerate.commands.launch "$@"',
     }

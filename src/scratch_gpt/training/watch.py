@@ -3,8 +3,7 @@
 What waits for a process that does not come waits until torch's time-out, which does not say for whom. So each process has a
 thread that writes into the store of the launch that it lives, and where its main thread is; and one that looks at the
 clock. Where the main thread has been in one place for too long, this tells which processes are silent or elsewhere and ends
-its own: then the launcher ends or restarts the run. It ends its own, too, where the store does not answer, for process 0,
-which may have it, may be the one that hangs.
+its own: then the launcher ends or restarts the run. Where the store itself does not answer, it is who has it that hangs.
 """
 
 import json
@@ -22,7 +21,6 @@ import torch.distributed as dist
 EXIT_LOST = 1
 LONGEST_INTERVAL = 15.0
 """Seconds between two signs of life."""
-NO_ANSWER = "the store of the launch, in the launcher or in process 0, does not answer"
 
 
 class Watch:
@@ -73,7 +71,7 @@ class Watch:
             while not self._ended.wait(self.interval):
                 self._beat()
         except dist.DistError as error:
-            self._end(f"{NO_ANSWER} ({error})")
+            self._end(f"{_no_answer()} ({error})")
 
     def _look_on(self) -> None:
         while not self._ended.wait(self.interval):
@@ -88,29 +86,46 @@ class Watch:
     def _missing(self) -> str:
         """Which processes give no sign of life; if all do, who is where."""
         if (before := self._signs()) is None:
-            return NO_ANSWER
+            return _no_answer()
         self._ended.wait(3 * self.interval)
         if (after := self._signs()) is None:
-            return NO_ANSWER
-        silent = [sign for one, sign in zip(before, after, strict=True) if sign["beats"] == one["beats"]]
-        said = [f"{sign['who']} gives no sign of life, last heard of {sign['at']}" for sign in silent]
-        return "; ".join(said or [f"{sign['who']} is {sign['at']}" for sign in after])
+            return _no_answer()
+        said = []
+        for rank, (one, sign) in enumerate(zip(before, after, strict=True)):
+            if sign is None:
+                said.append(f"process {rank} has not begun to train")
+            elif one is not None and sign["beats"] == one["beats"]:
+                said.append(f"{_who(rank, sign)} gives no sign of life, last heard of {sign['at']}")
+        return "; ".join(said or [f"{_who(rank, sign)} is {sign['at']}" for rank, sign in enumerate(after) if sign])
 
-    def _signs(self) -> list[dict[str, Any]] | None:
-        """What each process wrote last, or None where the store does not say."""
-        values: list[bytes] = []
-        keys = [str(rank) for rank in range(self.world)]
+    def _signs(self) -> list[dict[str, Any] | None] | None:
+        """What each process wrote last, None for one that has not yet; None where the store does not say."""
+        signs: list[dict[str, Any] | None] = []
+
+        def ask() -> None:
+            keys = [str(rank) for rank in range(self.world)]
+            there = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
+            found = dict(zip(there, map(json.loads, self._store.multi_get(there)), strict=True))
+            signs.extend(found.get(key) for key in keys)
+
         # torch's store has no time-out for a server that is there and does not answer
-        asking = threading.Thread(target=lambda: values.extend(self._store.multi_get(keys)), daemon=True)
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(2 * self.interval)
-        if not values:
-            return None
-        signs = [json.loads(value) for value in values]
-        return [sign | {"who": f"process {k} ({sign['pid']} on {sign['host']})"} for k, sign in enumerate(signs)]
+        return signs or None
 
     def _end(self, why: str) -> None:
         if self._ended.is_set():
             return
         print(f"scratch-gpt: process {self.rank} gives up {self._place}: {why}", file=sys.stderr, flush=True)
         os._exit(EXIT_LOST)
+
+
+def _who(rank: int, sign: dict[str, Any]) -> str:
+    return f"process {rank} ({sign['pid']} on {sign['host']})"
+
+
+def _no_answer() -> str:
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    whose = "the launcher" if shared else "process 0"
+    return f"{whose} on {os.environ['MASTER_ADDR']}, which has the store of the launch, does not answer"
