@@ -48,6 +48,14 @@ def test_doctor_says_what_each_process_of_a_launch_runs(tmp_path):
     )
 
 
+def test_no_configuration_ships_that_no_test_runs_or_the_readme_does_not_name():
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "distributed").glob("test_*.py"))
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "configs" / "accelerate").glob("*.yaml"):
+        assert f'"{path.stem}"' in tests or f'"{path.name}"' in tests, path
+        assert f"`{path.name}`" in readme, path
+
+
 @pytest.mark.parametrize("name", ["cpu", "single_gpu"])
 def test_configurations_of_one_process(name, tmp_path):
     said = launch(configuration(name, tmp_path, 1), ["doctor"]).stdout
