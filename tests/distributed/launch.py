@@ -86,6 +86,12 @@ def facts(run_dir):
     return [json.loads(file.read_text()) for file in files]
 
 
+def assert_only_own_parts_were_read(run_dir):
+    """Of the checkpoint that the run in ``run_dir`` went on from: weights and AdamW's two moments."""
+    for process in facts(run_dir):
+        assert process["read"] == 3 * process["held"] and process["began_empty"]
+
+
 def curve(run_dir, key="loss"):
     return [record[key] for record in read_metrics(Path(run_dir) / "metrics.jsonl") if key in record]
 

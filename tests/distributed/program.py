@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from scratch_gpt.cli import main
-from scratch_gpt.training.layout import Layout
+from scratch_gpt.training.layout import Layout, local
 from scratch_gpt.training.loop import Loop
 from scratch_gpt.training.pipeline import PipelineLayout
+from scratch_gpt.training.saved import SavedTensors
 
 reduced: set[str] = set()
 """Dtypes in which gradients were sent to the process that keeps their sum."""
@@ -58,6 +59,7 @@ def run(loop, original=Loop.run):
             "loss": sorted(loss_dtypes),
             "columns": sorted(columns),
             "began_empty": began_empty[-1],
+            "read": sum(numbers_read),
             "reduced": sorted(reduced),
             "stages": len(getattr(loop.model, "stages", ())),
         }
@@ -65,12 +67,22 @@ def run(loop, original=Loop.run):
 
 
 def spread(layout, model, precision, original=Layout.spread):
+    numbers_read.clear()
     began_empty.append(all(parameter.is_meta for parameter in model.parameters()))
     return original(layout, model, precision)
 
 
+def read(saved, name, like, original=SavedTensors.read):
+    tensor = original(saved, name, like)
+    numbers_read.append(local(tensor).numel() if tensor.ndim else 0)
+    return tensor
+
+
 began_empty: list[bool] = [False]
 """Whether the model took no memory before it was spread."""
+numbers_read: list[int] = []
+"""Of weights and moments that were saved, tensor by tensor."""
+SavedTensors.read = read
 Layout.spread = spread
 PipelineLayout.spread = functools.partialmethod(spread, original=PipelineLayout.spread)
 Loop.run = run

@@ -381,10 +381,3 @@ def load_module(module: nn.Module, whole: Mapping[str, torch.Tensor | None]) -> 
         value = whole[key]
         assert value is not None
         local(parameter).copy_(local(part_of(value.detach(), parameter)))
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, whole: Mapping[str, torch.Tensor]) -> None:
-    """Fill ``model`` as it is spread from whole tensors by name."""
-    for name, parameter in model.named_parameters():
-        local(parameter).copy_(local(part_of(whole[name], parameter)))

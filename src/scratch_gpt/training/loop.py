@@ -20,20 +20,21 @@ from scratch_gpt.data.loader import ReadAhead, StepData, TrainingData
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.errors import StoppedOnRequest, UserError
 from scratch_gpt.training.checkpoint import (
-    SavedWeights,
     TrainerState,
     load_checkpoint,
     newest_checkpoint,
     read_state,
+    saved_weights,
 )
 from scratch_gpt.training.guard import Guard
-from scratch_gpt.training.layout import Layout, load_weights
+from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.loss_scale import LossScale
 from scratch_gpt.training.metrics import MetricsFile, speed
 from scratch_gpt.training.observe import Looks, Observer
 from scratch_gpt.training.optimizer import Optimizers
 from scratch_gpt.training.pipeline import Pipeline
 from scratch_gpt.training.precision import autocast
+from scratch_gpt.training.saved import load_weights
 from scratch_gpt.training.saver import Saver
 from scratch_gpt.training.schedule import learning_rate, rows_at
 from scratch_gpt.training.stop import StopRequest
@@ -233,7 +234,7 @@ class Loop:
             return
         before = read_state(checkpoint)
         self.guard.rolled_back(before.guard)
-        load_weights(self.layout.unwrap(self.model), SavedWeights(checkpoint))
+        load_weights(self.layout.unwrap(self.model), saved_weights(checkpoint))
         load_checkpoint(self.layout, checkpoint, self.optimizer)
         state.step, state.record = before.step, before.record
         state.learning_rate_scale *= self.settings.guard.rollback_learning_rate

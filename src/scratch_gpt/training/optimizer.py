@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.errors import UserError
-from scratch_gpt.training.layout import part_of
 from scratch_gpt.training.muon import Muon
+from scratch_gpt.training.saved import SavedTensors
 
 EPSILON = 1e-8
 STATE_OF = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
@@ -97,11 +97,11 @@ def state_tensors(optimizers: Optimizers) -> dict[str, torch.Tensor]:
     }
 
 
-def load_state_tensors(optimizers: Optimizers, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of :func:`state_tensors`, from whole tensors, for optimizers over parameters of the same names.
+def load_state_tensors(optimizers: Optimizers, saved: SavedTensors) -> None:
+    """Inverse of :func:`state_tensors`, for optimizers over parameters of the same names: each process reads its parts.
 
     Raises:
-        UserError: they are the state of another kind of optimizer.
+        UserError: they are the state of another kind of optimizer, or of another model.
     """
     parameters = {
         name: parameter
@@ -109,11 +109,10 @@ def load_state_tensors(optimizers: Optimizers, tensors: dict[str, torch.Tensor])
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
     states: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
+    for key in saved.names:
         name, _, state = key.rpartition(".")
         if name in parameters:
-            like = parameters[name]
-            states.setdefault(name, {})[state] = part_of(value, like) if value.shape == like.shape else value
+            states.setdefault(name, {})[state] = saved.read(key, parameters[name])
     for optimizer in optimizers.optimizers:
         names = [name for group in optimizer.param_groups for name in group["param_names"]]
         kept = STATE_OF[type(optimizer).__name__]

@@ -28,7 +28,6 @@ from scratch_gpt.training.allocator import keep_freed_memory
 from scratch_gpt.training.build import build_config, build_model, empty_model, initialise
 from scratch_gpt.training.checkpoint import (
     STATE,
-    SavedWeights,
     TrainerState,
     find_checkpoint,
     load_checkpoint,
@@ -38,13 +37,14 @@ from scratch_gpt.training.checkpoint import (
     problem_with,
     read_state,
     save_model,
+    saved_weights,
     weight_tensors,
 )
 from scratch_gpt.training.find_batch_size import is_out_of_memory, out_of_memory_advice
 from scratch_gpt.training.float8 import check_tokens, use_float8
 from scratch_gpt.training.guard import summarise
 from scratch_gpt.training.launch import launched_processes
-from scratch_gpt.training.layout import Layout, choose_layout, load_weights
+from scratch_gpt.training.layout import Layout, choose_layout
 from scratch_gpt.training.loop import BatchShape, Loop
 from scratch_gpt.training.metrics import read_events
 from scratch_gpt.training.observe import Looks, check_observation
@@ -54,6 +54,7 @@ from scratch_gpt.training.pipeline import choose_pipeline
 from scratch_gpt.training.precision import Arithmetic, check_precision, choose_arithmetic, compile_blocks, has_bf16
 from scratch_gpt.training.recompute import checkpoint_activations
 from scratch_gpt.training.run import has_trained, record_settings, run_directory, stored_settings
+from scratch_gpt.training.saved import load_weights
 from scratch_gpt.training.schedule import learning_rate
 
 
@@ -231,7 +232,7 @@ class Pretraining:
         layout = self.layout
         model = layout.spread(self.model, self.arithmetic.precision)
         if self.empty and self.source is not None:
-            load_weights(self.model, SavedWeights(self.source))
+            load_weights(self.model, saved_weights(self.source))
         elif self.empty:
             initialise(self.model, self.settings.seed)
         for number, line in enumerate(layout.describe(model, self.arithmetic.precision, self.data_fingerprint)):
