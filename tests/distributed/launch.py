@@ -38,10 +38,12 @@ def arguments(run_dir, shards, style="modern", steps=20, *more):
     return [str(word) for word in [*words, *TINY, *STYLES[style], "--training.eval_every", 10, *more]]
 
 
-def configuration(name, folder, processes, **sizes):
+def configuration(name, folder, processes, offload=False, **sizes):
     """configs/accelerate/{name}.yaml for so many processes, and sizes of its parallelism_config."""
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text())
     settings["num_processes"] = processes
+    if offload:
+        settings["fsdp_config"]["fsdp_offload_params"] = True
     for key, value in sizes.items():
         settings["parallelism_config"][f"parallelism_config_{key}"] = value
     path = folder / f"{name}-{processes}.yaml"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from scratch_gpt.cli import main
@@ -60,10 +61,25 @@ def run(loop, original=Loop.run):
             "columns": sorted(columns),
             "began_empty": began_empty[-1],
             "read": sum(numbers_read),
+            "graphs": compiled_graphs(),
+            "offload": sorted(offload_policies(loop.model)),
             "reduced": sorted(reduced),
             "stages": len(getattr(loop.model, "stages", ())),
         }
         Path(loop.run_dir, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
+
+
+def compiled_graphs():
+    """How many torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def offload_policies(model):
+    """Of the groups of parameters that are gathered together."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in modules]
+    return {type(group.offload_policy).__name__ for group in groups if group is not None}
 
 
 def spread(layout, model, precision, original=Layout.spread):

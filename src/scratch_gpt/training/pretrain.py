@@ -51,7 +51,14 @@ from scratch_gpt.training.observe import Looks, check_observation
 from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.optimizer import describe as describe_groups
 from scratch_gpt.training.pipeline import choose_pipeline
-from scratch_gpt.training.precision import Arithmetic, check_precision, choose_arithmetic, compile_blocks, has_bf16
+from scratch_gpt.training.precision import (
+    Arithmetic,
+    check_precision,
+    choose_arithmetic,
+    compile_blocks,
+    has_bf16,
+    uncompile_blocks,
+)
 from scratch_gpt.training.recompute import checkpoint_activations
 from scratch_gpt.training.run import has_trained, record_settings, run_directory, stored_settings
 from scratch_gpt.training.saved import load_weights
@@ -355,6 +362,13 @@ class Pretraining:
         precision = state.precision if state is not None else self.settings.training.precision
         device = self.layout.device
         check_precision(precision, device)
+        # In torch 2.13 the backward pass of a compiled block forgets how the weights are divided, and fails.
+        may_compile = self.layout.tensor_size == 1
+        if self.settings.training.compile == "on" and not may_compile and state is None:
+            raise UserError(
+                "--training.compile is on, and torch's compiler does not take blocks whose matrices are divided by tensor "
+                "parallelism: leave it at auto, or take configs/accelerate/fsdp2.yaml"
+            )
         if precision == "fp8":
             check_tokens(self.shape.device_rows, self.context_length // self.layout.context_size)
             use_float8(self.model)
@@ -364,9 +378,13 @@ class Pretraining:
                     f"{self.run_dir} was trained on other token shards than are in "
                     f"{data_folder(self.settings, self.run_dir)} now. Bring those back, or start over with --fresh."
                 )
-            if state.compiled:
+            compiled = state.compiled and may_compile
+            if compiled:
                 compile_blocks(self.model)
-            return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")
+            reason = "as at the start of the run"
+            if state.compiled and not compiled:
+                reason += ", but for its compiled blocks, which tensor parallelism cannot divide"
+            return Arithmetic(state.precision, compiled, 0.0, reason)
         if self.layout.is_sharded:  # the whole model, on which speed is measured, may be too large for one process
             compiled = self.settings.training.compile == "on"
             if compiled:
@@ -383,4 +401,6 @@ class Pretraining:
         )
         shared = [choice]
         broadcast_object_list(shared)
+        if shared[0].compiled != choice.compiled:  # another process was faster the other way
+            (compile_blocks if shared[0].compiled else uncompile_blocks)(self.model)
         return shared[0]
