@@ -1,6 +1,7 @@
 """Every form of data in, one form out; what cannot be used is refused with its place, or counted."""
 
 import json
+import math
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -8,6 +9,10 @@ from datasets import Dataset, DatasetDict
 from scratch_gpt.alignment.records import conversations, feedback, learning_data, pairs, prompts
 from scratch_gpt.config import StageSettings
 from scratch_gpt.errors import UserError
+
+
+def system(text):
+    return {"role": "system", "content": text}
 
 
 def user(text):
@@ -49,6 +54,19 @@ ANSWERED = {"prompt": [user("2 + 2?")], "completion": [assistant("4")]}
             {"instruction": "Add.", "input": "2, 2", "output": "4"},
             {"prompt": [user("Add.\n\n2, 2")], "completion": [assistant("4")]},
         ),
+        ({"instruction": "2 + 2?", "input": math.nan, "response": "4"}, ANSWERED),  # as pandas leaves it open
+        (
+            {
+                "system": "Be brief.",
+                "conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}],
+            },
+            {"messages": [system("Be brief."), user("2 + 2?"), assistant("4")]},
+        ),
+        (
+            {"system": "Be brief.", "instruction": "2 + 2?", "output": "4"},
+            {**ANSWERED, "prompt": [system("Be brief."), user("2 + 2?")]},
+        ),
+        ({"messages": [system(" "), user("2 + 2?"), assistant("4")]}, {"messages": [user("2 + 2?"), assistant("4")]}),
     ],
 )
 def test_conversations(read, row, expected):
@@ -65,6 +83,14 @@ PAIR = {"prompt": [user("2 + 2?")], "chosen": [assistant("4")], "rejected": [ass
         PAIR,
         {"chosen": [user("2 + 2?"), assistant("4")], "rejected": [user("2 + 2?"), assistant("5")]},
         {"instruction": "2 + 2?", "input": "", "output": "4", "chosen": "4", "rejected": "5"},
+        {"prompt": "2 + 2?", "chosen": [user("2 + 2?"), assistant("4")], "rejected": [user("2 + 2?"), assistant("5")]},
+        {
+            "conversations": [{"from": "human", "value": "2 + 2?"}],
+            "chosen": {"from": "gpt", "value": "4"},
+            "rejected": "5",
+        },
+        {"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5"},
+        {"chosen": "2 + 2? 4", "rejected": "2 + 2? 5"},
     ],
 )
 def test_pairs_and_feedback_from_them(read, row):
@@ -78,12 +104,28 @@ def test_pairs_and_feedback_from_them(read, row):
     )
 
 
+def test_pairs_of_plain_texts_part_at_a_word(read):
+    """Not within one, though both sides begin it alike; and the white space goes to the answers, where tokens have it."""
+    row = {"chosen": "It was the best of times", "rejected": "It was the beginning"}
+    pair = {"prompt": "It was the", "chosen": " best of times", "rejected": " beginning"}
+    assert read(pairs, [row], plain_text="continue").rows == [pair]
+
+
+def test_conversations_stay_conversations_where_texts_go_on(read):
+    """Alpaca's rows are questions and answers whatever --plain-text says, and so is what holds messages at one side."""
+    for row in ({"instruction": "2 + 2?", "output": "4"}, {"prompt": [user("2 + 2?")], "completion": "4"}):
+        assert read(conversations, [row], plain_text="continue").rows == [ANSWERED]
+
+
 def test_feedback_and_prompts(read):
     row = {"prompt": "2 + 2?", "completion": "5", "label": False}
     assert read(feedback, [row]).rows == [{"prompt": [user("2 + 2?")], "completion": [assistant("5")], "label": False}]
     assert read(prompts, [{"prompt": "2 + 2?", "answer": 4}]).rows == [{"prompt": [user("2 + 2?")], "answer": 4}]
     assert read(prompts, [{"messages": [user("a"), assistant("b")]}]).rows[0]["prompt"] == [user("a")]
     assert read(prompts, [{"prompt": "It was"}], plain_text="continue").rows == [{"prompt": "It was"}]
+    talk = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "label": 1}
+    assert read(prompts, [talk]).rows[0]["prompt"] == [user("a")]
+    assert read(feedback, [talk]).rows == [{"prompt": [user("a")], "completion": [assistant("b")], "label": True}]
 
 
 def test_files_of_every_kind_and_folders(tmp_path):
@@ -108,8 +150,10 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(read):
     told = read(conversations, [{"prompt": "a", "completion": " "}, {"prompt": "", "completion": "b"}, ANSWERED])
     assert len(told.rows) == 1
     assert told.describe() == "1 rows; left out: 1 with an empty answer, 1 with an empty prompt"
-    told = read(pairs, [{"prompt": "a", "chosen": "b", "rejected": "b"}, PAIR])
-    assert told.left_out == {"with two equal sides": 1}
+    told = read(pairs, [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"chosen": "a", "rejected": "b"}, PAIR])
+    assert told.left_out == {"with two equal sides": 1, "with two sides that do not begin alike": 1}
+    told = read(conversations, [{"prompt": "a", "completion": [assistant("b"), user("c"), assistant("d")]}, ANSWERED])
+    assert told.left_out == {"whose answer is more than one turn": 1}
     with pytest.raises(UserError, match="holds nothing to learn from: 1 with two equal sides"):
         read(pairs, [{"prompt": "a", "chosen": "b", "rejected": "b"}])
 
@@ -119,7 +163,18 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(read):
     [
         (conversations, [{"text": "a", "title": "b"}], "row 1: its columns are text, title, but this stage takes mess"),
         (pairs, [PAIR, {"prompt": "a", "chosen": "b"}], "row 2: its columns are prompt, chosen, but this stage takes"),
-        (pairs, [{"chosen": "a", "rejected": "b"}], "row 1: a pair of plain texts needs a column prompt"),
+        (pairs, [{"chosen": 1, "rejected": 2}], "row 1: a int where messages belong"),
+        (conversations, [{"prompt": "a", "completion": "b", "label": False}], "would imitate the bad ones too"),
+        (conversations, [{"messages": [user("a"), {**assistant("b"), "tool_calls": [1]}]}], "a message calls tools"),
+        (conversations, [{"messages": [user("a"), assistant("b")], "tools": [{}]}], "the column tools is not empty"),
+        (conversations, [{"prompt": "a", "completion": math.nan}], "row 1: a float where messages belong"),
+        (
+            conversations,
+            [{"system": "a", "messages": [system("b"), user("c"), assistant("d")]}],
+            "of the system as well",
+        ),
+        (prompts, [{"prompt": [user("a"), assistant("b")]}], "a prompt ends with a turn of the assistant"),
+        (feedback, [{"prompt": "a", "completion": "b", "label": math.nan}], "label is nan"),
         (
             conversations,
             [{"messages": [{"role": "robot", "content": "a"}]}],
@@ -140,6 +195,12 @@ def test_broken_lines_and_missing_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     with pytest.raises(UserError, match=r"a.jsonl, line 2: not JSON"):
         conversations(StageSettings(), str(tmp_path / "a.jsonl"))
+    (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(UserError, match=r"b.jsonl, line 2: not UTF-8"):
+        conversations(StageSettings(), str(tmp_path / "b.jsonl"))
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"c.parquet: damaged"):
+        conversations(StageSettings(), str(tmp_path / "c.parquet"))
     with pytest.raises(UserError, match=r"there is no file nowhere.jsonl"):
         conversations(StageSettings(), "nowhere.jsonl")
 

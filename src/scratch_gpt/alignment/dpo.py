@@ -15,13 +15,16 @@ from trl import DPOConfig, DPOTrainer
 from scratch_gpt.alignment.chat import encode_answer, stop_tokens
 from scratch_gpt.alignment.models import context_of, load_for_training
 from scratch_gpt.alignment.records import learning_data, pairs
+from scratch_gpt.alignment.resume import Resumable
 from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
 from scratch_gpt.config import DPOSettings
 from scratch_gpt.training.build import load_model
 
 
-class EncodedDPOTrainer(DPOTrainer):
+class EncodedDPOTrainer(Resumable, DPOTrainer):
     """DPOTrainer on rows that are tokens already, in which no text of a user has become a special one."""
+
+    own_order = True
 
     def _prepare_dataset(self, dataset: Any, *arguments: Any, **keywords: Any) -> Any:
         return dataset
@@ -55,7 +58,7 @@ def build(settings: DPOSettings, run_dir: Path) -> Stage:
         peft_config=lora(settings, "CAUSAL_LM"),
     )
     describe_model(settings, trainer.model)
-    return Stage(trainer, tokenizer, describe, facts=data.facts)
+    return Stage(trainer, describe, facts=data.facts)
 
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:

@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from scratch_gpt.alignment.chat import encode_prompt, stop_tokens
 from scratch_gpt.alignment.models import context_of, load_for_training
 from scratch_gpt.alignment.records import learning_data, prompts
+from scratch_gpt.alignment.resume import Resumable
 from scratch_gpt.alignment.scoring import Completions, check_reward, load_rewards, reward_function, reward_of, score
 from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
 from scratch_gpt.config import DrawingSettings, GroupTrainingSettings, GRPOSettings, RLOOSettings
@@ -33,11 +34,11 @@ class EncodedPrompts:
         return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}  # type: ignore[attr-defined]
 
 
-class EncodedGRPOTrainer(EncodedPrompts, GRPOTrainer):
+class EncodedGRPOTrainer(Resumable, EncodedPrompts, GRPOTrainer):
     """GRPOTrainer with :class:`EncodedPrompts`."""
 
 
-class EncodedRLOOTrainer(EncodedPrompts, RLOOTrainer):
+class EncodedRLOOTrainer(Resumable, EncodedPrompts, RLOOTrainer):
     """RLOOTrainer with :class:`EncodedPrompts`."""
 
 
@@ -120,7 +121,7 @@ def _build(
     _check_reference(trainer)
     describe_model(settings, trainer.model)
     say(f"reward     {reward_of(settings)}")
-    return Stage(trainer, tokenizer, describe, steps_per_rollout=group.num_iterations, facts=data.facts)
+    return Stage(trainer, describe, steps_per_rollout=group.num_iterations, facts=data.facts)
 
 
 def _check_reference(trainer: Any) -> None:
@@ -162,6 +163,10 @@ def scorer(settings: DrawingSettings, tokenizer: Any, stop_ids: list[int]) -> Ca
 def describe(logs: dict[str, Any]) -> str:
     """Score beside what it may have cost: divergence, length, completions that do not end."""
     kind = "eval_" if "eval_loss" in logs else ""
+    if (
+        f"{kind}reward" not in logs
+    ):  # TRL tells of completions in the step that draws them, not in those that use them again
+        return f"loss {logs['loss']:.3f}, on completions of an earlier step"
     said = f"{'validation ' if kind else ''}score {logs[f'{kind}reward']:.3f}"
     if f"{kind}kl" in logs:
         said += f", KL {logs[f'{kind}kl']:.4f} nats per token"

@@ -16,13 +16,14 @@ from trl import KTOConfig, KTOTrainer
 from scratch_gpt.alignment.chat import encode_answer, stop_tokens
 from scratch_gpt.alignment.models import context_of, load_for_training
 from scratch_gpt.alignment.records import feedback, learning_data
+from scratch_gpt.alignment.resume import Resumable
 from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
 from scratch_gpt.config import KTOSettings
 from scratch_gpt.errors import UserError
 from scratch_gpt.training.build import load_model
 
 
-class EncodedKTOTrainer(KTOTrainer):
+class EncodedKTOTrainer(Resumable, KTOTrainer):
     """KTOTrainer on rows that are tokens already, in which no text of a user has become a special one."""
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, dataset_name: str) -> Dataset:
@@ -76,7 +77,7 @@ def build(settings: KTOSettings, run_dir: Path) -> Stage:
         peft_config=lora(settings, "CAUSAL_LM"),
     )
     describe_model(settings, trainer.model)
-    return Stage(trainer, tokenizer, describe, facts=data.facts)
+    return Stage(trainer, describe, facts=data.facts)
 
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:

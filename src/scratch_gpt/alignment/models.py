@@ -1,8 +1,11 @@
 """The models that stages begin with."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from scratch_gpt.errors import UserError
@@ -36,6 +39,28 @@ def load_scorer(name_or_path: str) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"{name_or_path} holds no model that could give scores: {error}") from error
+
+
+def merge(model: Any, name_or_path: str, adapters: Path) -> Any:
+    """``model``, which has adapters around it, as a plain one with them in its weights.
+
+    What it began with may lie in 4 bits or in parts here; then that is loaded once more, and the saved adapters with it.
+    """
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    base = model.get_base_model()
+    if not sharded and not getattr(base, "is_loaded_in_4bit", False):
+        base.config.use_cache = True  # which Trainer switches off
+        return model.merge_and_unload()
+    from peft import PeftModel
+
+    model_class: Any = next(one for one in type(base).__mro__ if not issubclass(one, FSDPModule))
+    labels = {"num_labels": 1} if base.config.num_labels == 1 else {}
+    fresh = model_class.from_pretrained(name_or_path, dtype=torch.float32, **labels)
+    if fresh.can_generate():
+        fresh.generation_config = base.generation_config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(fresh.config, name, getattr(base.config, name))
+    return PeftModel.from_pretrained(fresh, adapters).merge_and_unload()
 
 
 def context_of(model: Any) -> int:

@@ -9,7 +9,6 @@ The learning itself is in ``ppo_trainer.py``.
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from scratch_gpt.alignment.chat import encode_prompt
@@ -108,11 +107,12 @@ def build(settings: PPOSettings, run_dir: Path) -> Stage:
             eval_strategy="steps",
             eval_steps=ppo.eval_every,
             save_steps=ppo.save_every,
+            save_total_limit=ppo.keep_last,
             bf16=ppo.precision == "bf16",
             seed=settings.seed,
             report_to=settings.trackers,
             disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=launched_processes().device.type == "cpu",
             **{name: getattr(ppo, name) for name in PASSED_ON},
         ),
         train_dataset=Dataset.from_list(data.train),
@@ -127,12 +127,10 @@ def build(settings: PPOSettings, run_dir: Path) -> Stage:
     say(f"rollouts   {settings.max_steps // trainer.args.steps_per_rollout:,} of {rollout:,} completions")
     return Stage(
         trainer,
-        tokenizer,
         describe,
         steps_per_rollout=trainer.args.steps_per_rollout,
         report=lambda: ({}, in_words(read_metrics(run_dir / "metrics.jsonl"))),
         facts=data.facts,
-        policy=lambda both: both.policy,
     )
 
 

@@ -30,7 +30,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -51,6 +50,7 @@ from scratch_gpt.alignment.ppo_math import (
     masked_mean,
     whiten,
 )
+from scratch_gpt.alignment.resume import Resumable, fill
 from scratch_gpt.alignment.rollout import (
     Batch,
     base_of,
@@ -123,7 +123,7 @@ class Rollout:
     """(epochs, mini-batches): completion tokens in each, over all processes."""
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(Resumable):
     """PPO with TRL's look and feel.
 
     Args:
@@ -145,7 +145,6 @@ class PPOTrainer(Trainer):
     """
 
     args: PPOConfig
-    control: TrainerControl
 
     def __init__(
         self,
@@ -505,7 +504,6 @@ class PPOTrainer(Trainer):
         """Add the means since the last entry to what Trainer logs of training."""
         if "loss" in logs:
             logs = logs | {name: sum(values) / len(values) for name, values in self._averages.items()}
-            logs["num_tokens"] = self.state.num_input_tokens_seen  # of prompts and completions drawn
             logs["rollout"] = self.state.global_step // self.args.steps_per_rollout
             self._averages.clear()
         super().log(logs, start_time)
@@ -551,28 +549,26 @@ class PPOTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------ saving
 
+    @property
+    def result(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model).policy
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The policy and its tokenizer, as any causal language model is saved."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.policy.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        self.write_result(folder, None)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy; a checkpoint gets the value model and the state of PPO besides."""
-        super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            self.model.value_model.save_pretrained(folder / VALUE_MODEL)
-            state = {"kl_coef": self.kl_controller.coefficient, "normalizer": dataclasses.asdict(self.normalizer)}
-            (folder / PPO_STATE).write_text(json.dumps(state))
+    def write_more(self, folder: Path) -> None:
+        self.model.value_model.save_pretrained(folder / VALUE_MODEL)
+        state = {"kl_coef": self.kl_controller.coefficient, "normalizer": dataclasses.asdict(self.normalizer)}
+        (folder / PPO_STATE).write_text(json.dumps(state))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
+    def read_model(self, folder: Path) -> None:
         if not (folder / PPO_STATE).is_file():
             raise ValueError(f"{folder} is not a checkpoint of PPOTrainer: it has no {PPO_STATE}")
-        _load_weights(self.model.policy, folder)
-        _load_weights(self.model.value_model, folder / VALUE_MODEL)
+        fill(self.model.policy, folder)
+        fill(self.model.value_model, folder / VALUE_MODEL)
         state = json.loads((folder / PPO_STATE).read_text())
         self.kl_controller.coefficient = state["kl_coef"]
         self.normalizer = ScoreNormalizer(**state["normalizer"])
@@ -698,12 +694,3 @@ def _disable_dropout(model: Any) -> None:
         for name, value in vars(module).items():
             if name.endswith("dropout") and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _load_weights(model: Any, folder: Path) -> None:
-    if hasattr(model, "get_base_model"):
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    else:
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())

@@ -4,29 +4,35 @@
 |---|---|
 | `messages` | a conversation: a list of {role, content} |
 | `conversations` | the same as ShareGPT has it: a list of {from, value} |
-| `prompt`, `completion` | texts or messages |
+| `prompt`, `completion` (or `response`) | texts or messages |
 | `instruction`, `output`, perhaps `input` | Alpaca: a question, what it is about, the answer |
-| `prompt`, `chosen`, `rejected` | a pair; without `prompt` both sides are whole conversations that begin alike |
-| `instruction`, `chosen`, `rejected`, perhaps `input` | a pair, as Alpaca |
-| `prompt`, `completion`, `label` | an answer, and whether it is good |
-| `prompt` | only what is asked; or `instruction`, perhaps `input` |
+| `prompt`, `chosen`, `rejected` | a pair; without `prompt` both sides are whole conversations or texts that begin alike |
+| `instruction` or `conversations`, `chosen`, `rejected` | a pair, as Alpaca and ShareGPT |
+| any with an answer, and `label` | an answer, and whether it is good |
+| `prompt` | only what is asked; or `instruction`, or a conversation up to its last answer |
 
-From here on every row has `prompt` and what belongs to it, each as messages, or as text where plain texts are to be continued
-rather than answered.
+Perhaps with `system`, which begins the conversation. From here on every row has `prompt` and what belongs to it, each as
+messages, or as text where plain texts are to be continued rather than answered.
 """
 
+import itertools
 import json
+import math
+import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+import pyarrow.parquet as pq
+from datasets import DatasetDict, load_dataset, load_from_disk
 
 from scratch_gpt.alignment import bundled
 from scratch_gpt.config import StageSettings
 from scratch_gpt.console import say
+from scratch_gpt.data.places import damaged_arrow
 from scratch_gpt.errors import UserError
 
 Row = dict[str, Any]
@@ -47,9 +53,11 @@ KINDS = {
     "conversations": "messages; conversations (ShareGPT); prompt, completion (or chosen); instruction, output (Alpaca)",
     "pairs": "prompt, chosen, rejected; chosen, rejected (whole conversations); instruction, chosen, rejected",
     "feedback": "prompt, completion, label; or pairs: prompt, chosen, rejected",
-    "prompts": "prompt; instruction",
+    "prompts": "prompt; instruction; messages; conversations",
 }
 """Which columns each kind of data may have."""
+UNKNOWN_TO_US = ("tools", "history", "image", "images", "video", "videos", "audio", "audios")
+"""Columns that other programs would make a part of the conversation."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,13 @@ def read_rows(name: str, split: str) -> list[Row]:
 
 def _read_file(path: Path) -> list[Row]:
     if path.suffix == ".parquet":
-        return Dataset.from_parquet(str(path)).to_list()
-    text = path.read_text(encoding="utf-8")
+        with damaged_arrow(path):
+            return pq.read_table(path).to_pylist()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 at byte {error.start} of the file") from error
     if path.suffix != ".json":
         return list(_read_lines(path, text))
     try:
@@ -228,6 +241,10 @@ def _told(settings: StageSettings, name: str, kind: str, read: Reader) -> Told:
     left_out: dict[str, int] = {}
     for number, row in enumerate(read_rows(name, settings.split), 1):
         try:
+            if unknown := [column for column in UNKNOWN_TO_US if row.get(column)]:
+                raise ValueError(
+                    f"the column {unknown[0]} is not empty, and no stage here can make it a part of a prompt"
+                )
             rows += read(row, settings.plain_text == "chat")
         except Unusable as reason:
             left_out[str(reason)] = left_out.get(str(reason), 0) + 1
@@ -247,42 +264,75 @@ def _told(settings: StageSettings, name: str, kind: str, read: Reader) -> Told:
 
 
 def _conversation(row: Row, chat: bool) -> list[Row]:
-    if has(row, "messages") or has(row, "conversations"):
-        messages = _messages(row["messages"] if has(row, "messages") else row["conversations"])
+    if has(row, "label"):
+        raise ValueError(
+            "the column label says which answers are good, and this stage would imitate the bad ones too: `scratch-gpt kto` "
+            "learns from both; or take the column out"
+        )
+    if _is_conversation(row):
+        messages = _whole_conversation(row)
         if not any(message["role"] == "assistant" for message in messages):
             raise Unusable("without a turn of the assistant")
         if not all(message["content"].strip() for message in messages if message["role"] == "assistant"):
             raise Unusable("with an empty answer")
         return [{"messages": messages}]
-    column = "output" if has(row, "instruction") else "chosen" if has(row, "chosen") else "completion"
-    answer = row[column]
-    return [{"prompt": _question(row, chat), "completion": _answer(answer, chat)}]
+    question, (answer,) = _exchange(row, [_single_answer(row)], chat)
+    return [{"prompt": question, "completion": answer}]
 
 
 def _pair(row: Row, chat: bool) -> list[Row]:
-    if has(row, "prompt") or has(row, "instruction"):
-        pair = {"prompt": _question(row, chat)} | {side: _answer(row[side], chat) for side in ("chosen", "rejected")}
+    sides = [row[side] for side in ("chosen", "rejected")]
+    whole = all(isinstance(side, list) and side and _messages(side)[0]["role"] != "assistant" for side in sides)
+    asked = has(row, "prompt") or has(row, "instruction") or _is_conversation(row)
+    if whole or not asked:  # a prompt beside whole conversations is in them, too
+        question, chosen, rejected = _split_pair(row, sides[0], sides[1], chat)
     else:
-        pair = _split_pair(*(row[side] for side in ("chosen", "rejected")))
-    if pair["chosen"] == pair["rejected"]:
+        question, (chosen, rejected) = _exchange(row, sides, chat)
+    if chosen == rejected:
         raise Unusable("with two equal sides")
-    return [pair]
+    return [{"prompt": question, "chosen": chosen, "rejected": rejected}]
 
 
-def _split_pair(chosen: Any, rejected: Any) -> Row:
-    """Two whole conversations to what they have in common and what follows."""
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise TypeError("a pair of plain texts needs a column prompt")
-    chosen, rejected = _messages(chosen), _messages(rejected)
-    common = 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-        common += 1
-    if common == len(chosen) == len(rejected):
+def _split_pair(row: Row, chosen: Any, rejected: Any, chat: bool) -> tuple[Any, Any, Any]:
+    """Two whole conversations or texts to what they have in common, and how each goes on."""
+    if chosen == rejected:
         raise Unusable("with two equal sides")
-    pair = {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
-    if not pair["prompt"] or not pair["chosen"] or not pair["rejected"]:
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        spoken = [_human_and_assistant(text) for text in (chosen, rejected)] if chat else []
+        if not spoken or None in spoken:
+            return _split_texts(chosen, rejected, chat)
+        chosen, rejected = spoken
+    chosen, rejected = _with_system(row, _messages(chosen)), _with_system(row, _messages(rejected))
+    alike = (one == other for one, other in zip(chosen, rejected, strict=False))
+    common = len(list(itertools.takewhile(bool, alike)))
+    question, ends = chosen[:common], [chosen[common:], rejected[common:]]
+    if not question or not all(ends):
         raise ValueError("chosen and rejected do not begin alike and then differ")
-    return {**pair, **{side: _answer(pair[side], chat=True) for side in ("chosen", "rejected")}}
+    if any(len(end) > 1 for end in ends):
+        raise Unusable("whose sides differ in more than the last turn")
+    _check_question(question)
+    return question, *(_answer(end, chat=True) for end in ends)
+
+
+def _human_and_assistant(text: str) -> list[dict[str, str]] | None:
+    """The messages of a text as HH-RLHF writes them, each after two line breaks and who speaks."""
+    before, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    if before.strip() or not parts:
+        return None
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _split_texts(chosen: str, rejected: str, chat: bool) -> tuple[Any, Any, Any]:
+    """Parted at the last white space that they have in common, with which what differs begins."""
+    common = os.path.commonprefix([chosen, rejected])
+    end = max((place for place, character in enumerate(common) if character.isspace()), default=0)
+    if not common[:end].strip():
+        raise Unusable("with two sides that do not begin alike")
+    question, ends = common[:end], (chosen[end:], rejected[end:])
+    if not chat:
+        return question, *(_answer(text, chat) for text in ends)
+    return [{"role": "user", "content": question}], *(_answer(text.strip(), chat) for text in ends)
 
 
 def _feedback(row: Row, chat: bool) -> list[Row]:
@@ -292,26 +342,32 @@ def _feedback(row: Row, chat: bool) -> list[Row]:
             {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
             for side in ("chosen", "rejected")
         ]
-    if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
-        raise ValueError(f"label is {row['label']!r}: give true for a good completion and false for a bad one")
-    return [
-        {
-            "prompt": _question(row, chat),
-            "completion": _answer(row["completion"], chat),
-            "label": bool(row["label"]),
-        }
-    ]
+    label = row["label"]
+    if not isinstance(label, bool) and label not in (0, 1):
+        raise ValueError(f"label is {label!r}: give true for a good completion and false for a bad one")
+    if _is_conversation(row):
+        messages = _whole_conversation(row)
+        if messages[-1]["role"] != "assistant":
+            raise Unusable("whose last turn is not the assistant's")
+        question, answer = messages[:-1], _answer(messages[-1:], chat=True)
+        _check_question(question)
+    else:
+        question, (answer,) = _exchange(row, [_single_answer(row)], chat)
+    return [{"prompt": question, "completion": answer, "label": bool(label)}]
 
 
 def _prompt(row: Row, chat: bool) -> list[Row]:
-    if has(row, "messages") and not has(row, "prompt"):  # a conversation up to its last answer
-        messages = _messages(row["messages"])
+    if _is_conversation(row) and not has(row, "prompt"):  # a conversation up to its last answer
+        messages = _whole_conversation(row)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
-        if not messages:
+        if not any(message["role"] == "user" for message in messages):
             raise Unusable("without a question")
         return [{**row, "prompt": messages}]
-    return [{**row, "prompt": _question(row, chat)}]
+    return [{**row, "prompt": _exchange(row, [], chat)[0]}]
+
+
+# ------------------------------------------------------------------------------------------------ its parts
 
 
 def has(row: Row, column: str) -> bool:
@@ -319,21 +375,65 @@ def has(row: Row, column: str) -> bool:
     return row.get(column) is not None
 
 
-def _question(row: Row, chat: bool) -> Any:
-    """`prompt`, or Alpaca's `instruction` with its `input`."""
-    if has(row, "instruction") and not has(row, "prompt"):
-        about = str(row.get("input") or "").strip()
-        text = str(row["instruction"]).strip() + (f"\n\n{about}" if about else "")
-        question: Any = [{"role": "user", "content": text}]
-    else:
+def _is_conversation(row: Row) -> bool:
+    return has(row, "messages") or has(row, "conversations")
+
+
+def _whole_conversation(row: Row) -> list[dict[str, str]]:
+    messages = _with_system(row, _messages(row["messages"] if has(row, "messages") else row["conversations"]))
+    if not messages:
+        raise Unusable("with an empty conversation")
+    return messages
+
+
+def _with_system(row: Row, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """``messages``, begun by the column `system` where there is one; an empty system message is none."""
+    if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        messages = messages[1:]
+    system = _text(row, "system").strip()
+    if system and messages and messages[0]["role"] == "system":
+        raise ValueError("it has a column system, and its first message is of the system as well")
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _single_answer(row: Row) -> Any:
+    for column in ("output", "response") if has(row, "instruction") else ("completion", "response", "chosen"):
+        if has(row, column):
+            return row[column]
+    raise KeyError("completion")
+
+
+def _exchange(row: Row, answers: list[Any], chat: bool) -> tuple[Any, list[Any]]:
+    """What is asked, and the answers to it: messages if any of them is, else texts."""
+    if has(row, "prompt"):
         question = row["prompt"]
-        if isinstance(question, str) and chat:
-            question = [{"role": "user", "content": question}]
-        elif not isinstance(question, str):
-            question = _messages(question)
-    if not question or (not isinstance(question, str) and not any(m["content"].strip() for m in question)):
+    elif has(row, "instruction"):
+        question, chat = (
+            "\n\n".join(filter(None, (_text(row, name).strip() for name in ("instruction", "input")))),
+            True,
+        )
+    elif answers and _is_conversation(row):
+        question = row["messages"] if has(row, "messages") else row["conversations"]
+    else:
+        raise KeyError("prompt")
+    chat = chat or has(row, "system") or not all(isinstance(text, str) for text in (question, *answers))
+    if isinstance(question, str):
+        if not question.strip():
+            raise Unusable("with an empty prompt")
+        question = [{"role": "user", "content": question}] if chat else question
+    else:
+        question = _messages(question)
+    if chat:
+        question = _with_system(row, question)
+        _check_question(question)
+    return question, [_answer(answer, chat) for answer in answers]
+
+
+def _check_question(messages: list[dict[str, str]]) -> None:
+    if not any(message["content"].strip() for message in messages):
         raise Unusable("with an empty prompt")
-    return question
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("a prompt ends with a turn of the assistant, which has nothing to answer then")
 
 
 def _answer(value: Any, chat: bool) -> Any:
@@ -341,12 +441,24 @@ def _answer(value: Any, chat: bool) -> Any:
         if not value.strip():
             raise Unusable("with an empty answer")
         return [{"role": "assistant", "content": value}] if chat else value
-    messages = _messages(value)
+    messages = _messages([value] if isinstance(value, dict) else value)
     if not messages or not all(message["content"].strip() for message in messages):
         raise Unusable("with an empty answer")
+    if len(messages) > 1:
+        raise Unusable("whose answer is more than one turn")
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"an answer ends with a turn of the {messages[-1]['role']}, not the assistant's")
+        raise ValueError(f"an answer is a turn of the {messages[-1]['role']}, not the assistant's")
     return messages
+
+
+def _text(row: Row, column: str) -> str:
+    """What stands in a column that may be empty."""
+    value = row.get(column)
+    if value is None or isinstance(value, float) and math.isnan(value):  # as pandas writes it
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(f"{column} is a {type(value).__name__}, not text")
+    return value
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
@@ -363,6 +475,8 @@ def _messages(value: Any) -> list[dict[str, str]]:
         role, content = (turn["role"], turn["content"]) if "role" in turn else (turn["from"], turn["value"])
         if role not in ROLES:
             raise ValueError(f"a message has the role {role!r}: the roles are {', '.join(ROLES)}")
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise ValueError("a message calls tools, which no stage here can write down")
         if not isinstance(content, str):
             raise TypeError(f"a message's content is a {type(content).__name__}, not text")
         messages.append({"role": ROLES[role], "content": content})

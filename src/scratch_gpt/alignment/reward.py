@@ -19,11 +19,18 @@ from scratch_gpt.alignment.chat import encode_answer
 from scratch_gpt.alignment.models import context_of, load_scorer
 from scratch_gpt.alignment.preference_report import PreferenceReport, calibration_plot, report
 from scratch_gpt.alignment.records import learning_data, pairs
+from scratch_gpt.alignment.resume import Resumable
 from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
 from scratch_gpt.config import RewardSettings
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import write_text
+
+
+class PairTrainer(Resumable, RewardTrainer):
+    """RewardTrainer in runs that go on."""
+
+    own_order = True
 
 
 def reward_command(settings: RewardSettings) -> None:
@@ -41,7 +48,7 @@ def build(settings: RewardSettings, run_dir: Path) -> Stage:
     model, tokenizer = load_scorer(settings.model)
     longest = min(settings.reward.max_length or context_of(model), context_of(model))
     data = learning_data(settings, pairs, lambda row: encode(tokenizer, row), longest)
-    trainer = RewardTrainer(
+    trainer = PairTrainer(
         model,
         RewardConfig(
             **training_arguments(settings, "reward", run_dir),
@@ -56,15 +63,14 @@ def build(settings: RewardSettings, run_dir: Path) -> Stage:
     describe_model(settings, trainer.model)
 
     def tell() -> tuple[dict[str, Any], str]:
-        found = judge(stage.model(), data.validation, settings.reward.device_batch_size or settings.reward.batch_size)
+        found = judge(trainer.result, data.validation, settings.reward.device_batch_size or settings.reward.batch_size)
         if trainer.accelerator.is_main_process:
             write_text(run_dir / "calibration.svg", calibration_plot(found.bins))
         say(f"held out   accuracy {found.accuracy}, calibration error {found.calibration_error:.3f}")
         say(f"           a judge that takes the longer answer: {found.by_length}")
         return found.as_dict(), in_words(found)
 
-    stage = Stage(trainer, tokenizer, describe, report=tell, facts=data.facts)
-    return stage
+    return Stage(trainer, describe, report=tell, facts=data.facts)
 
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:

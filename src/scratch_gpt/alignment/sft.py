@@ -10,16 +10,58 @@ rest.
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from scratch_gpt.alignment.chat import encode_answer, encode_chat, require_generation_marks, stop_tokens
 from scratch_gpt.alignment.models import context_of, load_for_training
 from scratch_gpt.alignment.records import conversations, learning_data
+from scratch_gpt.alignment.resume import Resumable
 from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
 from scratch_gpt.config import SFTSettings
 
 NO_LOSS = -100
+
+
+class AnswerTrainer(Resumable, SFTTrainer):
+    """SFTTrainer in runs that go on. Its validation loss is the mean over all held-out tokens of the assistant: Trainer's own
+    is one over batches, whatever number of tokens is in them."""
+
+    own_order = True
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+        if "position_ids" in inputs:  # packed: the model parts a row where they begin anew, if no mask says otherwise
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        return super().compute_loss(model, inputs, *arguments, **keywords)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        size, world = self.args.per_device_eval_batch_size, self.args.world_size
+        was_training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        for start in range(0, len(data), size * world):
+            mine = range(start + size * self.args.process_index, len(data))[:size]
+            # Where models are sharded all processes take part in each batch; one that has no rows left repeats some.
+            rows = data.select(mine or range(min(size, len(data)))).to_list()
+            inputs = self._prepare_inputs(self.data_collator(rows))
+            outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+            counted = [-outputs.log_probs.sum(), outputs.is_top1.sum(), outputs.label_mask.sum()]
+            sums += torch.stack([value.double() for value in counted]) * bool(mine)
+        nats, right, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": nats / tokens,
+            f"{metric_key_prefix}_mean_token_accuracy": right / tokens,
+        }
+        self.log(dict(metrics))
+        self.model.train(was_training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def sft_command(settings: SFTSettings) -> None:
@@ -33,21 +75,23 @@ def build(settings: SFTSettings, run_dir: Path) -> Stage:
     longest = min(settings.sft.max_length or context_of(model), context_of(model))
     data = learning_data(settings, conversations, lambda row: encode(tokenizer, row), longest)
     model.generation_config.eos_token_id = stop_tokens(tokenizer, data.chat)  # it is to stop where it learns to
-    trainer = SFTTrainer(
+    rows, collator = Dataset.from_list(data.train), None
+    if settings.sft.packing:
+        # Not by SFTConfig, which lays all rows of a batch end to end: attention over that is quadratic in the batch as well
+        # wherever there is no kernel for rows of several lengths.
+        rows = pack_dataset(rows, longest, "bfd")
+        collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, return_position_ids=True)
+    trainer = AnswerTrainer(
         model,
-        SFTConfig(
-            **training_arguments(settings, "sft", run_dir),
-            max_length=longest if settings.sft.packing else None,
-            packing=settings.sft.packing,
-            eval_packing=False,
-        ),
-        train_dataset=Dataset.from_list(data.train),
+        SFTConfig(**training_arguments(settings, "sft", run_dir), max_length=None),
+        data_collator=collator,
+        train_dataset=rows,
         eval_dataset=Dataset.from_list(data.validation),
         processing_class=tokenizer,
         peft_config=lora(settings, "CAUSAL_LM"),
     )
     describe_model(settings, trainer.model)
-    return Stage(trainer, tokenizer, describe, facts=data.facts)
+    return Stage(trainer, describe, facts=data.facts)
 
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:

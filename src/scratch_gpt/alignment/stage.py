@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -26,18 +25,14 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from scratch_gpt import __version__
+from scratch_gpt.alignment.models import merge
+from scratch_gpt.alignment.resume import Resumable
 from scratch_gpt.config import StageTrainingSettings
 from scratch_gpt.console import duration, progress_bar, say
 from scratch_gpt.errors import StoppedOnRequest, UserError
-from scratch_gpt.files import disk_errors, flush, new_folder, remove_folder, sha256, write_json, write_text
-from scratch_gpt.training.checkpoint import (
-    MARKER,
-    STATE,
-    delete_checkpoint,
-    is_complete,
-    newest_checkpoint,
-)
-from scratch_gpt.training.launch import launched_accelerator, launched_processes
+from scratch_gpt.files import disk_errors, new_folder, write_json, write_text
+from scratch_gpt.training.checkpoint import delete_checkpoint, is_complete, newest_checkpoint
+from scratch_gpt.training.launch import launched_processes
 from scratch_gpt.training.metrics import MetricsFile, read_metrics
 from scratch_gpt.training.run import CONFIG, record_settings, run_directory, stored_settings
 from scratch_gpt.training.stop import StopRequest
@@ -46,8 +41,8 @@ from scratch_gpt.training.utilisation import hardware
 
 TOLD = 10
 """Lines of progress in a run."""
-EXECUTABLE = ("training_args.bin",)
-"""What Trainer writes as a pickle that only code could read; nothing here reads it."""
+SHARDED = ("sft", "dpo", "reward")
+"""Stages that also run where the model is sharded (configs/accelerate/fsdp2.yaml)."""
 
 Logs = dict[str, Any]
 
@@ -56,8 +51,7 @@ Logs = dict[str, Any]
 class Stage:
     """A trainer, and how to tell of it."""
 
-    trainer: Trainer
-    tokenizer: Any
+    trainer: Resumable
     describe: Callable[[Logs], str]
     """One line of progress from what was logged; the same function is given the logs of an evaluation."""
     steps_per_rollout: int = 1
@@ -66,12 +60,6 @@ class Stage:
     """At the end, on all processes: results for report.json, and lines in Markdown for the card."""
     facts: dict[str, Any] = field(default_factory=dict)
     """For the card: what was learnt from, and what was left out of it."""
-    policy: Callable[[Any], Any] = lambda model: model
-    """Of what the trainer trains, the part that final/ gets."""
-
-    def model(self) -> Any:
-        """What final/ gets, adapters around it where there are any."""
-        return self.policy(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
 
 def run_stage(
@@ -91,7 +79,7 @@ def run_stage(
         return
     if (run_dir / CONFIG).is_file() and not any(name.startswith(f"{verb}.") for name in stored_settings(run_dir)):
         raise UserError(f"{run_dir} holds a run of another verb: choose another --run-dir")
-    check_launch(settings)
+    check_launch(settings, verb)
     check(settings)
     with run_directory(settings):
         if (run_dir / "final").is_dir() and stored_settings(run_dir).get("max_steps") == settings.max_steps:
@@ -103,13 +91,20 @@ def run_stage(
         _train(settings, verb, run_dir, build)
 
 
-def check_launch(settings: Any) -> None:
+def check_launch(settings: Any, verb: str) -> None:
     """Raises a UserError for layouts and adapters that this launch or machine does not allow."""
-    accelerator = launched_accelerator()
-    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU") or accelerator.parallelism_config:
+    for flag, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if parse_flag_from_env(flag):
+            raise UserError(f"{name} is not supported: take configs/accelerate/ddp.yaml or fsdp2.yaml")
+    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise UserError(
-            f"this stage runs on one process or data parallel, and the configuration file asks for "
-            f"{accelerator.distributed_type.value}: take configs/accelerate/ddp.yaml, and --lora-rank where memory is short"
+            "the configuration file has a parallelism_config, which transformers' Trainer does not carry out for a model that is "
+            "loaded whole: take configs/accelerate/ddp.yaml, or fsdp2.yaml for models that are too large for it"
+        )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and verb not in SHARDED:
+        raise UserError(
+            f"`{verb}` is not done by sharded models (`{'`, `'.join(SHARDED)}` are): take configs/accelerate/ddp.yaml, and "
+            "--lora-rank where memory is short"
         )
     if getattr(settings, "load_in_4bit", False):
         if settings.lora_rank is None:
@@ -122,6 +117,7 @@ def check_launch(settings: Any) -> None:
 
 def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path], Stage]) -> None:
     started = time.monotonic()
+    set_seed(settings.seed)  # new heads and adapters are the same each time and on all processes
     try:
         stage = build(settings, run_dir)
     except ValueError as error:
@@ -143,7 +139,6 @@ def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path],
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(1, _Stop(trainer, stop, stage.steps_per_rollout))  # behind the one that decides what is due
         trainer.add_callback(_Metrics(metrics, bar.update, stage))
-        trainer.add_callback(_Checkpoints(trainer, run_dir, getattr(settings, verb).keep_last))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (ValueError, FloatingPointError) as error:
@@ -155,10 +150,11 @@ def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path],
             "goes on from there."
         )
     results, lines = stage.report()
+    weights = trainer.whole_weights()
     if main:
         seconds = time.monotonic() - started
         spent = f"{duration(seconds)} on {hardware()}" if done == 0 else f"in several sittings on {hardware()}"
-        _save_final(stage, settings, verb, run_dir, results, lines, spent)
+        _save_final(stage, settings, verb, run_dir, weights, results, lines, spent)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -196,11 +192,12 @@ def training_arguments(settings: Any, verb: str, run_dir: Path) -> dict[str, Any
         "eval_strategy": "steps",
         "eval_steps": training.eval_every,
         "save_steps": training.save_every,
-        "save_total_limit": None,  # deleted here, marker first
+        "save_total_limit": training.keep_last,
         "report_to": settings.trackers,
         "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": launched_processes().device.type == "cpu",
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": launched_processes().device.type == "cuda",
     }
 
 
@@ -221,7 +218,7 @@ def lora(settings: Any, task_type: str) -> Any:
 class _Stop(TrainerCallback):
     """Ends the run, saved, at the end of a rollout once any process was asked to; a save that is due waits for that end."""
 
-    def __init__(self, trainer: Trainer, stop: StopRequest, steps_per_rollout: int):
+    def __init__(self, trainer: Resumable, stop: StopRequest, steps_per_rollout: int):
         self.trainer, self.stop, self.steps_per_rollout, self.pending = trainer, stop, steps_per_rollout, False
 
     def on_step_end(
@@ -236,6 +233,7 @@ class _Stop(TrainerCallback):
             votes = torch.tensor(float(self.stop.requested), device=args.device)
             if self.trainer.accelerator.reduce(votes, "sum") > 0:
                 control.should_save = control.should_training_stop = True
+        control.should_log |= control.should_save  # or the next entry would be of fewer steps in a resumed run
         return control
 
 
@@ -244,17 +242,12 @@ class _Metrics(TrainerCallback):
 
     def __init__(self, file: MetricsFile, update_bar: Callable[[int, str], None], stage: Stage):
         self.file, self.update_bar, self.stage = file, update_bar, stage
-        before = [record for record in read_metrics(file.path) if "tokens" in record]
-        self.tokens_before = self.tokens = before[-1]["tokens"] if before else 0
-        self.clock = time.perf_counter()
+        self.tokens, self.clock = 0, time.perf_counter()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.tokens_before -= int(
-            state.num_input_tokens_seen
-        )  # some trainers count on in a resumed run, some begin anew
-        self.clock = time.perf_counter()
+        self.tokens, self.clock = int(state.num_input_tokens_seen), time.perf_counter()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.clock = time.perf_counter()
@@ -270,52 +263,25 @@ class _Metrics(TrainerCallback):
         logs = dict(logs or {})
         if "train_runtime" in logs:
             return
+        for name in ("num_tokens", "eval_num_tokens"):  # of this sitting
+            logs.pop(name, None)
         step = state.global_step
         if "loss" in logs:
-            if "num_tokens" in logs:
-                tokens = self.tokens_before + int(logs.pop("num_tokens"))
-                now = time.perf_counter()
-                logs |= {"tokens": tokens, "tokens_per_second": round((tokens - self.tokens) / (now - self.clock), 1)}
-                self.tokens, self.clock = tokens, now
+            tokens, now = int(state.num_input_tokens_seen), time.perf_counter()
+            logs |= {"tokens": tokens, "tokens_per_second": round((tokens - self.tokens) / (now - self.clock), 1)}
+            self.tokens, self.clock = tokens, now
             if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0)):
                 raise FloatingPointError(
                     f"step {step:,}: the loss is {logs['loss']}, its gradient's norm {logs.get('grad_norm')}. The checkpoints "
                     "before it are good: start over with --fresh and a lower learning rate"
                 )
             self.update_bar(step, f"step {step}/{state.max_steps} {self.stage.describe(logs)}")
-        logs.pop("eval_num_tokens", None)  # of this sitting
         finite = {n: v if not isinstance(v, float) or math.isfinite(v) else None for n, v in logs.items()}
         self.file.write({"step": step, **finite, "time": round(time.time(), 3)})
         rollout, rollouts = step // self.stage.steps_per_rollout, state.max_steps // self.stage.steps_per_rollout
         tenth = max(1, rollouts // TOLD)
         if "loss" not in logs or rollout % tenth == 0 or rollout == 1:
             say(f"  step {step:>5,}  {self.stage.describe(logs)}")
-
-
-class _Checkpoints(TrainerCallback):
-    """Makes a checkpoint of what Trainer has just written: pickles for code go, everything is on disk, the marker is last.
-
-    See `training/checkpoint.py`, whose reader takes it from there.
-    """
-
-    def __init__(self, trainer: Trainer, run_dir: Path, keep_last: int):
-        self.trainer, self.run_dir, self.keep_last = trainer, run_dir, keep_last
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.accelerator.wait_for_everyone()  # each process writes its random numbers
-        if not self.trainer.accelerator.is_main_process:
-            return
-        folder = self.run_dir / f"checkpoint-{state.global_step}"
-        with disk_errors(f"{folder} (earlier checkpoints are untouched)"):
-            for name in EXECUTABLE:
-                (folder / name).unlink(missing_ok=True)
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            (folder / STATE).mkdir(exist_ok=True)
-            for path in (*files, folder, self.run_dir):
-                flush(path)
-            write_json(folder / STATE / MARKER, {"sha256": {str(f.relative_to(folder)): sha256(f) for f in files}})
-            for old in sorted(self.run_dir.glob("checkpoint-*"), key=_step)[: -self.keep_last]:
-                delete_checkpoint(old)
 
 
 def _step(folder: Path) -> int:
@@ -333,23 +299,29 @@ def _forget_after(run_dir: Path, step: int) -> None:
 
 
 def _save_final(
-    stage: Stage, settings: Any, verb: str, run_dir: Path, results: dict[str, Any], lines: str, spent: str
+    stage: Stage,
+    settings: Any,
+    verb: str,
+    run_dir: Path,
+    weights: dict[str, torch.Tensor] | None,
+    results: dict[str, Any],
+    lines: str,
+    spent: str,
 ) -> None:
-    target = run_dir / "final"
-    model = stage.model()
-    model.config.use_cache = True  # Trainer switches it off
+    target, trainer = run_dir / "final", stage.trainer
+    merged = settings.lora_rank is not None and settings.merge_adapters
     with disk_errors(f"{target} (the checkpoints are untouched)"):
-        if settings.lora_rank is not None and settings.merge_adapters:
-            remove_folder(run_dir / "adapters")
+        if merged:
             with new_folder(run_dir / "adapters") as folder:
-                model.save_pretrained(folder)
-                stage.tokenizer.save_pretrained(folder)
-            model = model.merge_and_unload()
+                trainer.write_result(folder, weights)
         if results:
             write_json(run_dir / "report.json", results)
         with new_folder(target) as folder:
-            model.save_pretrained(folder)
-            stage.tokenizer.save_pretrained(folder)
+            if merged:
+                merge(trainer.result, settings.model, run_dir / "adapters").save_pretrained(folder)
+                trainer.processing_class.save_pretrained(folder)
+            else:
+                trainer.write_result(folder, weights)
             card = _card(stage, settings, verb, read_metrics(run_dir / "metrics.jsonl"), lines, spent)
             write_text(folder / "README.md", card)
     say(f"saved      {target}")

@@ -8,7 +8,12 @@ that ``saver.py`` can do the second in the background.
 
 import dataclasses
 import json
+<<<<<<< HEAD
 from collections.abc import Iterator
+=======
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+>>>>>>> main
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,13 +111,27 @@ def write_checkpoint(
         for folder in _folders(run_dir):
             if _step(folder) >= step or not is_complete(folder):  # not valid, or the run would have gone on from it
                 delete_checkpoint(folder)
-        with new_folder(target) as folder:
+        with new_checkpoint(target) as folder:
             save_model(plain, snapshot.weights, tokenizer, folder)
-            (folder / STATE).mkdir()
             save_file(snapshot.optimizer, folder / STATE / "optimizer.safetensors")
             save_file(snapshot.rng, folder / STATE / "rng.safetensors")
             write_json(folder / STATE / "state.json", snapshot.state)
-        write_json(target / STATE / MARKER, {"sha256": {n: sha256(target / n) for n in _file_names(target)}})
+    delete_old(run_dir, keep_last, keep_every)
+
+
+@contextmanager
+def new_checkpoint(target: Path) -> Iterator[Path]:
+    """A folder to fill, with a folder :data:`STATE` in it, that is ``target`` when the block has ended, complete."""
+    if target.is_dir():
+        delete_checkpoint(target)
+    with new_folder(target) as folder:
+        (folder / STATE).mkdir()
+        yield folder
+    write_json(target / STATE / MARKER, {"sha256": {n: sha256(target / n) for n in _file_names(target)}})
+
+
+def delete_old(run_dir: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Delete all checkpoints but the newest ``keep_last``, the best, and those of every ``keep_every``-th step."""
     for old in list(_folders(run_dir))[keep_last:]:
         if _step(old) != best_step(run_dir) and not (keep_every and _step(old) % keep_every == 0):
             with disk_errors(f"{run_dir} while deleting {old.name}"):
@@ -151,11 +170,12 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def plain_model(model: Any) -> Any:
+def plain_model(model: Any, model_class: type = ScratchGPTForCausalLM) -> Any:
     """``model`` without its weights and as no layout has changed it: a sharded model is of a class nobody can load."""
     with torch.device("meta"):
-        plain = ScratchGPTForCausalLM(model.config)
-    plain.generation_config = model.generation_config
+        plain = model_class(model.config)
+    if plain.can_generate():
+        plain.generation_config = model.generation_config
     return plain
 
 

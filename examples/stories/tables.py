@@ -1,0 +1,137 @@
+"""results.json as tables.
+
+    python examples/stories/tables.py runs/stories/results.json
+
+Where a stage ran with several seeds, a number is the mean over them, with the lowest and the highest behind it.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+Results = dict[str, Any]
+
+
+def write(results: Results) -> str:
+    """Of the stages that are done."""
+    parts = [fine_tuning(results), scoring(results)]
+    parts += [policies("From the reward model", results, ["dpo"], ["ppo"])]
+    parts += [policies("From the checks", results, ["checks-dpo", "checks-ppo", "checks-grpo"], [])]
+    return "\n".join(part for part in parts if part)
+
+
+def table(title: str, head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [" | ".join(["", *head, ""]), "|".join(["", "---", *["---:"] * (len(head) - 1), ""])]
+    lines += [" | ".join(["", *row, ""]) for row in rows]
+    return f"## {title}\n\n" + "\n".join(line.strip() for line in lines) + "\n"
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def with_interval(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['share']:.1%} ({low:.1%} to {high:.1%})"
+
+
+def fine_tuning(results: Results) -> str:
+    shown = []
+    if "base" in results:
+        shown += [("base, asked in the same way", results["base"]["asked_like_sft"], None)]
+        shown += [("base, after two examples", results["base"]["with_two_examples"], None)]
+    if "sft" in results:
+        shown[0] = (*shown[0][:2], results["sft"]["validation_loss_before"])
+        shown += [("fine-tuned", results["sft"]["asked"], results["sft"]["validation_loss"])]
+    demands = ["words", "hero", "begins_with", "ends_with", "sentences"]
+    head = [
+        "",
+        "validation loss",
+        "requests obeyed (95% interval)",
+        *[name.replace("_", " ") for name in demands],
+        "tokens",
+        "ended",
+    ]
+    rows = [
+        [
+            name,
+            "" if loss is None else f"{loss:.3f}",
+            with_interval(asked["obeyed"]),
+            *[percent(asked["obeyed_by_demand"][demand]) for demand in demands],
+            f"{asked['mean_length']:.1f}",
+            percent(asked["ended"]),
+        ]
+        for name, asked, loss in shown
+    ]
+    return table("Supervised fine-tuning", head, rows)
+
+
+def scoring(results: Results) -> str:
+    rows = []
+    for name in ("reward", "judge"):
+        if name in results:
+            report, kinds = results[name]["report"], results[name]["kinds"]
+            low, high = report["accuracy_95"]
+            rows.append(
+                [
+                    {"reward": "reward model", "judge": "judge"}[name],
+                    f"{report['accuracy']:.1%} ({low:.1%} to {high:.1%})",
+                    *[percent(kinds[kind]["share"]) if kind in kinds else "" for kind in KINDS],
+                    percent(report["accuracy_of_the_longer_side"]),
+                    f"{report['calibration_error']:.3f}",
+                    f"{report['pairs']:,}",
+                ]
+            )
+    head = ["", "accuracy (95% interval)", *KINDS, "by length alone", "calibration error", "held-out pairs"]
+    return table("Reward model", head, rows)
+
+
+KINDS = ("swapped", "shuffled", "sampled")
+
+
+def policies(title: str, results: Results, *methods: list[str]) -> str:
+    """The fine-tuned model and what each method made of it; a method is a step, or a step for each of several seeds."""
+    names = [name for group in methods for name in group]
+    found = {name: runs for name in names if (runs := [results[step] for step in results if is_run(step, name)])}
+    if not found:
+        return ""
+    asked = results["sft"]["asked"]
+    rows = [
+        ["fine-tuned", "1", percent(asked["obeyed"]["share"]), "50.0%", "50.0%", f"{asked['mean_length']:.1f}"]
+        + [percent(asked["ended"]), percent(asked["distinct_pairs"]), "0.0", ""]
+    ]
+    for name, runs in found.items():
+        rows.append(
+            [
+                name.removeprefix("checks-").upper(),
+                str(len(runs)),
+                spread([run["asked"]["obeyed"]["share"] for run in runs], "{:.1%}"),
+                spread([run["against_sft"]["judge"]["wins"]["share"] for run in runs], "{:.1%}"),
+                spread([run["against_sft"]["reward"]["wins"]["share"] for run in runs], "{:.1%}"),
+                spread([run["asked"]["mean_length"] for run in runs], "{:.1f}"),
+                spread([run["asked"]["ended"] for run in runs], "{:.1%}"),
+                spread([run["asked"]["distinct_pairs"] for run in runs], "{:.1%}"),
+                spread([run["asked"]["kl"] for run in runs], "{:.1f}"),
+                spread([run["training_seconds"] + run.get("drawing_seconds", 0) for run in runs], "{:,.0f}"),
+            ]
+        )
+    head = ["", "seeds", "requests obeyed", "wins by the judge", "wins by the reward model", "tokens", "ended"]
+    return table(title, [*head, "distinct pairs", "KL (nats)", "seconds"], rows)
+
+
+def is_run(step: str, name: str) -> bool:
+    """`ppo-3` is a run of `ppo`, `checks-ppo-3` is not."""
+    return step == name or (step.startswith(f"{name}-") and step.removeprefix(f"{name}-").isdigit())
+
+
+def spread(values: list[float], form: str) -> str:
+    mean = form.format(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+if __name__ == "__main__":
+    print(write(json.loads(Path(sys.argv[1]).read_text())))

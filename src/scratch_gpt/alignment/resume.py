@@ -1,0 +1,320 @@
+"""Checkpoints of a `transformers.Trainer` as this package writes them: a plain model, complete or absent, no pickle in it.
+
+    class OurTrainer(Resumable, SFTTrainer): ...
+
+Trainer writes into the checkpoint's folder as it goes, with torch's pickles for optimizer, schedule and random numbers, and in
+a form of its own where models are sharded. Here whole tensors by name go to safetensors, by the protocol of
+`training/checkpoint.py`, so that a run goes on in another layout. What a step learns from is a function of the seed and the
+step alone, whatever the number of processes.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerControl
+from transformers.trainer import TRAINER_STATE_NAME
+
+from scratch_gpt.errors import UserError
+from scratch_gpt.files import disk_errors, write_json
+from scratch_gpt.training.checkpoint import STATE, delete_old, new_checkpoint, plain_model
+from scratch_gpt.training.launch import launched_processes
+from scratch_gpt.training.layout import part_of
+
+
+class Resumable(Trainer):
+    """Mixed into a trainer, before it: its checkpoints, its way back into them, and the order of its data."""
+
+    control: TrainerControl
+    own_order = False
+    """Whether the rows of each step are drawn by :class:`StepBatches`; not for trainers with an order of their own."""
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.store_flos()
+        step, main = self.state.global_step, self.accelerator.is_main_process
+        run_dir = Path(self.args.output_dir)
+        weights = self.whole_weights()  # first: it gives up what an evaluation has gathered
+        optimizer = whole(self._optimizer_tensors(), main)
+        states = gather_object([random_states()])
+        problem: list[Any] = [None]
+        if main:
+            target = run_dir / f"checkpoint-{step}"
+            try:
+                with disk_errors(f"{target} (earlier checkpoints are untouched)"):
+                    with new_checkpoint(target) as folder:
+                        self.write_result(folder, weights)
+                        self.write_more(folder)
+                        save_file(optimizer, folder / STATE / "optimizer.safetensors")
+                        save_file(_stacked(states), folder / STATE / "rng.safetensors")
+                        write_json(folder / STATE / "state.json", self.state_to_save())
+                        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                    if self.args.save_total_limit is not None:
+                        delete_old(run_dir, self.args.save_total_limit)
+            except UserError as error:
+                problem = [str(error)]
+        broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise UserError(problem[0])
+
+    @property
+    def result(self) -> Any:
+        """The model that all this is for, adapters around it where there are any."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def write_result(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        """The result as a plain directory; on the main process. ``weights``: see :meth:`whole_weights`."""
+        model = self.result
+        if weights is not None and not hasattr(model, "get_base_model"):
+            model = plain_model(model, next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule)))
+        use_cache, model.config.use_cache = model.config.use_cache, True  # which Trainer switches off
+        model.save_pretrained(folder, state_dict=weights)
+        model.config.use_cache = use_cache
+        self.processing_class.save_pretrained(folder)
+
+    def write_more(self, folder: Path) -> None:
+        """What a checkpoint needs beside the result; on the main process."""
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The trained weights by name, on the main process; None where the model has them whole anyway."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        parameters = dict(self.model.named_parameters())
+        if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+            return None
+        has_adapters = hasattr(self.accelerator.unwrap_model(self.model), "get_base_model")
+        wanted = {name: p for name, p in parameters.items() if p.requires_grad or not has_adapters}
+        return whole(wanted, self.accelerator.is_main_process)
+
+    def state_to_save(self) -> dict[str, Any]:
+        """Of this process, what else a resumed run needs; as JSON."""
+        return {"step": self.state.global_step, "scheduler_step": self.lr_scheduler.last_epoch}
+
+    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        optimizer = _plain(self.optimizer)
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._optimized()
+            for key, value in optimizer.state[parameter].items()
+        }
+
+    def _optimized(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The parameters with their names, in the optimizer's order."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        groups = _plain(self.optimizer).param_groups
+        return [(names[id(parameter)], parameter) for group in groups for parameter in group["params"]]
+
+    # ------------------------------------------------------------------------------------------------ going on
+
+    def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
+        if resume_from_checkpoint and self.is_fsdp_enabled:
+            self.read_model(Path(resume_from_checkpoint))  # while it is whole: Trainer would come when it is sharded
+        return super().train(resume_from_checkpoint, *arguments, **keywords)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if model is None:
+            self.read_model(Path(resume_from_checkpoint))
+
+    def read_model(self, folder: Path) -> None:
+        """The model as a checkpoint has it; on all processes, before it is spread over them."""
+        fill(self.model, folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint) / STATE
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            name, _, kind = key.rpartition(".")
+            states.setdefault(name, {})[kind] = value
+        optimizer = _plain(self.optimizer)
+        loaded: dict[int, dict[str, torch.Tensor]] = {}
+        for index, (name, like) in enumerate(self._optimized()):
+            if name in states:
+                loaded[index] = {k: part_of(v, like) if v.shape == like.shape else v for k, v in states[name].items()}
+        optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.load_state(json.loads((folder / "state.json").read_text()))
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_to_save`. The learning rate follows from the step, and from the schedule of this run."""
+        scheduler, step = self.lr_scheduler, state["scheduler_step"]
+        rates = [rate * factor(step) for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler.load_state_dict(
+            {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+        )
+        for group, rate in zip(_plain(self.optimizer).param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """On another number of processes there is no state for each: new random numbers are drawn."""
+        if checkpoint is None:
+            return
+        states = load_file(Path(checkpoint) / STATE / "rng.safetensors")
+        if len(states["cpu"]) == self.args.world_size:
+            set_random_states({kind: of_all[self.args.process_index] for kind, of_all in states.items()})
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not self.own_order:
+            return super().get_train_dataloader()
+        args = self.args
+        batches = StepBatches(
+            rows=len(self.train_dataset),
+            device_rows=args.per_device_train_batch_size,
+            micro_batches=args.gradient_accumulation_steps,
+            steps=args.max_steps,
+            process=args.process_index,
+            processes=args.world_size,
+            seed=args.seed,
+        )
+        # With a generator of its own it leaves the random numbers of training as they are.
+        return DataLoader(
+            self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator, generator=torch.Generator()
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.own_order:  # to Trainer the whole run is one pass
+            rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            self.state.epoch = self.state.global_step * rows / len(self.train_dataset)
+        super().log(logs, start_time)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Tokens that the model has read, without padding; the trainers that draw completions count by themselves."""
+        if isinstance(inputs, Mapping) and "input_ids" in inputs:
+            mask = inputs.get("attention_mask")
+            read = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            read = torch.tensor(read, device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(read, "sum"))
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """Also the last moment before a step is taken."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1:,} was not taken: its gradient's norm is {float(norm)}. The checkpoints "
+                "before it are good; start over with --fresh and a lower learning rate, or with other data"
+            )
+        return float(norm)
+
+    # ------------------------------------------------------------------------------------------------ processes
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With a model that is really sharded where that is asked for, also on CPUs."""
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            launched_processes()  # TrainingArguments have made the state of the processes anew
+        super().create_accelerator_and_postprocess()
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            if not self.accelerator.is_fsdp2:
+                raise ValueError(f"FSDP2 was asked for, but Accelerate runs {self.accelerator.distributed_type.value}")
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.auto_wrap_policy = transformer_auto_wrap_policy  # a shard for each block
+            if self.args.bf16:  # Accelerate would reduce gradients in bf16, too
+                plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                    param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+                )
+
+
+# ------------------------------------------------------------------------------------------------ the parts
+
+
+@dataclasses.dataclass
+class StepBatches(Sampler[list[int]]):
+    """The micro-batches of one process for a whole run. Passes over the rows follow each other, each in an order of its own;
+    a step takes the next so many rows, at the end of a pass some of this one and some of the next.
+    """
+
+    rows: int
+    device_rows: int
+    micro_batches: int
+    """Of a step."""
+    steps: int
+    process: int
+    processes: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.steps * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        for _ in range(len(self)):
+            together = list(itertools.islice(order, self.device_rows * self.processes))
+            yield together[self.process * self.device_rows :][: self.device_rows]
+
+    def _order(self) -> Iterator[int]:
+        for epoch in itertools.count():
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            yield from torch.randperm(self.rows, generator=generator).tolist()
+
+
+def whole(tensors: Mapping[str, torch.Tensor], wanted: bool) -> dict[str, torch.Tensor]:
+    """``tensors`` whole and on the CPU where ``wanted``; all processes call it, for the parts lie on all of them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if wanted:
+            found[name] = full.detach().cpu().contiguous()
+    return found
+
+
+def fill(model: Any, folder: Path) -> None:
+    """Weights, or adapters, from a saved model's folder into one like it."""
+    if hasattr(model, "get_base_model"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    else:
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+
+
+def random_states() -> dict[str, torch.Tensor]:
+    """Of all generators of this process, as tensors."""
+    _, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    left = torch.tensor([math.nan if gauss is None else gauss, has_gauss, cached], dtype=torch.float64)
+    states = {
+        "cpu": torch.get_rng_state(),
+        "python": torch.tensor(words),
+        "numpy": torch.tensor([*map(int, keys), position]),
+        "gauss": left,
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor]) -> None:
+    """Inverse of :func:`random_states`."""
+    gauss, has_gauss, cached = states["gauss"].tolist()
+    random.setstate((3, tuple(states["python"].tolist()), None if math.isnan(gauss) else gauss))
+    *keys, position = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, int(has_gauss), cached))
+    torch.set_rng_state(states["cpu"].clone())  # torch 2.13 crashes over a view into a larger tensor
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].clone())
+
+
+def _stacked(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {kind: torch.stack([of_one[kind] for of_one in states]) for kind in states[0]}
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """Torch's, inside of Accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
