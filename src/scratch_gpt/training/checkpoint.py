@@ -8,12 +8,8 @@ that ``saver.py`` can do the second in the background.
 
 import dataclasses
 import json
-<<<<<<< HEAD
 from collections.abc import Iterator
-=======
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
->>>>>>> main
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
