@@ -2,13 +2,13 @@
 
     python benchmarks/scaling.py
 
-prints the two tables of docs/scaling.md, where the formulas are explained and their sources named. Memory and FLOPs are the
+prints the tables of docs/scaling.md, where the formulas are explained and their sources named. Memory and FLOPs are the
 planner's; nothing here was run on a GPU.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from scratch_gpt.model import ScratchGPTConfig
 from scratch_gpt.model.presets import preset
@@ -227,13 +227,18 @@ def millions(tokens: int) -> str:
     return f"{tokens / 2**20:g} Mi"
 
 
+@cache
+def best_of(name: str, tokens: int, devices: int) -> Step | None:
+    return best(MODELS[name], tokens, devices)
+
+
 def plan_table() -> str:
     heads = ["model", "devices", "tokens", "layout", "recompute", "rows x passes", "state GB", "rest GB", "total GB"]
     rows = [[*heads, "shards GB", "copies GB", "tensor GB", "products s", "data s", "tensor s", "MFU"]]
     for name, model in MODELS.items():
         wishes = [(devices, model.tokens) for devices in DEVICES]
         for devices, tokens in [*wishes, *([] if name == "124M" else [(DEVICES[-1], LARGE_BATCH)])]:
-            chosen = best(model, tokens, devices)
+            chosen = best_of(name, tokens, devices)
             rows.append([name, f"{devices:,}", *(in_words(chosen) if chosen else refusal(model, devices))])
     return table(rows)
 
@@ -279,7 +284,28 @@ def published_table() -> str:
     return table(rows)
 
 
+BESIDE = [
+    # model, devices, the nearest published run, its MFU
+    ("1B", 512, "Megatron-LM, 2B, its smallest", "41%"),
+    ("7B", 8, "torchtitan, 8B, FSDP2 8", "39.0%"),
+    ("7B", 64, "torchtitan, 8B, FSDP2 128", "38.1%"),
+    ("7B", 512, "torchtitan, 8B, FSDP2 128", "38.1%"),
+    ("70B", 64, "torchtitan, 70B, FSDP2 32 x TP 8", "29.1%"),
+    ("70B", 512, "torchtitan, 70B, FSDP2 32 x TP 8", "29.1%"),
+    ("70B", 4096, "Megatron-LM, 175B, 4,608 devices", "42%"),
+]
+
+
+def beside_table() -> str:
+    """Rows of the first table, and what others have measured nearest to them."""
+    rows = [["model", "devices", "layout here", "MFU here, predicted", "nearest published run", "MFU measured"]]
+    for name, devices, run, measured in BESIDE:
+        chosen = best_of(name, MODELS[name].tokens, devices)
+        assert chosen is not None
+        low, high = chosen.mfu
+        rows.append([name, f"{devices:,}", chosen.layout.name, f"{low:.0%} to {high:.0%}", run, measured])
+    return table(rows)
+
+
 if __name__ == "__main__":
-    print(plan_table())
-    print()
-    print(published_table())
+    print(plan_table(), published_table(), beside_table(), sep="\n\n")

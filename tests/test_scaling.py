@@ -32,6 +32,7 @@ def test_the_tables_of_the_document_are_those_of_the_script(scaling):
     document = (ROOT / "docs/scaling.md").read_text()
     assert scaling.plan_table() in document
     assert scaling.published_table() in document
+    assert scaling.beside_table() in document
 
 
 class Collectives(TorchDispatchMode):

@@ -162,7 +162,7 @@ class TrainingSettings:
     """auto: bf16 or fp32, the faster on this machine, measured at the start; fp16: CUDA, with dynamic loss scaling;
     fp8: CUDA from compute capability 8.9, blocks in float8 and the rest in bf16, needs `pip install scratch-gpt[fp8]`."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of each block; auto: only where it pays within the run, measured."""
+    """torch.compile of each block; auto: only where it pays within the run, measured. Not with tensor parallelism."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Recompute in the backward pass: whole blocks, or all but matrix products and attention. Less memory, more time."""
     activation_checkpointing_every: int = 1

@@ -38,10 +38,12 @@ def arguments(run_dir, shards, style="modern", steps=20, *more):
     return [str(word) for word in [*words, *TINY, *STYLES[style], "--training.eval_every", 10, *more]]
 
 
-def configuration(name, folder, processes, **sizes):
+def configuration(name, folder, processes, offload=False, **sizes):
     """configs/accelerate/{name}.yaml for so many processes, and sizes of its parallelism_config."""
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text())
     settings["num_processes"] = processes
+    if offload:
+        settings["fsdp_config"]["fsdp_offload_params"] = True
     for key, value in sizes.items():
         settings["parallelism_config"][f"parallelism_config_{key}"] = value
     path = folder / f"{name}-{processes}.yaml"
@@ -84,6 +86,12 @@ def facts(run_dir):
     """What each process of the run in ``run_dir`` had in force, by rank."""
     files = sorted(Path(run_dir).glob("facts-*.json"))
     return [json.loads(file.read_text()) for file in files]
+
+
+def assert_only_own_parts_were_read(run_dir):
+    """Of the checkpoint that the run in ``run_dir`` went on from: weights and AdamW's two moments."""
+    for process in facts(run_dir):
+        assert process["read"] == 3 * process["held"] and process["began_empty"]
 
 
 def curve(run_dir, key="loss"):

@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from scratch_gpt.cli import main
+from scratch_gpt.training.held import local
 from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.loop import Loop
 from scratch_gpt.training.pipeline import PipelineLayout
+from scratch_gpt.training.saved import SavedTensors
 
 reduced: set[str] = set()
 """Dtypes in which gradients were sent to the process that keeps their sum."""
@@ -58,6 +61,9 @@ def run(loop, original=Loop.run):
             "loss": sorted(loss_dtypes),
             "columns": sorted(columns),
             "began_empty": began_empty[-1],
+            "read": sum(numbers_read),
+            "graphs": compiled_graphs(),
+            "offload": sorted(offload_policies(loop.model)),
             "reduced": sorted(reduced),
             "stages": len(getattr(loop.model, "stages", ())),
             **more_facts(loop),
@@ -70,13 +76,36 @@ def more_facts(loop):
     return {}
 
 
+def compiled_graphs():
+    """How many torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+def offload_policies(model):
+    """Of the groups of parameters that are gathered together."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in modules]
+    return {type(group.offload_policy).__name__ for group in groups if group is not None}
+
+
 def spread(layout, model, precision, original=Layout.spread):
+    numbers_read.clear()
     began_empty.append(all(parameter.is_meta for parameter in model.parameters()))
     return original(layout, model, precision)
 
 
+def read(saved, name, like, original=SavedTensors.read):
+    tensor = original(saved, name, like)
+    numbers_read.append(local(tensor).numel() if tensor.ndim else 0)
+    return tensor
+
+
 began_empty: list[bool] = [False]
 """Whether the model took no memory before it was spread."""
+numbers_read: list[int] = []
+"""Of weights and moments that were saved, tensor by tensor."""
+SavedTensors.read = read
 Layout.spread = spread
 PipelineLayout.spread = functools.partialmethod(spread, original=PipelineLayout.spread)
 Loop.run = run

@@ -80,16 +80,16 @@ def test_the_launcher_restarts_after_a_kill(config, shards, tmp_path, rank):
     assert_same_bits(tmp_path / "whole", tmp_path / "struck")
 
 
-def hang(config, folder, shards, fault, rank):
+def hang(config, folder, shards, fault, rank, options=(), **more):
     """What the processes say of a run in which one hangs, until they have given up."""
     run = arguments(folder / "struck", shards, "modern", STEPS, "--parallel.timeout", 4, *SAVES)
     process = subprocess.Popen(
-        launcher(config, [run], program=[*PROGRAM, fault, str(rank), "5"]),
+        launcher(config, [run], options, program=[*PROGRAM, fault, str(rank), "5"]),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
         cwd=ROOT,
-        env=environment(),
+        env=environment(**more),
     )
     said = ""
     with process:
@@ -101,10 +101,18 @@ def hang(config, folder, shards, fault, rank):
     return said
 
 
-def test_a_hung_process_is_named(config, shards, tmp_path):
-    said = hang(config, tmp_path, shards, "SIGSTOP", 1)
-    pid = (tmp_path / "struck" / "pid").read_text()
-    assert re.search(rf"process 0 gives up in step 5: process 1 \({pid} on \S+\) gives no sign of life", said), said
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_hung_process_is_named(config, shards, tmp_path, rank):
+    said = hang(config, tmp_path, shards, "SIGSTOP", rank)
+    silent = rf"process {rank} \({(tmp_path / 'struck' / 'pid').read_text()} on \S+\) gives no sign of life"
+    assert re.search(f"process {1 - rank} gives up in step 5: {silent}", said), said
+
+
+@pytest.mark.slow
+def test_process_0_is_named_if_it_hangs_and_the_store_with_it(config, shards, tmp_path):
+    said = hang(config, tmp_path, shards, "SIGSTOP", 0, ["--rdzv_backend", "c10d"], **OWN_STORE)
+    named = r"process 1 gives up in step 5: process 0 on \S+, which has the store of the launch, does not answer"
+    assert re.search(named, said), said
 
 
 @pytest.mark.slow

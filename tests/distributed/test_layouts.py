@@ -141,3 +141,22 @@ def test_looks_at_a_model_on_two_processes_change_no_bit(name, sizes, shards, tm
     assert len((tmp_path / "looked" / "samples.jsonl").read_text().splitlines()) == 3
     scores = [event["scores"] for event in read_events(tmp_path / "looked" / "metrics.jsonl")]
     assert [one["was_or_saw"]["acc"] for one in scores] == [0.5, 0.5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sizes"), [layout for layout in LOOKED_AT if layout[0] != "tp"])
+def test_compiled_and_recomputed_blocks_give_the_run_of_one_eager_process(name, sizes, single, shards, tmp_path):
+    compiled = arguments(tmp_path / "compiled", shards, "modern", STEPS, *RECOMPUTE, "--training.compile", "on")
+    done = launch(configuration(name, tmp_path, 2, **sizes), compiled, timeout=900)
+    assert "2 of 2 blocks recomputed, 2 compiled" in done.stdout
+    assert all(process["world"] == 2 and process["graphs"] > 0 for process in facts(tmp_path / "compiled"))
+    assert_same_run(single / "modern", tmp_path / "compiled", STEPS)
+
+
+@pytest.mark.slow
+def test_parts_that_lie_in_the_memory_of_the_cpu_change_nothing(single, shards, tmp_path):
+    launch(configuration("fsdp2", tmp_path, 2, offload=True), *runs(tmp_path, shards))
+    check(tmp_path, single)
+    for process in facts(tmp_path / "modern"):
+        assert_sharded(process, 2)
+        assert process["offload"] == ["CPUOffloadPolicy"]

@@ -48,6 +48,14 @@ def test_doctor_says_what_each_process_of_a_launch_runs(tmp_path):
     )
 
 
+def test_no_configuration_ships_that_no_test_runs_or_the_readme_does_not_name():
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "distributed").glob("test_*.py"))
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "configs" / "accelerate").glob("*.yaml"):
+        assert f'"{path.stem}"' in tests or f'"{path.name}"' in tests, path
+        assert f"`{path.name}`" in readme, path
+
+
 @pytest.mark.parametrize("name", ["cpu", "single_gpu"])
 def test_configurations_of_one_process(name, tmp_path):
     said = launch(configuration(name, tmp_path, 1), ["doctor"]).stdout
@@ -65,7 +73,7 @@ def test_the_slurm_script_queues_itself_again_until_the_run_is_finished(shards, 
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     commands = {
-        "srun": 'SLURM_PROCID=0 exec "$@"',
+        "srun": 'shift; SLURM_PROCID=0 exec "$@"',
         "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/requeued',
         "accelerate": f'shift; exec {sys.executable} -m accelerate.commands.launch "$@"',
     }

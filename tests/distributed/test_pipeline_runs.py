@@ -8,7 +8,16 @@ import yaml
 from safetensors.torch import load_file
 
 from scratch_gpt.training.metrics import read_events
-from tests.distributed.launch import alone, arguments, assert_same_run, configuration, curve, facts, launch
+from tests.distributed.launch import (
+    alone,
+    arguments,
+    assert_only_own_parts_were_read,
+    assert_same_run,
+    configuration,
+    curve,
+    facts,
+    launch,
+)
 
 STEPS = 20
 FOUR_BLOCKS = ["--model.num_hidden_layers", "4", "--training.save_every", "5", "--training.keep_last", "10"]
@@ -92,6 +101,8 @@ def test_a_killed_pipeline_goes_on_bit_for_bit_and_checkpoints_fit_any_layout(si
         run(tmp_path / "modern killed", shards, "modern", *modern),
     )
     alone(run(tmp_path / "gpt2 alone", shards, "gpt2"))
+    for name in ("gpt2 killed", "gpt2 spread", "modern killed"):
+        assert_only_own_parts_were_read(tmp_path / name)
     for style in ("gpt2", "modern"):
         for key in ("loss", "grad_norm", "validation_loss"):
             assert curve(tmp_path / f"{style} killed", key) == curve(folder / style, key)
@@ -175,6 +186,7 @@ def test_checkpoints_of_shared_stages_go_on_bit_for_bit_and_in_any_layout(single
     )
     alone(run(tmp_path / "alone", shards, "modern"))
     for name in ("gpt2", "modern"):
+        assert_only_own_parts_were_read(tmp_path / f"{name} killed")
         assert curve(tmp_path / f"{name} killed") == curve(tmp_path / name)
         whole = weights(tmp_path / name)
         assert all(torch.equal(weight, whole[key]) for key, weight in weights(tmp_path / f"{name} killed").items())

@@ -6,7 +6,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.launch import alone, arguments, assert_same_run, configuration, curve, facts, launch
+from tests.distributed.launch import (
+    alone,
+    arguments,
+    assert_only_own_parts_were_read,
+    assert_same_run,
+    configuration,
+    curve,
+    facts,
+    launch,
+)
 
 HALF, STEPS = 6, 12
 CONSTANT = ["--training.schedule", "constant", "--training.save_every", "3", "--training.eval_every", "3"]
@@ -41,23 +50,31 @@ def test_a_run_goes_on_in_another_layout_and_on_other_numbers_of_processes(shard
     launch(configuration("ddp", tmp_path, 2), run("2 to ddp", STEPS - 3))
     assert facts(tmp_path / "2 to 4")[3]["placements"] == ["(Replicate(), Shard(dim=0))"]
     alone(run("2 to ddp", STEPS), run("2 to 1", STEPS))
+    for name in ("interrupted", "1 to 2", "2 to 4"):
+        assert_only_own_parts_were_read(tmp_path / name)
     for name in ("1 to 2", "2 to 1", "2 to 4", "2 to ddp"):
         assert_same_run(tmp_path / "single", tmp_path / name, STEPS)
 
 
 @pytest.mark.slow
-def test_a_context_parallel_run_goes_on_bit_for_bit_and_in_one_process(shards, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "sizes", "columns"), [("fsdp2_cp", {"dp_shard_size": 1, "cp_size": 2}, 16), ("tp", {"tp_size": 2}, 32)]
+)
+def test_a_run_of_processes_that_share_rows_goes_on_bit_for_bit_and_in_one_process(
+    name, sizes, columns, shards, tmp_path
+):
     def run(name, steps, *more):
         return arguments(tmp_path / name, shards, "modern", steps, *CONSTANT, "--training.document_mask", "true", *more)
 
     launch(
-        configuration("fsdp2_cp", tmp_path, 2, dp_shard_size=1, cp_size=2),
+        configuration(name, tmp_path, 2, **sizes),
         run("uninterrupted", STEPS, *DROPOUT),
         run("interrupted", HALF, *DROPOUT),
         run("interrupted", STEPS, *DROPOUT),
         run("2 to 1", HALF),
     )
-    assert facts(tmp_path / "interrupted")[0]["columns"] == [16]
+    assert facts(tmp_path / "interrupted")[0]["columns"] == [columns]
+    assert_only_own_parts_were_read(tmp_path / "interrupted")
     for key in ("loss", "grad_norm", "validation_loss"):
         assert curve(tmp_path / "interrupted", key) == curve(tmp_path / "uninterrupted", key), key
     alone(run("2 to 1", STEPS), run("single", STEPS))

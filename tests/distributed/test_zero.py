@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install 'scratch-gpt[deepspeed]'"
 )
 PROGRAM = ("-m", "tests.distributed.zero_program")
-STEPS = 20
+STEPS = 10
 RECOMPUTE = ["--training.activation_checkpointing", "full", "--training.device_batch_size", "2"]
 RUNS = {"gpt2": [], "modern": RECOMPUTE, "bf16": ["--training.precision", "bf16"]}
 PADDING = 64
@@ -41,25 +41,26 @@ def single(tmp_path_factory, shards):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"),
+    ("name", "stage", "runs"),
     [
-        pytest.param("zero1", 1, marks=pytest.mark.slow),
-        ("zero2", 2),
-        ("zero3", 3),
-        pytest.param("zero3_offload", 3, marks=pytest.mark.slow),
+        pytest.param("zero1", 1, RUNS, marks=pytest.mark.slow),
+        ("zero2", 2, RUNS),
+        ("zero3", 3, ("gpt2", "modern")),
+        pytest.param("zero3_offload", 3, RUNS, marks=pytest.mark.slow),
     ],
 )
-def test_a_stage_of_zero_on_two_processes_gives_the_run_of_one(name, stage, single, shards, tmp_path):
+def test_a_stage_of_zero_on_two_processes_gives_the_run_of_one(name, stage, runs, single, shards, tmp_path):
     def run(which):
         return arguments(tmp_path / which, shards, "modern" if which == "bf16" else which, STEPS, *RUNS[which])
 
-    done = launch(configuration(name, tmp_path, 2), *map(run, RUNS), ["doctor"], program=PROGRAM)
+    done = launch(configuration(name, tmp_path, 2), *map(run, runs), ["doctor"], program=PROGRAM)
     for style in ("gpt2", "modern"):
         assert_same_run(single / style, tmp_path / style, STEPS)
-    for key, rel in (("loss", 0.005), ("grad_norm", 0.06)):  # rounded to bf16, and so other sums to other numbers
-        assert curve(tmp_path / "bf16", key) == pytest.approx(curve(single / "bf16", key), rel=rel)
+    if "bf16" in runs:
+        for key, rel in (("loss", 0.005), ("grad_norm", 0.06)):  # rounded to bf16, and so other sums to other numbers
+            assert curve(tmp_path / "bf16", key) == pytest.approx(curve(single / "bf16", key), rel=rel)
 
-    for which in RUNS:
+    for which in runs:
         for process in facts(tmp_path / which):
             total = process["total"]
             assert process["model"] == "DeepSpeedEngine" and process["stage"] == stage and process["world"] == 2
@@ -72,7 +73,7 @@ def test_a_stage_of_zero_on_two_processes_gives_the_run_of_one(name, stage, sing
                 assert process["weights"] == total and process["parts"] == 0
             if which == "modern":  # what stays of the gradients while a step goes on
                 assert process["gradients"] == [total] if stage == 1 else set(process["gradients"]) <= set(half(total))
-    assert done.stdout.count(f"zero{stage} on 2 process(es), cpu, DeepSpeed ") == len(RUNS) + 1  # and the doctor
+    assert done.stdout.count(f"zero{stage} on 2 process(es), cpu, DeepSpeed ") == len(runs) + 1  # and the doctor
     assert done.stdout.count("process 0 on") == done.stdout.count("process 1 on") == 1
     sharded = "24 of 24 parameters sharded, 49,328" if stage == 3 else "0 of 24 parameters sharded, 98,656"
     assert "each updates 49,328 numbers, padding included, in " in done.stdout
@@ -92,18 +93,25 @@ def test_a_run_goes_on_bit_for_bit_and_in_other_layouts_and_survives_bad_steps(n
         return arguments(tmp_path / which, shards, "gpt2", steps, *CONSTANT, *more)
 
     monkeypatch.setattr(Guard, "problem", problem)
-    alone(run("single", WHOLE), run("1 to 2", HALF), run("spoilt in one", WHOLE, *SPOILT))
+    compiled = ["--training.compile", "on"]
+    alone(run("single", WHOLE), run("1 to 2", HALF, *compiled), run("spoilt in one", WHOLE, *SPOILT))
     done = launch(
         configuration(name, tmp_path, 2),
         run("uninterrupted", WHOLE, *DROPOUT),
         run("interrupted", HALF, *DROPOUT),
         run("interrupted", WHOLE, *DROPOUT, *LOOKS, *write_task(tmp_path / "tasks")),
-        run("1 to 2", WHOLE),
+        run("1 to 2", WHOLE, *compiled),
         run("half", HALF),
         run("spoilt", WHOLE, *SPOILT),
         program=PROGRAM,
     )
     assert "resumed    checkpoint-6: 6 of 12 steps are done" in done.stdout
+    assert ("but for its compiled blocks, which do not go with zero3" in done.stdout) == (name == "zero3")
+    of_checkpoint = 3 if name == "zero3" else 2  # weights, where they are in parts, and AdamW's two moments
+    processes = facts(tmp_path / "1 to 2")
+    assert all((process["graphs"] > 0) == (name == "zero2") for process in processes)
+    assert sum(process["read"] for process in processes) == of_checkpoint * processes[0]["total"]
+    assert all(process["read"] <= of_checkpoint * max(half(process["total"])) for process in processes)
     for key in ("loss", "grad_norm", "validation_loss"):  # bit for bit, though samples and scores were taken on the way
         assert curve(tmp_path / "interrupted", key) == curve(tmp_path / "uninterrupted", key), key
     scored = [event for event in read_events(tmp_path / "interrupted" / "metrics.jsonl") if "scores" in event]

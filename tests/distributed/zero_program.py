@@ -7,6 +7,7 @@ import sys
 from deepspeed.comm.torch import TorchBackend
 
 from scratch_gpt.training.guard import Guard
+from scratch_gpt.training.saved import SavedTensors
 from scratch_gpt.training.zero import ZeroLayout
 from tests.distributed import program
 from tests.distributed.spoilt import problem
@@ -15,6 +16,8 @@ between: list[int] = []
 """Numbers of gradients that the process held when a micro-batch began that was not the first of its step."""
 ongoing: list[bool] = []
 """Whether a micro-batch of the step is done."""
+read: list[int] = []
+"""Numbers of the parts of tensors that were read from a checkpoint."""
 
 
 def numbers(tensors):
@@ -32,10 +35,18 @@ def facts(loop):
         "parts": sum(p.ds_tensor.numel() for p in parameters if hasattr(p, "ds_tensor")),
         "state_bytes": sum(value.numel() * value.element_size() for value in states),
         "gradients": sorted(set(between)),
+        "read": sum(read),
         "offload": [bool(getattr(zero, name, False)) for name in ("cpu_offload", "offload_optimizer", "offload_param")],
     }
     between.clear()
+    read.clear()
     return found
+
+
+def read_range(saved, name, like, start, end, original=SavedTensors.read_range):
+    part = original(saved, name, like, start, end)
+    read.append(part.numel())
+    return part
 
 
 def micro_batch(layout, model, last, original=ZeroLayout.micro_batch):
@@ -63,6 +74,7 @@ def noting(collective):
 
 program.more_facts = facts
 Guard.problem = problem
+SavedTensors.read_range = read_range
 ZeroLayout.spread = functools.partialmethod(program.spread, original=ZeroLayout.spread)
 ZeroLayout.micro_batch = micro_batch
 for name in ("all_reduce", "reduce"):  # stages 1 and 2 send gradients so; stage 3 as FSDP2 does

@@ -15,6 +15,7 @@ from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.model.presets import preset
 from scratch_gpt.training.build import build_model
 from scratch_gpt.training.optimizer import build_optimizer, describe
+from scratch_gpt.training.saved import SavedTensors
 from scratch_gpt.training.schedule import learning_rate, rows_at
 from scratch_gpt.training.validation import as_validation, sum_of_losses
 
@@ -137,7 +138,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_moves_them_as_its_definition_
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
 def test_optimizer_state_survives_a_file(tmp_path, optimizer_name):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     def train(model, optimizer, steps):
         for step in range(steps):
@@ -154,7 +155,7 @@ def test_optimizer_state_survives_a_file(tmp_path, optimizer_name):
     twin = tiny_model()
     twin.load_state_dict(model.state_dict())
     restored = build_optimizer(twin, settings)
-    restored.load_state_tensors(load_file(tmp_path / "optimizer.safetensors"))
+    restored.load_state_tensors(SavedTensors(tmp_path, "optimizer.safetensors"))
     for m, o in ((model, optimizer), (twin, restored)):
         train(m, o, 2)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):

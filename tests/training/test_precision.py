@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,16 @@ from scratch_gpt.config import TrainingSettings
 from scratch_gpt.data.batches import read_rows
 from scratch_gpt.data.packing import pack
 from scratch_gpt.errors import UserError
-from scratch_gpt.training import float8
-from scratch_gpt.training.precision import _candidates, autocast, check_precision, choose_arithmetic
+from scratch_gpt.training import float8, pretrain
+from scratch_gpt.training.precision import (
+    Arithmetic,
+    _candidates,
+    autocast,
+    check_precision,
+    choose_arithmetic,
+    compile_blocks,
+)
+from scratch_gpt.training.rehearsal import pretended_layout, pretended_processes
 from tests.training.test_parts import random_stream, tiny_model
 from tests.training.test_runs import arguments
 
@@ -104,3 +113,48 @@ def test_sizes_that_float8_does_not_take_are_named(monkeypatch):
     with pytest.raises(UserError, match="3 rows x 24 tokens are 72: change"):
         float8.check_tokens(3, 24)
     float8.check_tokens(2, 24)
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_what_the_main_process_found_faster_all_do(here, corpus, tmp_path, monkeypatch):
+    compiled = []
+
+    def measure(model, *arguments):
+        if here:
+            compile_blocks(model)
+        return Arithmetic("fp32", here, 0.1, "measured here")
+
+    def look(pretraining):
+        compiled.extend(block._compiled_call_impl is not None for block in pretraining.model.transformer.h)
+
+    def broadcast(objects):
+        objects[0] = Arithmetic("fp32", not here, 0.1, "measured there")
+
+    monkeypatch.setattr(pretrain, "choose_arithmetic", measure)
+    monkeypatch.setattr(pretrain, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(pretrain.Pretraining, "describe", look)
+    assert main([*arguments(tmp_path / "run", corpus), "--dry-run"]) == 0
+    assert compiled and set(compiled) == {not here}
+
+
+def test_compiled_blocks_are_refused_where_tensor_parallelism_divides_them(corpus, tmp_path, monkeypatch, capsys):
+    assert main([*arguments(tmp_path / "run", corpus), "--max-steps", "4"]) == 0
+    compiled = []
+
+    def look(pretraining):
+        compiled.extend(block._compiled_call_impl is not None for block in pretraining.model.transformer.h)
+
+    def state_of_a_compiled_run(folder, original=pretrain.read_state):
+        return replace(original(folder), compiled=True)
+
+    monkeypatch.setattr(pretrain.Pretraining, "describe", look)
+    monkeypatch.setattr(pretrain, "read_state", state_of_a_compiled_run)
+    go_on = [*arguments(tmp_path / "run", corpus), "--dry-run"]
+    assert main(go_on) == 0 and all(compiled)
+    compiled.clear()
+    with pretended_processes(2):
+        monkeypatch.setattr(pretrain, "choose_layout", lambda: pretended_layout({"tp": 2}, "cpu"))
+        assert main(go_on) == 0 and compiled and not any(compiled)
+        assert "but for its compiled blocks, which do not go with" in capsys.readouterr().out
+        assert main([*arguments(tmp_path / "new", corpus), "--dry-run", "--training.compile", "on"]) == 2
+    assert "torch's compiler does not take blocks whose matrices are divided" in capsys.readouterr().err

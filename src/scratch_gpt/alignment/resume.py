@@ -32,7 +32,7 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, write_json
 from scratch_gpt.training.checkpoint import STATE, delete_old, new_checkpoint, plain_model
 from scratch_gpt.training.launch import launched_processes
-from scratch_gpt.training.layout import part_of
+from scratch_gpt.training.saved import SavedTensors
 
 
 class Resumable(Trainer):
@@ -138,15 +138,15 @@ class Resumable(Trainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint) / STATE
-        states: dict[str, dict[str, torch.Tensor]] = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
-            name, _, kind = key.rpartition(".")
-            states.setdefault(name, {})[kind] = value
-        optimizer = _plain(self.optimizer)
+        saved = SavedTensors(folder, "optimizer.safetensors")
+        index = {name: (at, parameter) for at, (name, parameter) in enumerate(self._optimized())}
         loaded: dict[int, dict[str, torch.Tensor]] = {}
-        for index, (name, like) in enumerate(self._optimized()):
-            if name in states:
-                loaded[index] = {k: part_of(v, like) if v.shape == like.shape else v for k, v in states[name].items()}
+        for key in saved.names:
+            name, _, kind = key.rpartition(".")
+            if name in index:
+                at, parameter = index[name]
+                loaded.setdefault(at, {})[kind] = saved.read(key, parameter)
+        optimizer = _plain(self.optimizer)
         optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
         self.load_state(json.loads((folder / "state.json").read_text()))
 

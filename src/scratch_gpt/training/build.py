@@ -15,7 +15,8 @@ from scratch_gpt.config import ModelSettings
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.model.presets import preset
-from scratch_gpt.training.layout import load_module, make_room, whole_shape
+from scratch_gpt.training.held import whole_shape
+from scratch_gpt.training.layout import load_module, make_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ that ``saver.py`` can do the second in the background.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +16,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scratch_gpt.console import say
 from scratch_gpt.data.mixture import Cursor
-from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, flush, new_folder, remove_folder, sha256, write_json
 from scratch_gpt.model import ScratchGPTForCausalLM
 from scratch_gpt.training.launch import launched_processes
 from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.optimizer import Optimizers
+from scratch_gpt.training.saved import SavedTensors
 
 STATE = "trainer_state"
 MARKER = "complete.json"
@@ -185,29 +184,9 @@ def save_model(plain: Any, weights: dict[str, torch.Tensor], tokenizer: Any, fol
     tokenizer.save_pretrained(folder)
 
 
-class SavedWeights(Mapping[str, torch.Tensor]):
-    """The weights in a model's folder by name, each read when it is asked for.
-
-    Raises:
-        UserError: there are none in the form of safetensors, or one that is asked for is missing.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder, self._place = folder, dict[str, Any]()
-        for file in sorted(folder.glob("model*.safetensors")):
-            opened = safe_open(file, framework="pt")
-            self._place |= dict.fromkeys(opened.keys(), opened)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._place:
-            raise UserError(f"{self.folder} holds no weight {name}: is it a model of this package, in safetensors?")
-        return self._place[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
-
-    def __len__(self) -> int:
-        return len(self._place)
+def saved_weights(folder: Path) -> SavedTensors:
+    """Of a model's folder, by name."""
+    return SavedTensors(folder, "model*.safetensors")
 
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -245,7 +224,7 @@ def load_checkpoint(layout: Layout, folder: Path, optimizer: Optimizers) -> Trai
 
 def load_optimizer(folder: Path, optimizer: Optimizers) -> None:
     """Raises a UserError if the checkpoint's optimizer is of another kind."""
-    optimizer.load_state_tensors(load_file(folder / STATE / "optimizer.safetensors"))
+    optimizer.load_state_tensors(SavedTensors(folder / STATE, "optimizer.safetensors"))
 
 
 def _rng_states() -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ hold whole tensors by name and say nothing of the layout, so that any layout goe
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,18 +21,18 @@ from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock, ScratchGPTRotaryEmbedding
 from scratch_gpt.training import context_parallel
+from scratch_gpt.training.held import local, num_shards, part_of, whole_shape
 from scratch_gpt.training.launch import asks_for_deepspeed, launched_accelerator
+from scratch_gpt.training.optimizer import Optimizers
+from scratch_gpt.training.saved import SavedTensors, load_weights
 from scratch_gpt.training.tensor_parallel import divide, partial_gradients
-
-if TYPE_CHECKING:
-    from scratch_gpt.training.optimizer import Optimizers
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -101,8 +101,20 @@ class Layout:
         """Whether a process holds only parts of the model."""
         return self.mesh is not None
 
+    @property
+    def may_compile(self) -> bool:
+        """Whether blocks can be compiled: in torch 2.13 the backward pass of a compiled block forgets how tensor
+        parallelism divides the weights, and fails.
+        """
+        return self.tensor_size == 1
+
     def check(self, optimizer: str, precision: str, compiled: bool) -> None:
         """Raises a UserError if this layout cannot do what a run asks for, or has begun with."""
+        if compiled and not self.may_compile:
+            raise UserError(
+                "--training.compile is on, and torch's compiler does not take blocks whose matrices are divided by tensor "
+                "parallelism: leave it at auto, or take configs/accelerate/fsdp2.yaml"
+            )
 
     def spread(self, model: Any, precision: str) -> nn.Module:
         """Put ``model`` in force, whole and the same on every process, or empty; returns what to call in its place.
@@ -186,13 +198,13 @@ class Layout:
         elif (self.strategy == "ddp") != isinstance(model, DistributedDataParallel):
             raise UserError(f"{self.strategy} was asked for, but the model is a {type(model).__name__}")
 
-    def engage(self, model: nn.Module, optimizers: "Optimizers") -> tuple[nn.Module, "Optimizers"]:
+    def engage(self, model: nn.Module, optimizers: Optimizers) -> tuple[nn.Module, Optimizers]:
         """What to call in the place of a model that is spread and filled, and of the optimizers over its parameters."""
         return model, optimizers
 
-    def load_weights(self, model: nn.Module, whole: Mapping[str, torch.Tensor]) -> None:
-        """Fill ``model``, which is in training, from whole tensors by name."""
-        load_weights(self.unwrap(model), whole)
+    def load_weights(self, model: nn.Module, saved: SavedTensors) -> None:
+        """Fill ``model``, which is in training."""
+        load_weights(self.unwrap(model), saved)
 
     @staticmethod
     def unwrap(model: nn.Module) -> Any:
@@ -360,53 +372,6 @@ def _check_plugin(accelerator: Accelerator) -> None:
         )
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of ``tensor`` that this process holds; what changes in it changes in ``tensor``."""
-    if is_zero3(tensor):
-        start, end = _zero3_range(tensor)
-        return tensor.ds_tensor.detach()[: end - start]
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of ``tensor`` with all its parts."""
-    return tensor.ds_shape if is_zero3(tensor) else tensor.shape
-
-
-def is_zero3(tensor: torch.Tensor) -> bool:
-    """Whether it is a parameter that DeepSpeed's ZeRO-3 has cut into parts, the rows one after the other."""
-    return hasattr(tensor, "ds_tensor")
-
-
-def _zero3_range(parameter: Any) -> tuple[int, int]:
-    """Which numbers of the flattened parameter this process holds; the last part may be short, or empty."""
-    size, rank = parameter.ds_tensor.ds_numel, parameter.ds_zero_partition_rank
-    return min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
-
-
-def num_shards(tensor: torch.Tensor) -> int:
-    """In how many different parts ``tensor`` lies on the processes; 1 where each has all of it."""
-    if is_zero3(tensor):
-        return tensor.ds_zero_partition_world_size
-    if not isinstance(tensor, DTensor):
-        return 1
-    shards = 1
-    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-        assert not placement.is_partial()
-        shards *= 1 if placement == Replicate() else size
-    return shards
-
-
-def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``whole``, of which every process has a copy, as ``like`` is held."""
-    if is_zero3(like):
-        start, end = _zero3_range(like)
-        return whole.flatten()[start:end].to(like.ds_tensor.device)
-    if not isinstance(like, DTensor):
-        return whole.to(like.device)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
 def make_room(model: Any, device: torch.device) -> None:
     """Give the empty ``model`` memory on ``device``, not filled but for what follows from the config."""
     model.to_empty(device=device)
@@ -427,10 +392,3 @@ def load_module(module: nn.Module, whole: Mapping[str, torch.Tensor | None]) -> 
         value = whole[key]
         assert value is not None
         local(parameter).copy_(local(part_of(value.detach(), parameter)))
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, whole: Mapping[str, torch.Tensor]) -> None:
-    """Fill ``model`` as it is spread from whole tensors by name."""
-    for name, parameter in model.named_parameters():
-        local(parameter).copy_(local(part_of(whole[name], parameter)))

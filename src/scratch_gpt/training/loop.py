@@ -20,11 +20,11 @@ from scratch_gpt.data.loader import ReadAhead, StepData, TrainingData
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.errors import StoppedOnRequest, UserError
 from scratch_gpt.training.checkpoint import (
-    SavedWeights,
     TrainerState,
     load_checkpoint,
     newest_checkpoint,
     read_state,
+    saved_weights,
 )
 from scratch_gpt.training.guard import Guard
 from scratch_gpt.training.layout import Layout
@@ -233,7 +233,7 @@ class Loop:
             return
         before = read_state(checkpoint)
         self.guard.rolled_back(before.guard)
-        self.layout.load_weights(self.model, SavedWeights(checkpoint))
+        self.layout.load_weights(self.model, saved_weights(checkpoint))
         load_checkpoint(self.layout, checkpoint, self.optimizer)
         state.step, state.record = before.step, before.record
         state.learning_rate_scale *= self.settings.guard.rollback_learning_rate

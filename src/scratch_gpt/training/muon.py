@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
-from scratch_gpt.training.layout import local, part_of
+from scratch_gpt.training.held import local, part_of
 
 
 class Muon(torch.optim.Muon):

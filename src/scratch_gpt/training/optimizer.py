@@ -5,7 +5,7 @@ matrix before it is applied (Jordan et al., 2024, kellerjordan.github.io/posts/m
 an AdamW update, so that both take the same learning rate and weight decay (Liu et al., 2025, arXiv:2502.16982).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.errors import UserError
-from scratch_gpt.training.layout import part_of, whole_shape
+from scratch_gpt.training.held import whole_shape
 from scratch_gpt.training.muon import Muon
+from scratch_gpt.training.saved import SavedTensors
 
 EPSILON = 1e-8
 STATE_OF = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
@@ -51,26 +52,26 @@ class Optimizers:
             for key, value in optimizer.state[parameter].items()
         }
 
-    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Inverse of :meth:`state_tensors`, from whole tensors, for optimizers over parameters of the same names.
+    def load_state_tensors(self, saved: SavedTensors) -> None:
+        """Inverse of :meth:`state_tensors`, for optimizers over parameters of the same names: each process reads its parts.
 
         Raises:
-            UserError: they are the state of another kind of optimizer.
+            UserError: they are the state of another kind of optimizer, or of another model.
         """
         for optimizer in self.optimizers:
-            groups = optimizer.param_groups
-            parameters = [parameter for group in groups for parameter in group["params"]]
-            names = [name for group in groups for name in group["param_names"]]
-            states = states_by_name(tensors, names, type(optimizer).__name__)
-            spread = {
-                index: {
-                    key: part_of(value, parameter) if value.shape == parameter.shape else value
-                    for key, value in states[name].items()
-                }
-                for index, (name, parameter) in enumerate(zip(names, parameters, strict=True))
-                if name in states
+            kind = type(optimizer).__name__
+            parameters = {
+                name: parameter
+                for group in optimizer.param_groups
+                for name, parameter in zip(group["param_names"], group["params"], strict=True)
             }
-            optimizer.load_state_dict({"state": spread, "param_groups": optimizer.state_dict()["param_groups"]})
+            there = with_state(saved, parameters, kind)
+            states = {
+                index: {key: saved.read(f"{name}.{key}", parameter) for key in sorted(STATE_OF[kind])}
+                for index, (name, parameter) in enumerate(parameters.items())
+                if name in there
+            }
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizers:
@@ -119,24 +120,21 @@ def _kind(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("transformer", "h") and not part.isdigit())
 
 
-def states_by_name(
-    tensors: Mapping[str, torch.Tensor], names: list[str], kind: str
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Of what :meth:`Optimizers.state_tensors` gave, the state of the parameters with these names.
+def with_state(saved: SavedTensors, names: Iterable[str], kind: str) -> list[str]:
+    """Those of ``names`` of whose parameters ``saved`` has the state.
 
     Raises:
         UserError: it is that of another kind of optimizer than ``kind``.
     """
-    states: dict[str, dict[str, torch.Tensor]] = {}
-    known = set(names)
-    for key, value in tensors.items():
+    states: dict[str, set[str]] = {}
+    for key in saved.names:
         name, _, state = key.rpartition(".")
-        if name in known:
-            states.setdefault(name, {})[state] = value
-    for name, its in states.items():
-        if its.keys() != STATE_OF[kind]:
+        states.setdefault(name, set()).add(state)
+    there = [name for name in names if name in states]
+    for name in there:
+        if states[name] != STATE_OF[kind]:
             raise UserError(
                 f"the state of {name} is that of another optimizer than {kind}: take the --training.optimizer that it was "
                 "saved with, or leave its state behind (--resume-optimizer false)"
             )
-    return states
+    return there

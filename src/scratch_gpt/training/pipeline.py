@@ -34,7 +34,8 @@ from scratch_gpt.data.batches import Batch
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.training.footprint import flops_per_token
-from scratch_gpt.training.layout import Layout, complete, local, num_shards
+from scratch_gpt.training.held import local, num_shards
+from scratch_gpt.training.layout import Layout, complete
 from scratch_gpt.training.precision import autocast
 
 STAGES_PER_PROCESS = {"1f1b": 1, "interleaved1f1b": 2}

@@ -28,7 +28,6 @@ from scratch_gpt.training.allocator import keep_freed_memory
 from scratch_gpt.training.build import build_config, build_model, empty_model, initialise
 from scratch_gpt.training.checkpoint import (
     STATE,
-    SavedWeights,
     TrainerState,
     find_checkpoint,
     load_checkpoint,
@@ -38,22 +37,31 @@ from scratch_gpt.training.checkpoint import (
     problem_with,
     read_state,
     save_model,
+    saved_weights,
     weight_tensors,
 )
 from scratch_gpt.training.find_batch_size import is_out_of_memory, out_of_memory_advice
 from scratch_gpt.training.float8 import check_tokens, use_float8
 from scratch_gpt.training.guard import summarise
 from scratch_gpt.training.launch import launched_processes
-from scratch_gpt.training.layout import Layout, choose_layout, load_weights
+from scratch_gpt.training.layout import Layout, choose_layout
 from scratch_gpt.training.loop import BatchShape, Loop
 from scratch_gpt.training.metrics import read_events
 from scratch_gpt.training.observe import Looks, check_observation
 from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.optimizer import describe as describe_groups
 from scratch_gpt.training.pipeline import choose_pipeline
-from scratch_gpt.training.precision import Arithmetic, check_precision, choose_arithmetic, compile_blocks, has_bf16
+from scratch_gpt.training.precision import (
+    Arithmetic,
+    check_precision,
+    choose_arithmetic,
+    compile_blocks,
+    has_bf16,
+    uncompile_blocks,
+)
 from scratch_gpt.training.recompute import checkpoint_activations
 from scratch_gpt.training.run import has_trained, record_settings, run_directory, stored_settings
+from scratch_gpt.training.saved import load_weights
 from scratch_gpt.training.schedule import learning_rate
 
 
@@ -179,8 +187,10 @@ class Pretraining:
         self.checkpoint = newest_checkpoint(run_dir)
         self.origin = find_origin(settings) if self.checkpoint is None else None
         self.layout = choose_layout()
-        asked = settings.training
-        self.layout.check(asked.optimizer, asked.precision, asked.compile == "on")
+        self.begun = None if self.checkpoint is None else read_state(self.checkpoint)
+        asked, begun = settings.training, self.begun
+        compiled = begun is None and asked.compile == "on"  # what has begun goes on without, if need be
+        self.layout.check(asked.optimizer, begun.precision if begun else asked.precision, compiled)
         self.source = self.checkpoint or self.origin
         # Too large a model for one process is spread before it is filled.
         self.empty = self.layout.is_sharded or settings.parallel.pipeline > 1
@@ -233,7 +243,7 @@ class Pretraining:
         layout = self.layout
         model = layout.spread(self.model, self.arithmetic.precision)
         if self.empty and self.source is not None:
-            load_weights(self.model, SavedWeights(self.source))
+            load_weights(self.model, saved_weights(self.source))
         elif self.empty:
             initialise(self.model, self.settings.seed)
         model, optimizer = layout.engage(model, build_optimizer(self.model, self.settings.training))
@@ -352,7 +362,7 @@ class Pretraining:
 
     def _choose_arithmetic(self) -> Arithmetic:
         """Measured at the start of a run; a resumed run keeps the choice, or its losses would not be the same."""
-        state = read_state(self.checkpoint) if self.checkpoint is not None else None
+        state = self.begun
         precision = state.precision if state is not None else self.settings.training.precision
         device = self.layout.device
         check_precision(precision, device)
@@ -365,10 +375,13 @@ class Pretraining:
                     f"{self.run_dir} was trained on other token shards than are in "
                     f"{data_folder(self.settings, self.run_dir)} now. Bring those back, or start over with --fresh."
                 )
-            self.layout.check(self.settings.training.optimizer, precision, state.compiled)
-            if state.compiled:
+            compiled = state.compiled and self.layout.may_compile
+            if compiled:
                 compile_blocks(self.model)
-            return Arithmetic(state.precision, state.compiled, 0.0, "as at the start of the run")
+            reason = "as at the start of the run"
+            if state.compiled and not compiled:
+                reason += f", but for its compiled blocks, which do not go with {self.layout.strategy}"
+            return Arithmetic(state.precision, compiled, 0.0, reason)
         if self.layout.is_sharded:  # the whole model, on which speed is measured, may be too large for one process
             compiled = self.settings.training.compile == "on"
             if compiled:
@@ -385,4 +398,6 @@ class Pretraining:
         )
         shared = [choice]
         broadcast_object_list(shared)
+        if shared[0].compiled != choice.compiled:  # another process was faster the other way
+            (compile_blocks if shared[0].compiled else uncompile_blocks)(self.model)
         return shared[0]

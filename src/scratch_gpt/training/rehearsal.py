@@ -21,7 +21,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
-from scratch_gpt.training.layout import Layout, local
+from scratch_gpt.training.held import local
+from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.precision import autocast
 

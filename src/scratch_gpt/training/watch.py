@@ -1,8 +1,9 @@
 """A watch over the processes of a run, by which one that hangs is named.
 
 What waits for a process that does not come waits until torch's time-out, which does not say for whom. So each process has a
-thread that writes into the store of the launch that it lives, and where its main thread is. Where that has been for too
-long, the thread tells which processes are silent or elsewhere and ends its own: then the launcher ends or restarts the run.
+thread that writes into the store of the launch that it lives, and where its main thread is; and one that looks at the
+clock. Where the main thread has been in one place for too long, this tells which processes are silent or elsewhere and ends
+its own: then the launcher ends or restarts the run. Where the store itself does not answer, it is who has it that hangs.
 """
 
 import json
@@ -32,7 +33,8 @@ class Watch:
         self.timeout, self.rank, self.world = timeout, rank, world
         self.interval = min(timeout / 4, LONGEST_INTERVAL)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        targets = {"sign of life": self._beat_on, "watch": self._look_on}
+        self._threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in targets.items()]
         self._beats = 0
         self.at("at the beginning")
 
@@ -52,26 +54,29 @@ class Watch:
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"scratch_gpt/watch/{restarts}", store)
             self._beat()
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(self.interval)
 
-    def _run(self) -> None:
+    def _beat_on(self) -> None:
         try:
             while not self._ended.wait(self.interval):
                 self._beat()
-                if time.monotonic() - self._since > self.timeout:
-                    missing = self._missing()
-                    if not self._ended.is_set():
-                        self._end(missing)
         except dist.DistError as error:
-            self._end(f"the store of the launch, in the launcher or in process 0, does not answer ({error})")
+            self._end(f"{_no_answer()} ({error})")
+
+    def _look_on(self) -> None:
+        while not self._ended.wait(self.interval):
+            if time.monotonic() - self._since > self.timeout:
+                self._end(self._missing())
 
     def _beat(self) -> None:
         self._beats += 1
@@ -80,21 +85,47 @@ class Watch:
 
     def _missing(self) -> str:
         """Which processes give no sign of life; if all do, who is where."""
-        before = self._signs()
-        for _ in range(3):
-            self._ended.wait(self.interval)
-            self._beat()
-        after = self._signs()
-        silent = [sign for one, sign in zip(before, after, strict=True) if sign["beats"] == one["beats"]]
-        said = [f"{sign['who']} gives no sign of life, last heard of {sign['at']}" for sign in silent]
-        return "; ".join(said or [f"{sign['who']} is {sign['at']}" for sign in after])
+        if (before := self._signs()) is None:
+            return _no_answer()
+        self._ended.wait(3 * self.interval)
+        if (after := self._signs()) is None:
+            return _no_answer()
+        said = []
+        for rank, (one, sign) in enumerate(zip(before, after, strict=True)):
+            if sign is None:
+                said.append(f"process {rank} has not begun to train")
+            elif one is not None and sign["beats"] == one["beats"]:
+                said.append(f"{_who(rank, sign)} gives no sign of life, last heard of {sign['at']}")
+        return "; ".join(said or [f"{_who(rank, sign)} is {sign['at']}" for rank, sign in enumerate(after) if sign])
 
-    def _signs(self) -> list[dict[str, Any]]:
-        keys = [str(rank) for rank in range(self.world)]
-        self._store.wait(keys)  # `get` alone has no time-out where the store hangs
-        signs = [json.loads(value) for value in self._store.multi_get(keys)]
-        return [sign | {"who": f"process {k} ({sign['pid']} on {sign['host']})"} for k, sign in enumerate(signs)]
+    def _signs(self) -> list[dict[str, Any] | None] | None:
+        """What each process wrote last, None for one that has not yet; None where the store does not say."""
+        signs: list[dict[str, Any] | None] = []
+
+        def ask() -> None:
+            keys = [str(rank) for rank in range(self.world)]
+            there = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
+            found = dict(zip(there, map(json.loads, self._store.multi_get(there)), strict=True))
+            signs.extend(found.get(key) for key in keys)
+
+        # torch's store has no time-out for a server that is there and does not answer
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(2 * self.interval)
+        return signs or None
 
     def _end(self, why: str) -> None:
+        if self._ended.is_set():
+            return
         print(f"scratch-gpt: process {self.rank} gives up {self._place}: {why}", file=sys.stderr, flush=True)
         os._exit(EXIT_LOST)
+
+
+def _who(rank: int, sign: dict[str, Any]) -> str:
+    return f"process {rank} ({sign['pid']} on {sign['host']})"
+
+
+def _no_answer() -> str:
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    whose = "the launcher" if shared else "process 0"
+    return f"{whose} on {os.environ['MASTER_ADDR']}, which has the store of the launch, does not answer"

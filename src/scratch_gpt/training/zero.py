@@ -25,10 +25,12 @@ from torch import nn
 
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTRotaryEmbedding
+from scratch_gpt.training.held import is_zero3, local, whole_shape
 from scratch_gpt.training.launch import launched_accelerator
-from scratch_gpt.training.layout import Layout, is_zero3, local, whole_shape
-from scratch_gpt.training.optimizer import STATE_OF, Optimizers, states_by_name
+from scratch_gpt.training.layout import Layout
+from scratch_gpt.training.optimizer import STATE_OF, Optimizers, with_state
 from scratch_gpt.training.precision import autocast
+from scratch_gpt.training.saved import SavedTensors
 
 UNDERSTOOD = {"stage", "offload_optimizer", "offload_param", "overlap_comm", "contiguous_gradients", "reduce_scatter"}
 UNDERSTOOD |= {"reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "sub_group_size"}
@@ -54,6 +56,10 @@ class ZeroLayout(Layout):
     @property
     def is_sharded(self) -> bool:
         return self.stage == 3
+
+    @property
+    def may_compile(self) -> bool:
+        return self.stage < 3
 
     def check(self, optimizer: str, precision: str, compiled: bool) -> None:
         check(self.stage, optimizer, precision, compiled)
@@ -124,9 +130,9 @@ class ZeroLayout(Layout):
     def after_evaluation(self, model: Any) -> None:
         model.empty_partition_cache()
 
-    def load_weights(self, model: Any, whole: Mapping[str, torch.Tensor]) -> None:
+    def load_weights(self, model: Any, saved: SavedTensors) -> None:
         model.empty_partition_cache()  # small parameters stay gathered, and what is gathered would stay as it was
-        super().load_weights(model, whole)
+        super().load_weights(model, saved)
         model.optimizer.refresh_fp32_params()  # the ones that the optimizer updates
 
     # ------------------------------------------------------------------------------------------------ gradients
@@ -268,20 +274,21 @@ class ZeroOptimizers(Optimizers):
         own = [] if place is None else [(place.start, place.of(state[place.row][key]))]
         return put_together(own, whole_shape(parameter), self.engine.device)
 
-    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        states = states_by_name(tensors, list(self.parameters), "AdamW")
-        if not states:
+    def load_state_tensors(self, saved: SavedTensors) -> None:
+        there = with_state(saved, self.parameters, "AdamW")
+        if not there:
             return
-        step = next(iter(states.values()))["step"]
+        states = self.zero.optimizer.state
         for row in self.rows:
             moments = {key: torch.zeros_like(row.detach()) for key in ("exp_avg", "exp_avg_sq")}
-            self.zero.optimizer.state[row] = {"step": step.to(row.device, copy=True), **moments}
-        for name, state in states.items():
-            place = self.place(self.parameters[name])
+            states[row] = {"step": saved.read(f"{there[0]}.step", row), **moments}
+        for name in there:
+            parameter = self.parameters[name]
+            place = self.place(parameter)
             if place is not None:
                 for key in ("exp_avg", "exp_avg_sq"):
-                    part = state[key].flatten()[place.start : place.start + place.numbers]
-                    place.of(self.zero.optimizer.state[place.row][key]).copy_(part)
+                    part = saved.read_range(f"{name}.{key}", parameter, place.start, place.start + place.numbers)
+                    place.of(states[place.row][key]).copy_(part)
 
 
 def put_together(own: list[tuple[int, torch.Tensor]], shape: torch.Size, device: torch.device) -> torch.Tensor:
