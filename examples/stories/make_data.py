@@ -16,8 +16,8 @@ is the bundled novels of Jane Austen. The stories go to four parts by a fixed se
            pairs_{preferences,judge,test}.jsonl      an answer beside a worse one, as `prompt`, `chosen`, `rejected`, `kind`
            summary.json                         how many there are of each
 
-A request is made backwards, from a paragraph that is its answer: "Write a part of a story. Use the words lantern, river
-and brave. End with the word smile." Each demand is met by the paragraph and checked by a program.
+A request is made backwards, from a paragraph that is its answer: "Write a part of a story. Use the words lantern and
+river." Each demand is met by the paragraph and checked by a program.
 
 The worse text of a pair is as long as the better one, and no check takes part in making it. It is either another
 paragraph, taken from the answer to another request (`swapped`: good prose that does not do what was asked), or the answer
@@ -42,7 +42,8 @@ SHORTEST, LONGEST = 90, 280  # characters of a paragraph that is an answer
 VALIDATION = 1000  # examples that fine-tuning is validated on
 FEWEST_STORIES = 100  # a corpus of fewer documents (novels) is cut into pieces of so many paragraphs:
 PIECE = 12
-COMMON_WORDS, KNOWN_WORDS = 200, 4000  # a request asks for words between these ranks by frequency
+COMMON_WORDS, KNOWN_WORDS = 150, 1200  # a request asks for words between these ranks by frequency
+KNOWN_NAMES = 50  # and for so many names. What a small model has seen often, and its tokenizer has whole, it can repeat
 TITLES = {"Mrs", "Miss", "Sir", "Lady", "Lord", "Captain", "Colonel", "Doctor", "Professor", "King", "Queen"}
 NUMBERS = {1: "one sentence", 2: "two sentences", 3: "three sentences", 4: "four sentences"}
 
@@ -109,8 +110,8 @@ def learn_words(stories: list[Story]) -> Vocabulary:
             inside.update(re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b", paragraph))
     ranked = [word for word, _ in lower.most_common(KNOWN_WORDS)]
     askable = {word for word in ranked[COMMON_WORDS:] if len(word) >= 4}
-    names = {name for name, count in inside.items() if count >= 5 and lower[name.lower()] < count / 20} - TITLES
-    return Vocabulary(askable, names)
+    names = [name for name, count in inside.most_common() if lower[name.lower()] < count / 20 and name not in TITLES]
+    return Vocabulary(askable, set(names[:KNOWN_NAMES]))
 
 
 def is_answer(paragraph: str) -> bool:
@@ -133,9 +134,9 @@ def make_request(paragraph: str, vocabulary: Vocabulary, rng: random.Random) -> 
     last = checks.words(paragraph)[-1]
     possible = {
         "words": 5 if len(askable) >= 3 else 0,
-        "hero": 2 if names else 0,
+        "hero": 3 if names else 0,
         "begins_with": 1,
-        "ends_with": 2 if last in vocabulary.askable else 0,
+        "ends_with": 1 if last in vocabulary.askable else 0,
         "sentences": 1,
     }
     if not askable and not names:
@@ -145,9 +146,9 @@ def make_request(paragraph: str, vocabulary: Vocabulary, rng: random.Random) -> 
     if "words" in demands:
         # The last word would be asked for twice where the end is given as well.
         free = [word for word in askable if word != last or "ends_with" not in demands]
-        chosen = rng.sample(free, 3 if len(demands) == 1 else 2)
+        chosen = rng.sample(free, 2 if len(demands) == 1 else 1)
         request["words"] = chosen
-        said.append(f"Use the words {', '.join(chosen[:-1])} and {chosen[-1]}.")
+        said.append(f"Use the word{'s' * (len(chosen) - 1)} {' and '.join(chosen)}.")
     if "hero" in demands:
         request["hero"] = rng.choice(names)
         said.append(f"It is about {request['hero']}.")

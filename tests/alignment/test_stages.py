@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import pack_dataset
 
+from scratch_gpt.alignment import sft
 from scratch_gpt.alignment.chat import encode_answer
 from scratch_gpt.alignment.records import conversations
 from scratch_gpt.alignment.sft import encode
@@ -186,6 +187,24 @@ def test_losses_are_what_the_papers_say(pairs):
     assert found["accuracy"] == sum(m > 0 for m in margins) / 3
     assert "<svg" in (pairs / "reward" / "calibration.svg").read_text()
     assert "95% interval" in (pairs / "reward" / "final" / "README.md").read_text()
+
+
+def test_the_loss_is_that_of_trl_also_over_parts_of_a_batch(pairs, monkeypatch):
+    """Answers of unequal length in three parts: the model's own chunked loss, and TRL's head that makes entropies as well."""
+    rows = [{"prompt": "again", "completion": " ".join(["a"] * (1 + 3 * n))} for n in range(6)]
+    (pairs / "unequal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("ours", "theirs"):
+        if name == "theirs":
+            monkeypatch.setattr(sft, "ScratchGPTForCausalLM", AutoModelForSequenceClassification)  # nothing is one here
+        more = ["--data", "unequal.jsonl", "--sft.device_batch_size", 2]
+        assert main(words("sft", *more, steps=2, run_dir=name, batch_size=6, warmup_steps=0)) == 0
+    ours, theirs = (
+        [record for record in read_metrics(pairs / name / "metrics.jsonl") if "loss" in record]
+        for name in ("ours", "theirs")
+    )
+    assert "entropy" in theirs[0] and "entropy" not in ours[0]
+    for name in ("loss", "grad_norm"):
+        assert [record[name] for record in ours] == pytest.approx([record[name] for record in theirs], rel=1e-4)
 
 
 def test_packed_rows_learn_what_rows_apart_learn(pairs):

@@ -1,5 +1,11 @@
 """The loss that never holds all logits is the loss of the logits, in value and in gradients."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -223,6 +229,43 @@ def test_ligers_kernel_is_given_what_it_needs(monkeypatch, num_items, softcap):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = linear_cross_entropy(hidden, padded[0], labels, padded[1], **arguments)
     torch.testing.assert_close(half, expected, rtol=3e-2, atol=3e-2)
+
+
+LIGER_ITSELF = """
+import itertools, sys, torch
+sys.path.insert(0, {here!r})
+from test_loss import VOCABULARY, modeling_scratch_gpt, problem, reference
+from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+modeling_scratch_gpt._liger_kernel = lambda device: LigerFusedLinearCrossEntropyLoss
+for dtype, num_items, has_bias in itertools.product((torch.float32, torch.bfloat16), (None, 11), (True, False)):
+    hidden, weight, bias, labels = problem(dtype)
+    leaves = [hidden, weight, *([bias] if has_bias else [])]
+    padded = [torch.cat([tensor, torch.full_like(tensor[:7], 9.0)]) for tensor in leaves[1:]]
+    found = modeling_scratch_gpt.linear_cross_entropy(
+        hidden, padded[0], labels, *padded[1:], num_items_in_batch=num_items, vocab_size=VOCABULARY
+    )
+    exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    expected = reference(*exact[:2], exact[2] if has_bias else None, labels, num_items)
+    tolerance = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(found, expected, **tolerance)
+    ours, full = torch.autograd.grad(3 * found, leaves), torch.autograd.grad(3 * expected, exact)
+    for ours_one, full_one in zip(ours, full, strict=True):
+        torch.testing.assert_close(ours_one.float(), full_one, **tolerance)
+print("as the definition")
+"""
+
+
+def test_ligers_kernel_itself_gives_the_loss_and_the_gradients():
+    """In Triton's interpreter, which needs no GPU, but has no tanh for soft-capping. It must be chosen before the first import,
+    so it has a process of its own."""
+    for package in ("triton", "liger_kernel"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed")
+    script = LIGER_ITSELF.format(here=str(Path(__file__).parent))
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "as the definition" in ended.stdout, ended.stderr
 
 
 def test_without_cuda_there_is_no_liger_kernel():
