@@ -718,8 +718,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = outputs.last_hidden_state[:, kept]
+        hidden_states = _kept(outputs.last_hidden_state, logits_to_keep)
 
         targets = labels if labels is not None else kwargs.get("shift_labels")
         has_labels = targets is not None
@@ -796,6 +795,22 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         del shown.weight
         shown.weight = head.weight[:vocab_size]
         return shown
+
+
+def _kept(hidden_states: torch.Tensor, which: int | torch.Tensor) -> torch.Tensor:
+    """Of the hidden states (batch, seq, hidden), those whose logits are wanted.
+
+    Args:
+        which: So many at the end, 0 for all; or positions (kept,), or of each row its own (batch, kept); or a mask
+            (batch, seq), which gives (kept, hidden). Transformers has this from 5.21 on, and vLLM asks for one before.
+    """
+    if isinstance(which, int):
+        return hidden_states[:, slice(-which, None)]
+    if which.ndim == 1:
+        return hidden_states[:, which]
+    if which.dtype == torch.bool:
+        return hidden_states[which]
+    return torch.take_along_dim(hidden_states, which[..., None], dim=1)
 
 
 class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
