@@ -50,7 +50,7 @@ REAL = Size(
     600,
     96,
     {"preferences": 4000, "judge": 2000, "test": 1000},
-    2400,
+    1200,
     SEEDS,
     {"base": [], "sft": [], "reward": [], "dpo": [], "ppo": [], "grpo": []},
 )

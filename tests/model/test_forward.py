@@ -171,6 +171,9 @@ def test_inputs_embeds_and_logits_to_keep(build, style, ids):
     assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, logits)
     assert_equal(model(ids, logits_to_keep=3).logits, logits[:, -3:])
     assert_equal(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, logits[:, [0, 4]])
+    of_each_row = torch.tensor([[0, 4], [3, 1]])
+    assert_equal(model(ids, logits_to_keep=of_each_row).logits, torch.stack([logits[0, [0, 4]], logits[1, [3, 1]]]))
+    assert_equal(model(ids, logits_to_keep=ids > 40).logits, logits[ids > 40])
 
 
 @torch.no_grad()

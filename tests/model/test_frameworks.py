@@ -1,9 +1,11 @@
 """What PEFT, TRL, Accelerate and vLLM ask of a model is there, under the names that they ask for."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from transformers import AttentionInterface, AutoModel
 
 from scratch_gpt.model import ScratchGPTForSequenceClassification
@@ -69,6 +71,33 @@ def test_trls_fused_head_gives_the_loss_and_the_gradients_of_the_model(build, st
 
 
 # --- vLLM's backend for models of transformers -----------------------------------------------------------------------
+
+
+class _OneModule(fx.Tracer):
+    """Traces the forward of one module; what it calls stays a call."""
+
+    def is_leaf_module(self, module, name) -> bool:
+        return True
+
+
+def test_a_server_that_traces_the_parts_recognises_what_it_has_kernels_for(build):
+    """It asks with gradients enabled, on the CPU, and rewrites the source, where a part may be called only once."""
+    block = build("modern").transformer.h[0]
+    assert torch.is_grad_enabled()
+
+    for norm in (block.ln_1, block.attn.q_norm):
+        (root_mean_square,) = (node for node in _OneModule().trace(norm).nodes if node.target is F.rms_norm)
+        assert root_mean_square.args[0].op == "placeholder" and root_mean_square.kwargs["eps"] == norm.eps
+        assert [user.op for user in root_mean_square.users] == ["output"]
+
+    mlp = {str(node.target): node for node in _OneModule().trace(block.mlp).nodes}
+    (product,) = mlp["up_proj"].users
+    assert product.args == (mlp["act_fn"], mlp["up_proj"]) and mlp["act_fn"].args == (mlp["gate_proj"],)
+    assert mlp["gate_proj"].args == mlp["up_proj"].args and mlp["down_proj"].args == (product,)
+
+    for part, names in ((block.mlp, ("gate_proj", "up_proj", "act_fn")), (block.attn, ("q_proj", "k_proj", "v_proj"))):
+        source = inspect.getsource(type(part).forward)
+        assert [source.count(f"self.{name}") for name in names] == [1, 1, 1]
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
@@ -52,7 +52,9 @@ class ScratchGPTRMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not is_tracing(x):
+        # vLLM traces this with torch.fx to put its own kernel here, and a proxy does not say its device.
+        traced = isinstance(x, torch.fx.Proxy)
+        if not traced and x.device.type == "cpu" and torch.is_grad_enabled() and not is_tracing(x):
             return _RMSNormOnCPU.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
@@ -347,7 +349,7 @@ class ScratchGPTGELU(nn.Module):
 
 
 class ScratchGPTMLP(nn.Module):
-    """`down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))` (Shazeer 2020)."""
+    """`down(act(up(x)))`."""
 
     def __init__(self, config: ScratchGPTConfig):
         super().__init__()
@@ -362,10 +364,15 @@ class ScratchGPTMLP(nn.Module):
         self.resid_dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.gate_proj is None:
-            inner = self.act_fn(self.up_proj(hidden_states))  # (batch, seq, intermediate)
-        else:
-            inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        inner = self.act_fn(self.up_proj(hidden_states))  # (batch, seq, intermediate)
+        return self.resid_dropout(self.down_proj(inner))
+
+
+class ScratchGPTGatedMLP(ScratchGPTMLP):
+    """`down(act(gate(x)) * up(x))` (Shazeer 2020). A forward without branches is one that vLLM can fuse."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)  # (batch, seq, intermediate)
         return self.resid_dropout(self.down_proj(inner))
 
 
@@ -377,7 +384,7 @@ class ScratchGPTBlock(GradientCheckpointingLayer):
         self.ln_1 = build_norm(config, config.hidden_size)
         self.attn = ScratchGPTAttention(config, layer_idx)
         self.ln_2 = build_norm(config, config.hidden_size)
-        self.mlp = ScratchGPTMLP(config)
+        self.mlp = ScratchGPTGatedMLP(config) if config.mlp_type == "gated" else ScratchGPTMLP(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), **kwargs)[0]
@@ -711,7 +718,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        hidden_states = _kept(outputs.last_hidden_state, logits_to_keep)
 
         targets = labels if labels is not None else kwargs.get("shift_labels")
         has_labels = targets is not None
@@ -788,6 +795,22 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
         del shown.weight
         shown.weight = head.weight[:vocab_size]
         return shown
+
+
+def _kept(hidden_states: torch.Tensor, which: int | torch.Tensor) -> torch.Tensor:
+    """Of the hidden states (batch, seq, hidden), those whose logits are wanted.
+
+    Args:
+        which: So many at the end, 0 for all; or positions (kept,), or of each row its own (batch, kept); or a mask
+            (batch, seq), which gives (kept, hidden). Transformers has this from 5.21 on, and vLLM asks for one before.
+    """
+    if isinstance(which, int):
+        return hidden_states[:, slice(-which, None)]
+    if which.ndim == 1:
+        return hidden_states[:, which]
+    if which.dtype == torch.bool:
+        return hidden_states[which]
+    return torch.take_along_dim(hidden_states, which[..., None], dim=1)
 
 
 class ScratchGPTForSequenceClassification(ScratchGPTPreTrainedModel):
