@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install 'scratch-gpt[deepspeed]'"
 )
 PROGRAM = ("-m", "tests.distributed.zero_program")
-STEPS = 10
+STEPS = 20
 RECOMPUTE = ["--training.activation_checkpointing", "full", "--training.device_batch_size", "2"]
 RUNS = {"gpt2": [], "modern": RECOMPUTE, "bf16": ["--training.precision", "bf16"]}
 PADDING = 64
