@@ -1,10 +1,13 @@
 """The same tokens give the same logits, whichever way they are fed."""
 
 import copy
+import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache, StaticCache
+from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -56,6 +59,70 @@ def test_flex_attention_equals_sdpa(build, style, ids, stance):  # forward only:
         logits = model(ids, attention_mask=mask).logits
     assert calls == ["BlockMask"] * model.config.num_hidden_layers
     assert_equal(logits[mask.bool()], sdpa[mask.bool()])
+
+
+def flash_rows(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0):
+    """What flash-attn promises of rows (batch, seq, heads, head_dim); the last query stands beside the last key."""
+    assert (dropout_p, softcap, causal) == (0.0, 0.0, True)
+    behind = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1] - torch.arange(k.shape[1])
+    seen = (behind >= 0) & ((behind <= window_size[0]) | (window_size[0] < 0))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+
+
+def flash_pieces(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+):  # fmt: skip
+    """And of pieces one after the other (tokens, heads, head_dim)."""
+    lengths = [cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), cu_seqlens_k.diff().tolist()]
+    assert max(lengths[0]) == max_seqlen_q and max(lengths[1]) == max_seqlen_k
+    pieces = zip(*(x.split(some) for x, some in zip((q, k, v), lengths, strict=True)), strict=True)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap)
+    return torch.cat([flash_rows(*(x[None] for x in piece), *options)[0] for piece in pieces])
+
+
+@torch.no_grad()
+def test_flash_attention_is_given_what_its_kernel_needs(build, style, ids, monkeypatch):
+    """The kernel itself runs on GPUs only; all that transformers and the model do around it is in force here."""
+    name, calls = "flash_attention_2", []
+
+    def counted(kernel):
+        @functools.wraps(kernel)
+        def count(*arguments, **keywords):
+            calls.append(kernel.__name__)
+            return kernel(*arguments, **keywords)
+
+        return count
+
+    rows, pieces = counted(flash_rows), counted(flash_pieces)
+    for function, value in {
+        "_flash_fn": rows,
+        "_flash_varlen_fn": pieces,
+        "_pad_fn": flash_utils._pad_input,
+        "_unpad_fn": flash_utils._unpad_input,
+        "_process_flash_kwargs_fn": flash_utils._lazy_define_process_function(pieces),
+        "_loaded_implementation": name,
+    }.items():
+        monkeypatch.setattr(flash_utils, function, value)
+    sdpa, flash = build(style), build(style)
+    flash.config._attn_implementation = name
+    layers = sdpa.config.num_hidden_layers
+
+    def same(kernel, real=..., **inputs):
+        calls.clear()
+        assert_equal(flash(**inputs).logits[real], sdpa(**inputs).logits[real])
+        assert calls == [kernel] * layers
+
+    same("flash_rows", input_ids=ids)
+    for padding in (slice(0, 3), slice(-3, None)):
+        mask = torch.ones_like(ids)
+        mask[0, padding] = 0
+        same("flash_pieces", mask.bool(), input_ids=ids, attention_mask=mask)
+    packed = torch.cat([torch.arange(4), torch.arange(ids.shape[1] - 4)])[None]
+    same("flash_pieces", input_ids=ids[:1], position_ids=packed, use_cache=False)
+    cache = flash(ids[:, :-2], use_cache=True).past_key_values
+    assert_equal(flash(ids[:, -2:], past_key_values=cache).logits, sdpa(ids).logits[:, -2:])
 
 
 @torch.no_grad()
