@@ -66,9 +66,11 @@ def environment(**more):
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, **more}
 
 
-def launch(config, *runs, timeout=300, check=True, options=(), program=PROGRAM, port="0", folder=ROOT, **more):
-    """In ``folder``, run :func:`launcher` with ``more`` in the environment; it has finished."""
-    command = launcher(config, runs, options, program, port)
+def launch(
+    config, *runs, timeout=300, check=True, options=(), program=PROGRAM, port="0", folder=ROOT, enter=(), **more
+):
+    """In ``folder``, run :func:`launcher` with ``more`` in the environment, behind the command ``enter``; it has finished."""
+    command = [*enter, *launcher(config, runs, options, program, port)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=timeout, env=environment(**more), cwd=folder
     )

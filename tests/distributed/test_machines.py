@@ -1,9 +1,11 @@
-"""Several machines, here two launches on this one; the Slurm script; and what `doctor` says of a launch."""
+"""Several machines, here two launches, each with a network of its own; the Slurm script; what `doctor` says of a launch."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,15 +20,54 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_two_machines_give_the_run_of_one_process(shards, tmp_path):
+CABLE = """
+set -e
+mount -t tmpfs none /run && mkdir /run/netns
+for i in 1 2; do ip netns add m$i; done
+ip link add eth0 netns m1 type veth peer name eth0 netns m2
+for i in 1 2; do
+    ip -n m$i address add 10.77.0.$i/24 dev eth0
+    for device in lo eth0; do ip -n m$i link set $device up; done
+done
+echo ready
+exec cat
+"""
+
+
+@pytest.fixture
+def networks():
+    """Two network namespaces joined by a cable: what to put before a command in either, and the first one's address.
+
+    Where the system does not allow that, both commands run in this network.
+    """
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        holder = None
+    else:
+        command = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", CABLE]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        holder = subprocess.Popen(command, text=True, **pipes)
+    if holder is not None and holder.stdout.readline() == "ready\n":
+        enter = ["nsenter", "--target", str(holder.pid), "--preserve-credentials", "--user", "--net", "--mount"]
+        yield [[*enter, "ip", "netns", "exec", name] for name in ("m1", "m2")], "10.77.0.1"
+    else:
+        warnings.warn("no network namespaces here: two machines in one network", stacklevel=1)
+        yield [[], []], "127.0.0.1"
+    if holder is not None:
+        holder.communicate()
+
+
+def test_two_machines_give_the_run_of_one_process(networks, shards, tmp_path):
     config = configuration("fsdp2_multi_node", tmp_path, 2)
     settings = yaml.safe_load(config.read_text())
-    port, run = free_port(), arguments(tmp_path / "two", shards, "gpt2")
+    enter, address = networks
+    settings |= {"main_process_ip": address, "main_process_port": free_port()}
+    run = arguments(tmp_path / "two", shards, "gpt2")
+    interface = {"GLOO_SOCKET_IFNAME": "eth0"} if enter[0] else {}
 
     def machine(rank):
         path = tmp_path / f"machine-{rank}.yaml"
-        path.write_text(yaml.safe_dump({**settings, "machine_rank": rank, "main_process_port": port}))
-        return launch(path, run, port=None)
+        path.write_text(yaml.safe_dump({**settings, "machine_rank": rank}))
+        return launch(path, run, port=None, enter=enter[rank], **interface)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(machine, range(2))
