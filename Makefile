@@ -25,9 +25,10 @@ lint: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed]' && touch $@ || \
 		echo "DeepSpeed could not be installed: its tests will be skipped"
 
-# A file's tests stay in one process: they share what their fixtures have made.
+# A file's tests stay in one process: they share what their fixtures have made. Files in the order of their names, which
+# has the long ones, of several processes, early; by the number of its tests pytest-xdist would put them last.
 test: lint .venv/.deepspeed
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: install .venv/.deepspeed
 	$(BIN)/python -m pytest -m slow
