@@ -43,7 +43,7 @@ def single(tmp_path_factory, shards):
 @pytest.mark.parametrize(
     ("name", "stage", "runs"),
     [
-        pytest.param("zero1", 1, RUNS, marks=pytest.mark.slow),
+        ("zero1", 1, ("gpt2", "modern")),
         ("zero2", 2, RUNS),
         ("zero3", 3, ("gpt2", "modern")),
         pytest.param("zero3_offload", 3, RUNS, marks=pytest.mark.slow),
