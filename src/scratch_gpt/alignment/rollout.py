@@ -8,10 +8,11 @@ policy would farm it.
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -32,6 +33,10 @@ class Batch:
     @property
     def completion_ids(self) -> torch.Tensor:
         return self.input_ids[:, -self.completion_mask.shape[1] :]
+
+    def first(self, count: int) -> "Batch":
+        """The batch without the rows behind."""
+        return Batch(*(getattr(self, part.name)[:count] for part in fields(self)))
 
     def sequences(self) -> list[torch.Tensor]:
         """Prompt and completion of each row, without padding, on the CPU."""
@@ -64,7 +69,7 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> Batch:
-    """Draw one completion per prompt, with the key/value cache."""
+    """Draw one completion per prompt, with the key/value cache. Of a sharded model, all processes draw until the last is done."""
     base = base_of(model)
     width = max(map(len, prompt_ids))
     padded = [[pad_id] * (width - len(ids)) + ids for ids in prompt_ids]
@@ -82,7 +87,9 @@ def generate(
         use_cache=True,
     )
     with _only(base, config):
-        sequences = base.generate(input_ids=input_ids, attention_mask=attention_mask)
+        sequences = base.generate(
+            input_ids=input_ids, attention_mask=attention_mask, synced_gpus=isinstance(base, FSDPModule)
+        )
     completions, ended = completion_mask(sequences[:, width:], stop_ids)
     return Batch(sequences, torch.cat([attention_mask, completions], 1), completions, ended)
 

@@ -41,8 +41,8 @@ from scratch_gpt.training.utilisation import hardware
 
 TOLD = 10
 """Lines of progress in a run."""
-SHARDED = ("sft", "dpo", "reward")
-"""Stages that also run where the model is sharded (configs/accelerate/fsdp2.yaml)."""
+DRAWING = ("ppo", "grpo", "rloo")
+"""Stages whose models draw completions."""
 
 Logs = dict[str, Any]
 
@@ -101,10 +101,10 @@ def check_launch(settings: Any, verb: str) -> None:
             "the configuration file has a parallelism_config, which transformers' Trainer does not carry out for a model that is "
             "loaded whole: take configs/accelerate/ddp.yaml, or fsdp2.yaml for models that are too large for it"
         )
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and verb not in SHARDED:
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_OFFLOAD_PARAMS") and verb in DRAWING:
         raise UserError(
-            f"`{verb}` is not done by sharded models (`{'`, `'.join(SHARDED)}` are): take configs/accelerate/ddp.yaml, and "
-            "--lora-rank where memory is short"
+            f"fsdp_offload_params is true, and `{verb}` would fetch the whole model for each token that it draws: set it to "
+            "false, and give --lora-rank where memory is short"
         )
     if getattr(settings, "load_in_4bit", False):
         if settings.lora_rank is None:
