@@ -60,7 +60,7 @@ def parts(models):
 
 def train(trainer, *arguments, original=Resumable.train, **keywords):
     """Note beside the metrics what was in force when the training ended."""
-    WIDTHS.clear()
+    DRAWN.clear()
     result = original(trainer, *arguments, **keywords)
     of_trl = [cell.cell_contents for function in getattr(trainer, "reward_funcs", []) for cell in function.__closure__]
     rewards = [reward for reward in getattr(trainer, "rewards", of_trl) if isinstance(reward, RewardModel)]
@@ -71,19 +71,19 @@ def train(trainer, *arguments, original=Resumable.train, **keywords):
         **parts([trainer.model]),
         "frozen": parts(frozen) if frozen else None,
         "training": [model.training for model in frozen],
-        "widths": WIDTHS,
+        "drawn": DRAWN,
     }
     Path(trainer.args.output_dir, f"facts-{trainer.args.process_index}.json").write_text(json.dumps(facts))
     return result
 
 
-WIDTHS = []
-"""Of what was generated, in columns."""
+DRAWN = []
+"""The tokens after the prompts, each time that completions were drawn."""
 
 
 def generate(model, *arguments, original=GenerationMixin.generate, **keywords):
     drawn = original(model, *arguments, **keywords)
-    WIDTHS.append(drawn.shape[1])
+    DRAWN.append(drawn.shape[1] - keywords["input_ids"].shape[1])
     return drawn
 
 
@@ -104,7 +104,8 @@ def written_by_ppo(model, prompt_ids, *, stop_ids, pad_id, **_):
 
 def written_by_trl(trainer, prompt_ids, *arguments):
     stop = trainer.model.generation_config.eos_token_id[0]
-    completions = [[*written(ids, at % 4), stop] for at, ids in enumerate(prompt_ids)]
+    before = trainer.accelerator.process_index * len(prompt_ids)
+    completions = [[*written(ids, (before + at) % 4), stop] for at, ids in enumerate(prompt_ids)]
     return (completions, None) if isinstance(trainer, GRPOTrainer) else completions
 
 
@@ -132,8 +133,10 @@ def assert_same(one, other):
             assert (tensor - got[name]).abs().max() <= 2e-3 * tensor.abs().max().clamp(min=0.01), (file, name)
 
 
-def in_processes(layout, *runs, **environment):
-    done = launch(configuration(layout, Path(), 2), *runs, program=PROGRAM, folder=Path(), **environment)
+def in_processes(layout, *runs, processes=2, sizes=None, **environment):
+    done = launch(
+        configuration(layout, Path(), processes, **(sizes or {})), *runs, program=PROGRAM, folder=Path(), **environment
+    )
     return done.stdout
 
 
@@ -147,7 +150,7 @@ def assert_in_force(layout, run):
     for of_one in facts:
         models = [of_one, of_one["frozen"]] if of_one["frozen"] else [of_one]
         assert not any(of_one["training"])
-        if layout == "fsdp2":
+        if layout != "ddp_cpu":
             assert all(model["sharded"] == 1 and model["held"] < 0.6 for model in models), directory
         else:
             assert of_one["parallel"] and all(model["sharded"] == 0 for model in models), directory
@@ -176,9 +179,23 @@ def test_sharded_models_draw_what_copies_draw(pairs):  # noqa: F811
     for run in DRAWING.values():
         directory = run[run.index("--run-dir") + 1]
         assert_same(f"{directory}-ddp_cpu", f"{directory}-fsdp2")
-        first, second = (facts["widths"] for facts in assert_in_force("fsdp2", run))
+        first, second = (facts["drawn"] for facts in assert_in_force("fsdp2", run))
         assert len(first) == len(second) and first != second
-        assert first == assert_in_force("ddp_cpu", run)[0]["widths"]
+        assert first == assert_in_force("ddp_cpu", run)[0]["drawn"]
+
+
+@pytest.mark.slow
+def test_two_copies_in_two_parts_learn_what_one_process_learns(pairs, monkeypatch):  # noqa: F811
+    write_completions(monkeypatch.setattr)
+    runs = [words(verb, save_every=3, batch_size=8) for verb in ("sft", "reward", "dpo", "kto")]
+    runs += [DRAWING[name] for name in ("ppo", "ppo-lora", "grpo")]
+    alone(*runs)
+    sizes = {"dp_replicate_size": 2, "dp_shard_size": 2}
+    in_processes("hsdp", *(under(run, "hsdp") for run in runs), processes=4, sizes=sizes, COMPLETIONS="written")
+    for run in runs:
+        directory = run[run.index("--run-dir") + 1]
+        assert_same(directory, f"{directory}-hsdp")
+        assert_in_force("hsdp", run)
 
 
 @pytest.mark.slow
@@ -206,7 +223,7 @@ if __name__ == "__main__":
     Resumable.train, GenerationMixin.generate = train, generate
     if os.environ.get("COMPLETIONS") == "written":
         write_completions(setattr)
-    elif os.environ.get("COMPLETIONS") == "short":  # each token is the last with a chance of one in eight
-        ppo_trainer._stop_ids = grpo.stop_tokens = lambda *_: list(range(4, 400, 8))
+    elif os.environ.get("COMPLETIONS") == "short":  # each token is the last with a chance of one in two
+        ppo_trainer._stop_ids = grpo.stop_tokens = lambda *_: list(range(4, 400, 2))
     torch.set_num_threads(1)
     sys.exit(max(main(run) for run in json.loads(sys.argv[1])))

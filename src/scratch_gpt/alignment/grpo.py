@@ -20,7 +20,6 @@ from scratch_gpt.alignment.chat import encode_prompt, stop_tokens
 from scratch_gpt.alignment.models import context_of, load_for_training, shard
 from scratch_gpt.alignment.records import learning_data, prompts
 from scratch_gpt.alignment.resume import Resumable, whole
-from scratch_gpt.alignment.rollout import base_of
 from scratch_gpt.alignment.scoring import (
     Completions,
     FunctionReward,
@@ -37,23 +36,19 @@ from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
 
 
-class Drawing:
+class EncodedPrompts:
     """Of a trainer: prompts become tokens in our way, in which no text of a user becomes a special one."""
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}  # type: ignore[attr-defined]
 
-    def shard(self) -> None:
-        """Accelerate does it. By this mark `generate` knows that all processes draw until the last is done."""
-        base_of(self.model)._is_fsdp_managed_module = True  # type: ignore[attr-defined]
+
+class EncodedGRPOTrainer(Resumable, EncodedPrompts, GRPOTrainer):
+    """GRPOTrainer with :class:`EncodedPrompts`."""
 
 
-class EncodedGRPOTrainer(Drawing, Resumable, GRPOTrainer):
-    """GRPOTrainer with :class:`Drawing`."""
-
-
-class EncodedRLOOTrainer(Drawing, Resumable, RLOOTrainer):
-    """RLOOTrainer with :class:`Drawing`."""
+class EncodedRLOOTrainer(Resumable, EncodedPrompts, RLOOTrainer):
+    """RLOOTrainer with :class:`EncodedPrompts`."""
 
 
 def grpo_command(settings: GRPOSettings) -> None:

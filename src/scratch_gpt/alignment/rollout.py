@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -69,7 +68,8 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> Batch:
-    """Draw one completion per prompt, with the key/value cache. Of a sharded model, all processes draw until the last is done."""
+    """Draw one completion per prompt, with the key/value cache. `generate` sees that a model is sharded, and goes on in all processes
+    until the last is done."""
     base = base_of(model)
     width = max(map(len, prompt_ids))
     padded = [[pad_id] * (width - len(ids)) + ids for ids in prompt_ids]
@@ -87,9 +87,7 @@ def generate(
         use_cache=True,
     )
     with _only(base, config):
-        sequences = base.generate(
-            input_ids=input_ids, attention_mask=attention_mask, synced_gpus=isinstance(base, FSDPModule)
-        )
+        sequences = base.generate(input_ids=input_ids, attention_mask=attention_mask)
     completions, ended = completion_mask(sequences[:, width:], stop_ids)
     return Batch(sequences, torch.cat([attention_mask, completions], 1), completions, ended)
 
