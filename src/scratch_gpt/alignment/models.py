@@ -68,19 +68,19 @@ def shard(accelerator: Any, model: nn.Module, *modules: nn.Module) -> None:
     """Leave each process its part of ``model``: in place, before there is an optimizer, and once.
 
     Each block is gathered when it computes, and what is in none of them when ``modules`` (default: the whole model) are
-    called. Accelerate shards one model, with its optimizer, and by what is called when all of it is called.
+    called, in float32. Accelerate shards one model, with its optimizer, and by what is called when all of it is called.
     """
     plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
     settings = {
         "reshard_after_forward": plugin.reshard_after_forward,
         "offload_policy": plugin.cpu_offload,
-        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
         "mesh": None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
     }
     blocks = set(getattr(model, "_no_split_modules", None) or ())
-    inside = [module for module in model.modules() if type(module).__name__ in blocks]
-    for module in (*inside, *(modules or (model,))):
-        if not isinstance(module, FSDPModule):
+    for module in [module for module in model.modules() if type(module).__name__ in blocks]:
+        fully_shard(module, mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(), **settings)
+    for module in modules or (model,):
+        if not isinstance(module, FSDPModule):  # one model may be two rewards
             fully_shard(module, **settings)
 
 

@@ -478,7 +478,8 @@ class PPOTrainer(Resumable):
         rows, tokens = inputs["rows"], inputs["tokens"]
         batch, mask = rollout.batch, rollout.batch.completion_mask[rows]
         old_logprobs = rollout.logprobs[rows]
-        logprobs, entropies, values = model(batch.input_ids[rows], batch.attention_mask[rows], mask.shape[1])
+        with self.accelerator.autocast():  # which a sharded model does not bring along
+            logprobs, entropies, values = model(batch.input_ids[rows], batch.attention_mask[rows], mask.shape[1])
 
         policy_losses, policy_clipped = clipped_policy_loss(
             logprobs, old_logprobs, rollout.advantages[rows], args.cliprange
