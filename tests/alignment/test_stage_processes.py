@@ -1,6 +1,7 @@
 """The stages on two processes under `accelerate launch`, copied and sharded: what one process learns."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,35 +11,108 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import GenerationMixin
+from trl import GRPOTrainer, RLOOTrainer
 
+from scratch_gpt.alignment import grpo, ppo_trainer, rollout
 from scratch_gpt.alignment.resume import Resumable
+from scratch_gpt.alignment.scoring import RewardModel
 from scratch_gpt.cli import main
 from scratch_gpt.training.metrics import read_metrics
 from tests.alignment.test_stages import pairs, words  # noqa: F401 (a fixture)
 from tests.distributed.launch import alone, configuration, launch
 
 PROGRAM = ("-m", "tests.alignment.test_stage_processes")
+PPO = ["ppo", "--model", "base", "--data", "pairs.jsonl", "--validation-data", "held_pairs.jsonl", "--max-steps", 12]
+PPO += ["--reward-model", "judge", "--ppo.epochs", 2, "--ppo.mini_batches", 1, "--ppo.mini_batch_size", 8]
+PPO += ["--ppo.learning_rate", "3e-3", "--ppo.save_every", 6, "--ppo.eval_every", 12, "--ppo.max_completion_length", 8]
+PPO = [str(word) for word in PPO]
+DRAWING = {
+    "ppo": [*PPO, "--run-dir", "ppo"],
+    "ppo-lora": [*PPO, "--lora-rank", "4", "--run-dir", "ppo-lora"],
+    "grpo": words("grpo", "--grpo.beta", 0.1, save_every=3),
+    "rloo": words("rloo", save_every=3),
+    "rloo-lora": words("rloo", "--lora-rank", 4, "--reward-model", "judge", run_dir="rloo-lora", save_every=3),
+}
+DRAWING["rloo-lora"] = [
+    word for word in DRAWING["rloo-lora"] if word not in ("--reward", "rewards_of_test:vowels_said")
+]
 RUNS = {
     "sft": words("sft", run_dir="sft", save_every=3),
     "lora": words("sft", "--lora-rank", 4, run_dir="lora", save_every=3),
     "dpo": words("dpo", "--dpo.device_batch_size", 2, save_every=3),
     "reward": words("reward", save_every=3),
     "reward-lora": words("reward", "--lora-rank", 4, run_dir="reward-lora", save_every=3),
+    "kto": words("kto", save_every=3),
+    "kto-lora": words("kto", "--lora-rank", 4, run_dir="kto-lora", save_every=3),
 }
+
+
+def parts(models):
+    """Of all parameters of ``models``: the share that is sharded, and the share of the numbers that lies in this process."""
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    held = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return {
+        "sharded": sum(isinstance(p, DTensor) for p in parameters) / max(1, len(parameters)),
+        "held": sum(p.numel() for p in held) / max(1, sum(p.numel() for p in parameters)),
+    }
 
 
 def train(trainer, *arguments, original=Resumable.train, **keywords):
     """Note beside the metrics what was in force when the training ended."""
+    DRAWN.clear()
     result = original(trainer, *arguments, **keywords)
-    parameters = list(trainer.model.parameters())
-    held = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    of_trl = [cell.cell_contents for function in getattr(trainer, "reward_funcs", []) for cell in function.__closure__]
+    rewards = [reward for reward in getattr(trainer, "rewards", of_trl) if isinstance(reward, RewardModel)]
+    frozen = [model for model in [getattr(trainer, "ref_model", None)] if model is not None]
+    frozen += [reward.model for reward in rewards]
     facts = {
         "parallel": isinstance(trainer.model_wrapped, DistributedDataParallel),
-        "sharded": sum(isinstance(p, DTensor) for p in parameters) / len(parameters),
-        "held": sum(p.numel() for p in held) / sum(p.numel() for p in parameters),
+        **parts([trainer.model]),
+        "frozen": parts(frozen) if frozen else None,
+        "training": [model.training for model in frozen],
+        "drawn": DRAWN,
     }
     Path(trainer.args.output_dir, f"facts-{trainer.args.process_index}.json").write_text(json.dumps(facts))
     return result
+
+
+DRAWN = []
+"""The tokens after the prompts, each time that completions were drawn."""
+
+
+def generate(model, *arguments, original=GenerationMixin.generate, **keywords):
+    drawn = original(model, *arguments, **keywords)
+    DRAWN.append(drawn.shape[1] - keywords["input_ids"].shape[1])
+    return drawn
+
+
+def written(prompt, at):
+    """A completion that follows from the prompt and its place, so that it does not matter which process draws it."""
+    return [(7 * sum(prompt) + 13 * at + 11 * t) % 300 + 4 for t in range(2 + (sum(prompt) + at) % 6)]
+
+
+def written_by_ppo(model, prompt_ids, *, stop_ids, pad_id, **_):
+    answers = [[*written(ids, 0), stop_ids[0]] for ids in prompt_ids]
+    completions = torch.tensor([ids + [stop_ids[0]] * (8 - len(ids)) for ids in answers])
+    width = max(map(len, prompt_ids))
+    prompts = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids])
+    real = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
+    mask, ended = rollout.completion_mask(completions, stop_ids)
+    return rollout.Batch(torch.cat([prompts, completions], 1), torch.cat([real, mask], 1), mask, ended)
+
+
+def written_by_trl(trainer, prompt_ids, *arguments):
+    stop = trainer.model.generation_config.eos_token_id[0]
+    before = trainer.accelerator.process_index * len(prompt_ids)
+    completions = [[*written(ids, (before + at) % 4), stop] for at, ids in enumerate(prompt_ids)]
+    return (completions, None) if isinstance(trainer, GRPOTrainer) else completions
+
+
+def write_completions(patch):
+    patch(ppo_trainer, "generate", written_by_ppo)
+    for trainer in (GRPOTrainer, RLOOTrainer):
+        patch(trainer, "_generate_single_turn", written_by_trl)
 
 
 def curve(run_dir, key):
@@ -47,17 +121,22 @@ def curve(run_dir, key):
 
 def assert_same(one, other):
     for key in ("loss", "grad_norm", "tokens", "learning_rate"):
-        assert curve(other, key) == pytest.approx(curve(one, key), rel=1e-3), key
+        assert curve(other, key) == pytest.approx(curve(one, key), rel=1e-3, abs=1e-6), key
     assert len(curve(other, "loss")) == 6
-    for file in ("final/model.safetensors", "checkpoint-6/trainer_state/optimizer.safetensors"):
+    newest = max(Path(one).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1])).name
+    weights = "adapters/adapter_model" if Path(one, "adapters").exists() else "final/model"
+    files = [f"{weights}.safetensors", f"{newest}/trainer_state/optimizer.safetensors"]
+    for file in files:
         expected, got = load_file(Path(one) / file), load_file(Path(other) / file)
         assert expected.keys() == got.keys()
         for name, tensor in expected.items():
             assert (tensor - got[name]).abs().max() <= 2e-3 * tensor.abs().max().clamp(min=0.01), (file, name)
 
 
-def in_processes(layout, *runs):
-    done = launch(configuration(layout, Path(), 2), *runs, program=PROGRAM, folder=Path())
+def in_processes(layout, *runs, processes=2, sizes=None, **environment):
+    done = launch(
+        configuration(layout, Path(), processes, **(sizes or {})), *runs, program=PROGRAM, folder=Path(), **environment
+    )
     return done.stdout
 
 
@@ -65,37 +144,92 @@ def under(run, layout):
     return [word if run[at - 1] != "--run-dir" else f"{word}-{layout}" for at, word in enumerate(run)]
 
 
+def assert_in_force(layout, run):
+    directory = run[run.index("--run-dir") + 1]
+    facts = [json.loads(Path(f"{directory}-{layout}/facts-{rank}.json").read_text()) for rank in range(2)]
+    for of_one in facts:
+        models = [of_one, of_one["frozen"]] if of_one["frozen"] else [of_one]
+        assert not any(of_one["training"])
+        if layout != "ddp_cpu":
+            assert all(model["sharded"] == 1 and model["held"] < 0.6 for model in models), directory
+        else:
+            assert of_one["parallel"] and all(model["sharded"] == 0 for model in models), directory
+    return facts
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ddp_cpu", "fsdp2"])
-def test_two_processes_learn_what_one_learns_and_leave_the_same_model(pairs, layout):  # noqa: F811
-    alone(*RUNS.values())
-    in_processes(layout, *(under(run, layout) for run in RUNS.values()))
-    for name, run in RUNS.items():
+def test_two_processes_learn_what_one_learns_and_leave_the_same_model(pairs, layout, monkeypatch):  # noqa: F811
+    """Those that draw completions are given them here."""
+    write_completions(monkeypatch.setattr)
+    runs = [*RUNS.values(), *DRAWING.values()]
+    alone(*runs)
+    rough = [*PPO, "--run-dir", "rough", "--ppo.precision", "bf16", "--ppo.activation_checkpointing", "true"]
+    more = [rough] if layout == "fsdp2" else []
+    in_processes(layout, *(under(run, layout) for run in [*runs, *more]), COMPLETIONS="written")
+    for run in runs:
         directory = run[run.index("--run-dir") + 1]
         assert_same(directory, f"{directory}-{layout}")
-        facts = [json.loads(Path(f"{directory}-{layout}/facts-{rank}.json").read_text()) for rank in range(2)]
-        if layout == "fsdp2":
-            assert all(of_one["sharded"] == 1 and of_one["held"] < 0.6 for of_one in facts), name
-        else:
-            assert all(of_one["parallel"] and of_one["sharded"] == 0 for of_one in facts), name
+        assert_in_force(layout, run)
+    if more:
+        assert curve(f"rough-{layout}", "loss") == pytest.approx(curve("ppo", "loss"), abs=5e-3)
+        assert curve(f"rough-{layout}", "loss") != pytest.approx(curve("ppo", "loss"), abs=1e-5)
+        assert_in_force(layout, rough)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_layout(pairs):  # noqa: F811
-    alone(RUNS["sft"])
+def test_sharded_models_draw_what_copies_draw(pairs):  # noqa: F811
+    """Also where one process has come to the end of its completions before the other."""
+    for layout in ("ddp_cpu", "fsdp2"):
+        in_processes(layout, *(under(run, layout) for run in DRAWING.values()), COMPLETIONS="short")
+    for run in DRAWING.values():
+        directory = run[run.index("--run-dir") + 1]
+        assert_same(f"{directory}-ddp_cpu", f"{directory}-fsdp2")
+        first, second = (facts["drawn"] for facts in assert_in_force("fsdp2", run))
+        assert len(first) == len(second) and first != second
+        assert first == assert_in_force("ddp_cpu", run)[0]["drawn"]
+
+
+@pytest.mark.slow
+def test_two_copies_in_two_parts_learn_what_one_process_learns(pairs, monkeypatch):  # noqa: F811
+    write_completions(monkeypatch.setattr)
+    runs = [words(verb, save_every=3, batch_size=8) for verb in ("sft", "reward", "dpo", "kto")]
+    runs += [DRAWING[name] for name in ("ppo", "ppo-lora", "grpo")]
+    alone(*runs)
+    sizes = {"dp_replicate_size": 2, "dp_shard_size": 2}
+    in_processes("hsdp", *(under(run, "hsdp") for run in runs), processes=4, sizes=sizes, COMPLETIONS="written")
+    for run in runs:
+        directory = run[run.index("--run-dir") + 1]
+        assert_same(directory, f"{directory}-hsdp")
+        assert_in_force("hsdp", run)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_layout(pairs, monkeypatch):  # noqa: F811
+    write_completions(monkeypatch.setattr)
+    runs = {"sft": (RUNS["sft"], 3, 6), "ppo": (DRAWING["ppo"], 6, 12)}  # and the steps of their checkpoints
+    alone(*(run for run, _, _ in runs.values()))
     for layout in ("fsdp2", "ddp_cpu"):
-        shutil.copytree("sft", f"sft-{layout}")
-        for gone in ("checkpoint-6", "final"):
-            shutil.rmtree(f"sft-{layout}/{gone}")
-        assert "checkpoint-3" in in_processes(layout, under(RUNS["sft"], layout))
-        assert_same("sft", f"sft-{layout}")
-    for gone in ("checkpoint-6", "final"):
-        shutil.rmtree(f"sft-fsdp2/{gone}")
-    alone(under(RUNS["sft"], "fsdp2"))  # whose checkpoint-3 is still that of one process
-    assert_same("sft", "sft-fsdp2")
+        for name, (_, _, last) in runs.items():
+            shutil.copytree(name, f"{name}-{layout}")
+            for gone in (f"checkpoint-{last}", "final"):
+                shutil.rmtree(f"{name}-{layout}/{gone}")
+        said = in_processes(layout, *(under(run, layout) for run, _, _ in runs.values()), COMPLETIONS="written")
+        for name, (_, first, _) in runs.items():
+            assert f"checkpoint-{first}" in said
+            assert_same(name, f"{name}-{layout}")
+    for name, (run, _, last) in runs.items():
+        for gone in (f"checkpoint-{last}", "final"):
+            shutil.rmtree(f"{name}-fsdp2/{gone}")
+        alone(under(run, "fsdp2"))  # whose first checkpoint is still that of one process
+        assert_same(name, f"{name}-fsdp2")
 
 
 if __name__ == "__main__":
-    Resumable.train = train
+    Resumable.train, GenerationMixin.generate = train, generate
+    if os.environ.get("COMPLETIONS") == "written":
+        write_completions(setattr)
+    elif os.environ.get("COMPLETIONS") == "short":  # each token is the last with a chance of one in two
+        ppo_trainer._stop_ids = grpo.stop_tokens = lambda *_: list(range(4, 400, 2))
     torch.set_num_threads(1)
     sys.exit(max(main(run) for run in json.loads(sys.argv[1])))

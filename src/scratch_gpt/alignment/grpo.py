@@ -17,10 +17,19 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from scratch_gpt.alignment.chat import encode_prompt, stop_tokens
-from scratch_gpt.alignment.models import context_of, load_for_training
+from scratch_gpt.alignment.models import context_of, load_for_training, shard
 from scratch_gpt.alignment.records import learning_data, prompts
-from scratch_gpt.alignment.resume import Resumable
-from scratch_gpt.alignment.scoring import Completions, check_reward, load_rewards, reward_function, reward_of, score
+from scratch_gpt.alignment.resume import Resumable, whole
+from scratch_gpt.alignment.scoring import (
+    Completions,
+    FunctionReward,
+    RewardModel,
+    check_reward,
+    load_rewards,
+    reward_function,
+    reward_of,
+    score,
+)
 from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
 from scratch_gpt.config import DrawingSettings, GroupTrainingSettings, GRPOSettings, RLOOSettings
 from scratch_gpt.console import say
@@ -94,10 +103,11 @@ def _build(
     data.facts["reward"] = f"`{reward_of(settings)}`"
     stop_ids = stop_tokens(tokenizer, data.chat)
     model.generation_config.eos_token_id = stop_ids
-    reward = scorer(settings, tokenizer, stop_ids)
+    chosen = settings.reward_model or reward_function(reward_of(settings))
+    (reward,) = load_rewards(chosen, None, tokenizer, stop_ids)
     trainer = trainer_class(
         model,
-        reward,
+        scorer(reward, tokenizer),
         config_class(
             **training_arguments(settings, verb, run_dir),
             remove_unused_columns=False,
@@ -119,27 +129,32 @@ def _build(
         peft_config=lora(settings, "CAUSAL_LM"),
     )
     _check_reference(trainer)
+    if isinstance(reward, RewardModel):
+        if trainer.is_fsdp_enabled:
+            shard(trainer.accelerator, reward.model)
+        else:
+            reward.model.to(trainer.args.device)
     describe_model(settings, trainer.model)
     say(f"reward     {reward_of(settings)}")
     return Stage(trainer, describe, steps_per_rollout=group.num_iterations, facts=data.facts)
 
 
 def _check_reference(trainer: Any) -> None:
-    """TRL reads the reference from where the policy says that it came from: it must be what the policy begins as."""
+    """TRL reads the reference from where the policy says that it came from: it must be what the policy begins as.
+
+    Under FSDP2 the reference lies in parts then, the policy does not yet.
+    """
     if trainer.ref_model is None:
         return
     policy, reference = (trainer.accelerator.unwrap_model(m) for m in (trainer.model, trainer.ref_model))
     theirs = dict(reference.named_parameters())
     for name, parameter in policy.named_parameters():
-        assert torch.equal(parameter.cpu(), theirs[name].cpu()), f"the reference has another {name}"
+        (whole_one,) = whole({name: theirs[name]}, True).values()
+        assert torch.equal(parameter.cpu(), whole_one), f"the reference has another {name}"
 
 
-def scorer(settings: DrawingSettings, tokenizer: Any, stop_ids: list[int]) -> Callable[..., list[float]]:
+def scorer(reward: RewardModel | FunctionReward, tokenizer: Any) -> Callable[..., list[float]]:
     """The reward as TRL calls it: what it gives is checked, and what it raises is told."""
-    chosen = settings.reward_model or reward_function(reward_of(settings))
-    (reward,) = load_rewards(chosen, None, tokenizer, stop_ids)
-    if isinstance(getattr(reward, "model", None), torch.nn.Module) and torch.cuda.is_available():
-        reward.model.cuda()  # type: ignore[union-attr]
 
     def scores(
         prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any

@@ -29,8 +29,9 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, dataset_name: str) -> Dataset:
         if not self.calculate_KL:
             return dataset
-        # As KTOTrainer does it: each prompt of a batch with its neighbour's answer.
-        size = args.per_device_train_batch_size
+        # As KTOTrainer does it: each prompt of a batch with its neighbour's answer. The batch is that of all processes, over
+        # which the divergence is averaged, too.
+        size = args.per_device_train_batch_size * args.world_size
         answers = dataset["completion_ids"]
         batches = [answers[start : start + size] for start in range(0, len(dataset), size)]
         return dataset.add_column("KL_completion_ids", [ids for some in batches for ids in [some[-1], *some[:-1]]])

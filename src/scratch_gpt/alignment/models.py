@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
@@ -61,6 +62,26 @@ def merge(model: Any, name_or_path: str, adapters: Path) -> Any:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(fresh.config, name, getattr(base.config, name))
     return PeftModel.from_pretrained(fresh, adapters).merge_and_unload()
+
+
+def shard(accelerator: Any, model: nn.Module, *modules: nn.Module) -> None:
+    """Leave each process its part of ``model``: in place, before there is an optimizer, and once.
+
+    Each block is gathered when it computes, and what is in none of them when ``modules`` (default: the whole model) are
+    called, in float32. Accelerate shards one model, with its optimizer, and by what is called when all of it is called.
+    """
+    plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
+    settings = {
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "offload_policy": plugin.cpu_offload,
+        "mesh": None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
+    }
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for module in [module for module in model.modules() if type(module).__name__ in blocks]:
+        fully_shard(module, mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(), **settings)
+    for module in modules or (model,):
+        if not isinstance(module, FSDPModule):  # one model may be two rewards
+            fully_shard(module, **settings)
 
 
 def context_of(model: Any) -> int:

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from transformers import (
 from transformers.utils import logging
 
 from scratch_gpt.alignment.chat import encode_prompt, end_of_turn
+from scratch_gpt.alignment.models import shard
 from scratch_gpt.alignment.ppo_config import PPOConfig
 from scratch_gpt.alignment.ppo_math import (
     KLController,
@@ -50,7 +52,7 @@ from scratch_gpt.alignment.ppo_math import (
     masked_mean,
     whiten,
 )
-from scratch_gpt.alignment.resume import Resumable, fill
+from scratch_gpt.alignment.resume import Resumable, fill, write_model
 from scratch_gpt.alignment.rollout import (
     Batch,
     base_of,
@@ -93,6 +95,10 @@ class ActorCritic(nn.Module):
         logprobs = token_logprobs(logits, input_ids[:, -completion_length:])
         return logprobs, entropy(logits), self.values(input_ids, attention_mask, completion_length)
 
+    def generate(self, prompt_ids: list[list[int]], **settings: Any) -> Batch:
+        """Of the policy; Trainer lets a sharded module have a second method of this name that begins like `forward`."""
+        return generate(self.policy, prompt_ids, temperature=self.temperature, **settings)
+
     def values(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int) -> torch.Tensor:
         base = base_of(self.value_model)
         hidden_states = base.base_model(
@@ -101,7 +107,8 @@ class ActorCritic(nn.Module):
             use_cache=False,
             **position_arguments(base, attention_mask),
         ).last_hidden_state
-        return base.score(hidden_states[:, -completion_length - 1 : -1]).squeeze(-1).float()
+        values = base.score(hidden_states[:, -completion_length - 1 : -1])
+        return values.squeeze(-1).float().clone()  # FSDP2 warns of views that leave a module
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
         for model in (self.policy, self.value_model):
@@ -205,14 +212,17 @@ class PPOTrainer(Resumable):
             callbacks=[*(callbacks or []), _SaveAfterRollout()],
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("PPOTrainer runs on one process or data parallel; FSDP and DeepSpeed are not supported")
+        if self.is_deepspeed_enabled:
+            raise ValueError("PPOTrainer runs on one process, data parallel or under FSDP2; DeepSpeed is not supported")
         self.loss_is_scaled_for_ga = True  # each loss is divided by the tokens of its whole mini-batch
+        frozen = [reward.model for reward in self.rewards if isinstance(reward, RewardModel)]
         if self.ref_model is not None:
-            self.ref_model.eval().requires_grad_(False).to(self.args.device)
-        for reward in self.rewards:
-            if isinstance(reward, RewardModel):
-                reward.model.to(self.args.device)
+            frozen.append(self.ref_model.eval().requires_grad_(False))
+        for module in frozen:
+            if self.is_fsdp_enabled:
+                shard(self.accelerator, module)
+            else:
+                module.to(self.args.device)
         set_seed(args.seed, device_specific=True)  # each process draws its own completions
 
         self.kl_controller = KLController(args.kl_coef, args.adaptive_kl_target, args.adaptive_kl_horizon)
@@ -265,6 +275,14 @@ class PPOTrainer(Resumable):
         value_model.base_model.load_state_dict({name: body[name] for name in value_model.base_model.state_dict()})
         nn.init.zeros_(value_model.score.weight)
         return value_model
+
+    def shard(self) -> None:
+        """Policy and value model, so that each computes by itself, too."""
+        # Or Accelerate would give out the weights of the main process once more, as if they were whole.
+        self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+        policy, value_model = base_of(self.model.policy), base_of(self.model.value_model)
+        shard(self.accelerator, policy)
+        shard(self.accelerator, value_model, value_model.base_model, value_model.score)
 
     # ------------------------------------------------------------------------------------------------ data
 
@@ -351,11 +369,9 @@ class PPOTrainer(Resumable):
         policy = self.model.policy
         with self.accelerator.autocast():
             batches = [
-                generate(
-                    policy,
+                self.model.generate(
                     [example["prompt_ids"] for example in piece],
                     max_completion_length=args.max_completion_length,
-                    temperature=args.temperature,
                     stop_ids=self.stop_ids,
                     pad_id=self.pad_id,
                 )
@@ -462,7 +478,8 @@ class PPOTrainer(Resumable):
         rows, tokens = inputs["rows"], inputs["tokens"]
         batch, mask = rollout.batch, rollout.batch.completion_mask[rows]
         old_logprobs = rollout.logprobs[rows]
-        logprobs, entropies, values = model(batch.input_ids[rows], batch.attention_mask[rows], mask.shape[1])
+        with self.accelerator.autocast():  # which a sharded model does not bring along
+            logprobs, entropies, values = model(batch.input_ids[rows], batch.attention_mask[rows], mask.shape[1])
 
         policy_losses, policy_clipped = clipped_policy_loss(
             logprobs, old_logprobs, rollout.advantages[rows], args.cliprange
@@ -525,7 +542,10 @@ class PPOTrainer(Resumable):
         )
         if data is None:
             raise ValueError("evaluate: there is no eval_dataset")
-        mine = data.select(range(args.process_index, len(data), args.world_size)).to_list()
+        # Of sharded models all processes compute as often: who has a row less takes one that does not count.
+        rows = list(range(args.process_index, len(data), args.world_size))
+        count, most = len(rows), math.ceil(len(data) / args.world_size)
+        mine = data.select(rows + [0] * (most - count)).to_list()
         was_training = self.model.training
         self.model.eval()
         sums, names = torch.zeros(0), []
@@ -533,11 +553,14 @@ class PPOTrainer(Resumable):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(args.seed + args.process_index)
             if mine:
-                batch, logprobs, ref_logprobs, entropies, _, scores = self._draw(mine)
+                batch, *parts = self._draw(mine)
+                logprobs, ref_logprobs, entropies, _, scores = (part[:count] for part in parts)
+            if count:
+                batch = batch.first(count)
                 weighted = scores @ torch.tensor(self.reward_weights, device=scores.device)
                 described = self._describe(batch, scores, weighted, logprobs, ref_logprobs, entropies)
                 del described["objective/scores_std"]
-                names, sums = list(described), torch.stack(list(described.values())).float().cpu() * len(mine)
+                names, sums = list(described), torch.stack(list(described.values())).float().cpu() * count
         self.model.train(was_training)
         gathered = gather_object([(names, sums.tolist())])
         names = gathered[0][0]
@@ -557,10 +580,17 @@ class PPOTrainer(Resumable):
         """The policy and its tokenizer, as any causal language model is saved."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.write_result(folder, None)
+        self.write_result(folder, state_dict)
 
-    def write_more(self, folder: Path) -> None:
-        self.model.value_model.save_pretrained(folder / VALUE_MODEL)
+    def write_result(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        super().write_result(folder, _within(weights, "policy."))
+
+    def write_more(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        write_model(
+            self.accelerator.unwrap_model(self.model).value_model,
+            folder / VALUE_MODEL,
+            _within(weights, "value_model."),
+        )
         state = {"kl_coef": self.kl_controller.coefficient, "normalizer": dataclasses.asdict(self.normalizer)}
         (folder / PPO_STATE).write_text(json.dumps(state))
 
@@ -627,6 +657,13 @@ class _SaveAfterRollout(TrainerCallback):
         control.should_save = self.pending and at_end
         self.pending &= not at_end
         return control
+
+
+def _within(weights: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:
+    """Those of one part of a module, by the names that they have in it."""
+    if weights is None:
+        return None
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def _as_dataset(data: Any) -> Dataset | None:

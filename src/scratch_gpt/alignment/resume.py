@@ -58,7 +58,7 @@ class Resumable(Trainer):
                 with disk_errors(f"{target} (earlier checkpoints are untouched)"):
                     with new_checkpoint(target) as folder:
                         self.write_result(folder, weights)
-                        self.write_more(folder)
+                        self.write_more(folder, weights)
                         save_file(optimizer, folder / STATE / "optimizer.safetensors")
                         save_file(_stacked(states), folder / STATE / "rng.safetensors")
                         write_json(folder / STATE / "state.json", self.state_to_save())
@@ -78,15 +78,10 @@ class Resumable(Trainer):
 
     def write_result(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
         """The result as a plain directory; on the main process. ``weights``: see :meth:`whole_weights`."""
-        model = self.result
-        if weights is not None and not hasattr(model, "get_base_model"):
-            model = plain_model(model, next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule)))
-        use_cache, model.config.use_cache = model.config.use_cache, True  # which Trainer switches off
-        model.save_pretrained(folder, state_dict=weights)
-        model.config.use_cache = use_cache
+        write_model(self.result, folder, weights)
         self.processing_class.save_pretrained(folder)
 
-    def write_more(self, folder: Path) -> None:
+    def write_more(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
         """What a checkpoint needs beside the result; on the main process."""
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
@@ -97,7 +92,7 @@ class Resumable(Trainer):
         parameters = dict(self.model.named_parameters())
         if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
             return None
-        has_adapters = hasattr(self.accelerator.unwrap_model(self.model), "get_base_model")
+        has_adapters = hasattr(self.result, "get_base_model")
         wanted = {name: p for name, p in parameters.items() if p.requires_grad or not has_adapters}
         return whole(wanted, self.accelerator.is_main_process)
 
@@ -122,9 +117,14 @@ class Resumable(Trainer):
     # ------------------------------------------------------------------------------------------------ going on
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
-        if resume_from_checkpoint and self.is_fsdp_enabled:
-            self.read_model(Path(resume_from_checkpoint))  # while it is whole: Trainer would come when it is sharded
+        if self.is_fsdp_enabled:
+            if resume_from_checkpoint:  # while the model is whole: Trainer would come when it is sharded
+                self.read_model(Path(resume_from_checkpoint))
+            self.shard()
         return super().train(resume_from_checkpoint, *arguments, **keywords)
+
+    def shard(self) -> None:
+        """What is to be sharded otherwise than Accelerate will do it, before there is an optimizer."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if model is None:
@@ -272,6 +272,15 @@ def whole(tensors: Mapping[str, torch.Tensor], wanted: bool) -> dict[str, torch.
         if wanted:
             found[name] = full.detach().cpu().contiguous()
     return found
+
+
+def write_model(model: Any, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+    """A model, or its adapters, as a plain directory; its ``weights``, where it does not have them whole itself."""
+    if weights is not None and not hasattr(model, "get_base_model"):
+        model = plain_model(model, next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule)))
+    use_cache, model.config.use_cache = model.config.use_cache, True  # which Trainer switches off
+    model.save_pretrained(folder, state_dict=weights)
+    model.config.use_cache = use_cache
 
 
 def fill(model: Any, folder: Path) -> None:

@@ -8,7 +8,7 @@ policy would farm it.
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class Batch:
     @property
     def completion_ids(self) -> torch.Tensor:
         return self.input_ids[:, -self.completion_mask.shape[1] :]
+
+    def first(self, count: int) -> "Batch":
+        """The batch without the rows behind."""
+        return Batch(*(getattr(self, part.name)[:count] for part in fields(self)))
 
     def sequences(self) -> list[torch.Tensor]:
         """Prompt and completion of each row, without padding, on the CPU."""
@@ -64,7 +68,8 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> Batch:
-    """Draw one completion per prompt, with the key/value cache."""
+    """Draw one completion per prompt, with the key/value cache. `generate` sees that a model is sharded, and goes on in all processes
+    until the last is done."""
     base = base_of(model)
     width = max(map(len, prompt_ids))
     padded = [[pad_id] * (width - len(ids)) + ids for ids in prompt_ids]

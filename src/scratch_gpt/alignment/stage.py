@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from transformers import (
     PrinterCallback,
@@ -41,8 +42,8 @@ from scratch_gpt.training.utilisation import hardware
 
 TOLD = 10
 """Lines of progress in a run."""
-SHARDED = ("sft", "dpo", "reward")
-"""Stages that also run where the model is sharded (configs/accelerate/fsdp2.yaml)."""
+DRAWING = ("ppo", "grpo", "rloo")
+"""Stages whose models draw completions."""
 
 Logs = dict[str, Any]
 
@@ -97,14 +98,22 @@ def check_launch(settings: Any, verb: str) -> None:
         if parse_flag_from_env(flag):
             raise UserError(f"{name} is not supported: take configs/accelerate/ddp.yaml or fsdp2.yaml")
     if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        sizes = ParallelismConfig()
+        if not parse_flag_from_env("ACCELERATE_USE_FSDP") or sizes.non_data_parallel_size > 1:
+            raise UserError(
+                "the configuration file has a parallelism_config that asks for more than shards and copies of them, which "
+                "transformers' Trainer does not carry out for a model that is loaded whole: take configs/accelerate/ddp.yaml, or "
+                "fsdp2.yaml or hsdp.yaml for models that are too large for it"
+            )
+        if sizes.total_size != launched_processes().num_processes or sizes.dp_shard_size == 1:
+            raise UserError(
+                f"parallelism_config asks for {sizes.dp_replicate_size} copies in {sizes.dp_shard_size} parts, the launcher "
+                f"started {launched_processes().num_processes} processes; it takes that many, and 2 parts or more"
+            )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_OFFLOAD_PARAMS") and verb in DRAWING:
         raise UserError(
-            "the configuration file has a parallelism_config, which transformers' Trainer does not carry out for a model that is "
-            "loaded whole: take configs/accelerate/ddp.yaml, or fsdp2.yaml for models that are too large for it"
-        )
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and verb not in SHARDED:
-        raise UserError(
-            f"`{verb}` is not done by sharded models (`{'`, `'.join(SHARDED)}` are): take configs/accelerate/ddp.yaml, and "
-            "--lora-rank where memory is short"
+            f"fsdp_offload_params is true, and `{verb}` would fetch the whole model for each token that it draws: set it to "
+            "false, and give --lora-rank where memory is short"
         )
     if getattr(settings, "load_in_4bit", False):
         if settings.lora_rank is None:
