@@ -68,3 +68,4 @@ def _let_cpus_shard(state: PartialState) -> None:
     """
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # or copies under that name would be given numbers of GPUs
