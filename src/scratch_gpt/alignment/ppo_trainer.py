@@ -552,9 +552,8 @@ class PPOTrainer(Resumable):
         devices = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(args.seed + args.process_index)
-            if mine:
-                batch, *parts = self._draw(mine)
-                logprobs, ref_logprobs, entropies, _, scores = (part[:count] for part in parts)
+            batch, *parts = self._draw(mine)
+            logprobs, ref_logprobs, entropies, _, scores = (part[:count] for part in parts)
             if count:
                 batch = batch.first(count)
                 weighted = scores @ torch.tensor(self.reward_weights, device=scores.device)
