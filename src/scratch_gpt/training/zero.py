@@ -25,7 +25,7 @@ from torch import nn
 
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTRotaryEmbedding
-from scratch_gpt.training.held import is_zero3, local, whole_shape
+from scratch_gpt.training.held import is_zero3, local, whole_shape, zero3_range
 from scratch_gpt.training.launch import launched_accelerator
 from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.optimizer import STATE_OF, Optimizers, with_state
@@ -156,7 +156,7 @@ class ZeroLayout(Layout):
     def _whole(self, parameter: Any) -> torch.Tensor:
         if not is_zero3(parameter):
             return parameter
-        start = parameter.ds_zero_partition_rank * parameter.ds_tensor.ds_numel
+        start, _ = zero3_range(parameter)
         return put_together([(start, local(parameter))], whole_shape(parameter), self.device)
 
     # ------------------------------------------------------------------------------------------------ words
