@@ -261,7 +261,7 @@ def test_ligers_kernel_itself_gives_the_loss_and_the_gradients():
     so it has a process of its own."""
     for package in ("triton", "liger_kernel"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"the package {package} is not installed")
+            pytest.skip(f"{package} is not installed: pip install liger-kernel triton")
     script = LIGER_ITSELF.format(here=str(Path(__file__).parent))
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
