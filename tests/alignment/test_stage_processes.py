@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationMixin
 from trl import GRPOTrainer, RLOOTrainer
@@ -18,11 +18,15 @@ from scratch_gpt.alignment import grpo, ppo_trainer, rollout
 from scratch_gpt.alignment.resume import Resumable
 from scratch_gpt.alignment.scoring import RewardModel
 from scratch_gpt.cli import main
+from scratch_gpt.training.held import local, num_shards, whole_shape
 from scratch_gpt.training.metrics import read_metrics
 from tests.alignment.test_stages import pairs, words  # noqa: F401 (a fixture)
 from tests.distributed.launch import alone, configuration, launch
 
 PROGRAM = ("-m", "tests.alignment.test_stage_processes")
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install 'scratch-gpt[deepspeed]'"
+)
 PPO = ["ppo", "--model", "base", "--data", "pairs.jsonl", "--validation-data", "held_pairs.jsonl", "--max-steps", 12]
 PPO += ["--reward-model", "judge", "--ppo.epochs", 2, "--ppo.mini_batches", 1, "--ppo.mini_batch_size", 8]
 PPO += ["--ppo.learning_rate", "3e-3", "--ppo.save_every", 6, "--ppo.eval_every", 12, "--ppo.max_completion_length", 8]
@@ -51,11 +55,19 @@ RUNS = {
 def parts(models):
     """Of all parameters of ``models``: the share that is sharded, and the share of the numbers that lies in this process."""
     parameters = [parameter for model in models for parameter in model.parameters()]
-    held = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     return {
-        "sharded": sum(isinstance(p, DTensor) for p in parameters) / max(1, len(parameters)),
-        "held": sum(p.numel() for p in held) / max(1, sum(p.numel() for p in parameters)),
+        "sharded": sum(num_shards(p) > 1 for p in parameters) / max(1, len(parameters)),
+        "held": sum(local(p).numel() for p in parameters) / max(1, sum(whole_shape(p).numel() for p in parameters)),
     }
+
+
+def zero(trainer):
+    """The stage of ZeRO, and the share of the trained numbers whose optimizer's state lies in this process."""
+    if trainer.zero is None:
+        return None
+    optimizers = trainer.zero.optimizers
+    number = sum(whole_shape(p).numel() for p in optimizers.parameters.values())
+    return {"stage": optimizers.stage, "held": optimizers.held / number, "offloaded": optimizers.offloaded}
 
 
 def train(trainer, *arguments, original=Resumable.train, **keywords):
@@ -70,7 +82,8 @@ def train(trainer, *arguments, original=Resumable.train, **keywords):
         "parallel": isinstance(trainer.model_wrapped, DistributedDataParallel),
         **parts([trainer.model]),
         "frozen": parts(frozen) if frozen else None,
-        "training": [model.training for model in frozen],
+        "zero": zero(trainer),
+        "training": [trainer.accelerator.unwrap_model(model).training for model in frozen],
         "drawn": DRAWN,
     }
     Path(trainer.args.output_dir, f"facts-{trainer.args.process_index}.json").write_text(json.dumps(facts))
@@ -150,19 +163,30 @@ def assert_in_force(layout, run):
     for of_one in facts:
         models = [of_one, of_one["frozen"]] if of_one["frozen"] else [of_one]
         assert not any(of_one["training"])
-        if layout != "ddp_cpu":
+        if layout.startswith("zero"):
+            stage = int(layout[4])
+            assert of_one["zero"]["stage"] == stage and of_one["zero"]["held"] < 0.6
+            assert of_one["zero"]["offloaded"] == layout.endswith("offload")
+            assert all(model["sharded"] == (stage == 3) for model in models), directory
+            assert stage < 3 or all(model["held"] < 0.6 for model in models), directory
+        elif layout != "ddp_cpu":
             assert all(model["sharded"] == 1 and model["held"] < 0.6 for model in models), directory
         else:
             assert of_one["parallel"] and all(model["sharded"] == 0 for model in models), directory
     return facts
 
 
+LAYOUTS = ["ddp_cpu", "fsdp2", "zero1", "zero2", "zero3", "zero3_offload"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ddp_cpu", "fsdp2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_learn_what_one_learns_and_leave_the_same_model(pairs, layout, monkeypatch):  # noqa: F811
     """Those that draw completions are given them here."""
+    if layout.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="pip install 'scratch-gpt[deepspeed]'")
     write_completions(monkeypatch.setattr)
-    runs = [*RUNS.values(), *DRAWING.values()]
+    runs = list(RUNS.values()) if layout.startswith("zero3") else [*RUNS.values(), *DRAWING.values()]
     alone(*runs)
     rough = [*PPO, "--run-dir", "rough", "--ppo.precision", "bf16", "--ppo.activation_checkpointing", "true"]
     in_processes(layout, *(under(run, layout) for run in [*runs, rough]), COMPLETIONS="written")
@@ -176,14 +200,57 @@ def test_two_processes_learn_what_one_learns_and_leave_the_same_model(pairs, lay
 
 
 @pytest.mark.slow
-def test_sharded_models_draw_what_copies_draw(pairs):  # noqa: F811
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "layout, names",
+    [
+        ("zero1", ["sft", "reward-lora", "dpo", "grpo", "ppo"]),
+        ("zero2", [*RUNS, *DRAWING]),
+        ("zero3", [*RUNS, *DRAWING]),
+        ("zero3_offload", ["sft", "lora", "dpo", "reward", "ppo", "rloo"]),
+    ],
+)
+def test_zero_learns_what_one_process_learns_and_each_goes_on_with_the_other(pairs, layout, names, monkeypatch):  # noqa: F811
+    write_completions(monkeypatch.setattr)
+    runs = [{**RUNS, **DRAWING}[name] for name in names]
+    alone(*runs)
+    further = words("sft", save_every=3, run_dir="further")
+    half_done("sft", f"further-{layout}")
+    rough = words("sft", precision="bf16", activation_checkpointing="true", run_dir="rough")
+    started = [*runs, further, rough]
+    said = in_processes(layout, *(under(run, layout) for run in started), COMPLETIONS="written")
+    assert said.count(f"layout     {layout.split('_')[0]} on 2 process(es)") == len(started)
+    assert "resumed    checkpoint-3" in said
+    for run in started:
+        assert_in_force(layout, run)
+    for run in runs:
+        directory = run[run.index("--run-dir") + 1]
+        assert_same(directory, f"{directory}-{layout}")
+    assert_same("sft", f"further-{layout}")
+    assert curve(f"rough-{layout}", "loss") == pytest.approx(curve("sft", "loss"), abs=5e-3)
+    assert curve(f"rough-{layout}", "loss") != pytest.approx(curve("sft", "loss"), abs=1e-5)
+    half_done(f"sft-{layout}", "back")
+    alone(words("sft", save_every=3, run_dir="back"))
+    assert_same("sft", "back")
+
+
+def half_done(run_dir, other):
+    """A copy of a run of six steps as it was after three."""
+    shutil.copytree(run_dir, other)
+    for gone in ("checkpoint-6", "final"):
+        shutil.rmtree(f"{other}/{gone}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_sharded_models_draw_what_copies_draw(pairs, layout):  # noqa: F811
     """Also where one process has come to the end of its completions before the other."""
-    for layout in ("ddp_cpu", "fsdp2"):
-        in_processes(layout, *(under(run, layout) for run in DRAWING.values()), COMPLETIONS="short")
+    for one in ("ddp_cpu", layout):
+        in_processes(one, *(under(run, one) for run in DRAWING.values()), COMPLETIONS="short")
     for run in DRAWING.values():
         directory = run[run.index("--run-dir") + 1]
-        assert_same(f"{directory}-ddp_cpu", f"{directory}-fsdp2")
-        first, second = (facts["drawn"] for facts in assert_in_force("fsdp2", run))
+        assert_same(f"{directory}-ddp_cpu", f"{directory}-{layout}")
+        first, second = (facts["drawn"] for facts in assert_in_force(layout, run))
         assert len(first) == len(second) and first != second
         assert first == assert_in_force("ddp_cpu", run)[0]["drawn"]
 

@@ -6,10 +6,12 @@ written down by the processes themselves (`program.py`), apart from what the run
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -63,7 +65,22 @@ def launcher(config, runs, options=(), program=PROGRAM, port="0"):
 
 def environment(**more):
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    return {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, **more}
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", **more}
+
+
+def finish(command, timeout=300, **how):
+    """The command, finished. One that hangs fails with all that it printed and with where each of its processes stood."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, **how) as process:
+        try:
+            printed = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            launched = psutil.Process(process.pid)
+            for one in [*launched.children(recursive=True), launched]:  # each prints its threads, see faulthandler
+                one.send_signal(signal.SIGABRT)
+            printed = process.communicate(timeout=60)
+            pytest.fail(f"{command} did not end in {timeout} seconds\n{printed[0]}\n{printed[1]}")
+    return subprocess.CompletedProcess(command, process.returncode, *printed)
 
 
 def launch(
@@ -71,9 +88,7 @@ def launch(
 ):
     """In ``folder``, run :func:`launcher` with ``more`` in the environment, behind the command ``enter``; it has finished."""
     command = [*enter, *launcher(config, runs, options, program, port)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=timeout, env=environment(**more), cwd=folder
-    )
+    done = finish(command, timeout, env=environment(**more), cwd=folder)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
 

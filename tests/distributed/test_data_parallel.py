@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from scratch_gpt.cli import main
 from scratch_gpt.training.metrics import read_events, read_metrics
 from tests.conftest import TINY_RUN
+from tests.distributed.launch import finish
 
 CONFIG = Path(__file__).parents[2] / "configs" / "accelerate" / "ddp_cpu.yaml"
 
@@ -26,14 +27,7 @@ def launch(arguments, program=("-m", "scratch_gpt"), **environment):
         "--main_process_port",
         "0",
     ]
-    return subprocess.run(
-        [*command, *program, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env={**os.environ, **environment},
-    )
+    return finish([*command, *program, *arguments], env={**os.environ, "PYTHONFAULTHANDLER": "1", **environment})
 
 
 def arguments(run_dir, corpus, steps):

@@ -42,6 +42,10 @@ class EncodedPrompts:
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}  # type: ignore[attr-defined]
 
+    def _generate_single_turn(self, *arguments: Any) -> Any:
+        with self.drawing():  # type: ignore[attr-defined]
+            return super()._generate_single_turn(*arguments)  # type: ignore[misc]
+
 
 class EncodedGRPOTrainer(Resumable, EncodedPrompts, GRPOTrainer):
     """GRPOTrainer with :class:`EncodedPrompts`."""

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from scratch_gpt.errors import UserError
 from scratch_gpt.training.build import load_model
+from scratch_gpt.training.held import num_shards
 
 
 def load_for_training(settings: Any) -> tuple[Any, Any]:
@@ -47,7 +47,7 @@ def merge(model: Any, name_or_path: str, adapters: Path) -> Any:
 
     What it began with may lie in 4 bits or in parts here; then that is loaded once more, and the saved adapters with it.
     """
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    sharded = any(num_shards(parameter) > 1 for parameter in model.parameters())
     base = model.get_base_model()
     if not sharded and not getattr(base, "is_loaded_in_4bit", False):
         base.config.use_cache = True  # which Trainer switches off

@@ -213,7 +213,9 @@ class PPOTrainer(Resumable):
             optimizers=optimizers,
         )
         if self.is_deepspeed_enabled:
-            raise ValueError("PPOTrainer runs on one process, data parallel or under FSDP2; DeepSpeed is not supported")
+            raise ValueError(
+                "PPOTrainer runs on one process, data parallel or under FSDP2; for ZeRO use `scratch-gpt ppo`"
+            )
         self.loss_is_scaled_for_ga = True  # each loss is divided by the tokens of its whole mini-batch
         frozen = [reward.model for reward in self.rewards if isinstance(reward, RewardModel)]
         if self.ref_model is not None:
@@ -367,7 +369,7 @@ class PPOTrainer(Resumable):
             for first in range(0, len(examples), args.rollout_batch_size)
         ]
         policy = self.model.policy
-        with self.accelerator.autocast():
+        with self.drawing(), self.accelerator.autocast():
             batches = [
                 self.model.generate(
                     [example["prompt_ids"] for example in piece],

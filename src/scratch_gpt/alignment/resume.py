@@ -14,6 +14,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,28 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
+from trl.models.utils import add_hooks, remove_hooks
 
+from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, write_json
 from scratch_gpt.training.checkpoint import STATE, delete_old, new_checkpoint, plain_model
+from scratch_gpt.training.held import num_shards
 from scratch_gpt.training.launch import launched_processes
+from scratch_gpt.training.optimizer import Optimizers
 from scratch_gpt.training.saved import SavedTensors
+from scratch_gpt.training.zero import ZeroLayout
 
 
 class Resumable(Trainer):
     """Mixed into a trainer, before it: its checkpoints, its way back into them, and the order of its data."""
 
     control: TrainerControl
+    optimizer: Any
     own_order = False
     """Whether the rows of each step are drawn by :class:`StepBatches`; not for trainers with an order of their own."""
+    zero: ZeroLayout | None = None
+    """Where ZeRO is asked for: what cuts the model's state and puts it together."""
 
     # ------------------------------------------------------------------------------------------------ saving
 
@@ -49,7 +58,7 @@ class Resumable(Trainer):
         step, main = self.state.global_step, self.accelerator.is_main_process
         run_dir = Path(self.args.output_dir)
         weights = self.whole_weights()  # first: it gives up what an evaluation has gathered
-        optimizer = whole(self._optimizer_tensors(), main)
+        optimizer = self._whole_optimizer(main)
         states = gather_object([random_states()])
         problem: list[Any] = [None]
         if main:
@@ -90,23 +99,29 @@ class Resumable(Trainer):
             if isinstance(module, FSDPModule):
                 module.reshard()
         parameters = dict(self.model.named_parameters())
-        if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        if not any(num_shards(parameter) > 1 for parameter in parameters.values()):
             return None
         has_adapters = hasattr(self.result, "get_base_model")
         wanted = {name: p for name, p in parameters.items() if p.requires_grad or not has_adapters}
+        if self.zero is not None:
+            self.zero.after_evaluation(self.zero.engine)
+            return self.zero.gather(wanted)
         return whole(wanted, self.accelerator.is_main_process)
 
     def state_to_save(self) -> dict[str, Any]:
         """Of this process, what else a resumed run needs; as JSON."""
         return {"step": self.state.global_step, "scheduler_step": self.lr_scheduler.last_epoch}
 
-    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
+    def _whole_optimizer(self, wanted: bool) -> dict[str, torch.Tensor]:
+        if self.zero is not None:
+            return self.zero.gather(self.zero.optimizers.state_tensors())
         optimizer = _plain(self.optimizer)
-        return {
+        tensors = {
             f"{name}.{key}": value
             for name, parameter in self._optimized()
             for key, value in optimizer.state[parameter].items()
         }
+        return whole(tensors, wanted)
 
     def _optimized(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The parameters with their names, in the optimizer's order."""
@@ -139,6 +154,11 @@ class Resumable(Trainer):
             return
         folder = Path(checkpoint) / STATE
         saved = SavedTensors(folder, "optimizer.safetensors")
+        state = json.loads((folder / "state.json").read_text())
+        if self.zero is not None:
+            self.zero.optimizers.load_state_tensors(saved)
+            self.load_state(state)
+            return
         index = {name: (at, parameter) for at, (name, parameter) in enumerate(self._optimized())}
         loaded: dict[int, dict[str, torch.Tensor]] = {}
         for key in saved.names:
@@ -148,7 +168,7 @@ class Resumable(Trainer):
                 loaded.setdefault(at, {})[kind] = saved.read(key, parameter)
         optimizer = _plain(self.optimizer)
         optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.load_state(json.loads((folder / "state.json").read_text()))
+        self.load_state(state)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state_to_save`. The learning rate follows from the step, and from the schedule of this run."""
@@ -204,6 +224,8 @@ class Resumable(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """Also the last moment before a step is taken."""
+        if grad_norm is None and self.zero is not None:
+            grad_norm = self.zero.clip_grad_norm(model.parameters(), math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not math.isfinite(norm):
@@ -212,6 +234,54 @@ class Resumable(Trainer):
                 "before it are good; start over with --fresh and a lower learning rate, or with other data"
             )
         return float(norm)
+
+    # ------------------------------------------------------------------------------------------------ ZeRO
+
+    def use_zero(self, zero: ZeroLayout) -> None:
+        """Train with the state of the optimizer, and as the stage says gradients and weights, in parts.
+
+        To Trainer and TRL the processes are those of plain data parallelism: they would set DeepSpeed up otherwise, with
+        weights and gradients in bf16, and not at all on CPUs.
+        """
+        self.zero = zero
+        self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True  # or Trainer would ask for `no_sync`
+        self.accelerator.backward = self._backward_in_parts
+        reference = getattr(self, "ref_model", None)
+        if reference is not None and zero.stage == 3:
+            self.ref_model = zero.in_parts(self.accelerator.unwrap_model(reference))
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        if self.zero is None or not training:
+            return super()._wrap_model(model, training, dataloader)
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # for autocast; it is not wrapped
+        optimizer = self.optimizer
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        engine, parts = self.zero.engage(self.zero.spread(self.model, "fp32"), Optimizers(optimizer))
+        self.optimizer = StepInParts(parts, optimizer)
+        say(f"layout     {self.zero.strategy} on {self.zero.world} process(es): {self.zero.describe_parts()}")
+        return engine
+
+    def _backward_in_parts(self, loss: torch.Tensor) -> None:
+        assert self.zero is not None
+        with self.zero.micro_batch(self.zero.engine, last=self.accelerator.sync_gradients):
+            self.zero.backward(self.zero.engine, loss)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """While processes draw completions, each at its own pace: under ZeRO-3 the weights are whole on each of them."""
+        if self.zero is None or self.zero.stage < 3:
+            yield
+            return
+        engine = self.zero.engine
+        with self.zero.deepspeed.zero.GatheredParameters(list(engine.parameters())):
+            remove_hooks(engine)
+            yield
+            add_hooks(engine)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.zero is None:
+            return super()._clip_grad_norm(model)
+        return self.zero.clip_grad_norm(model.parameters(), self.args.max_grad_norm)
 
     # ------------------------------------------------------------------------------------------------ processes
 
@@ -232,6 +302,23 @@ class Resumable(Trainer):
 
 
 # ------------------------------------------------------------------------------------------------ the parts
+
+
+class StepInParts(torch.optim.Optimizer):
+    """What a `Trainer` steps under ZeRO: learning rates are set and read here, and the parts are updated by DeepSpeed."""
+
+    _is_accelerate_prepared = True
+    step_was_skipped = False
+
+    def __init__(self, parts: Optimizers, optimizer: torch.optim.Optimizer):
+        self.parts = parts
+        self.defaults, self.param_groups, self.state = optimizer.defaults, optimizer.param_groups, optimizer.state
+
+    def step(self, closure: Any = None) -> None:
+        self.parts.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.parts.zero_grad()
 
 
 @dataclasses.dataclass

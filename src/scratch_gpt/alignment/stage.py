@@ -33,12 +33,13 @@ from scratch_gpt.console import duration, progress_bar, say
 from scratch_gpt.errors import StoppedOnRequest, UserError
 from scratch_gpt.files import disk_errors, new_folder, write_json, write_text
 from scratch_gpt.training.checkpoint import delete_checkpoint, is_complete, newest_checkpoint
-from scratch_gpt.training.launch import launched_processes
+from scratch_gpt.training.launch import WITHOUT_DEEPSPEED, asks_for_deepspeed, launched_processes
 from scratch_gpt.training.metrics import MetricsFile, read_metrics
 from scratch_gpt.training.run import CONFIG, record_settings, run_directory, stored_settings
 from scratch_gpt.training.stop import StopRequest
 from scratch_gpt.training.trackers import chosen
 from scratch_gpt.training.utilisation import hardware
+from scratch_gpt.training.zero import ZeroLayout, asked_config
 
 TOLD = 10
 """Lines of progress in a run."""
@@ -94,9 +95,15 @@ def run_stage(
 
 def check_launch(settings: Any, verb: str) -> None:
     """Raises a UserError for layouts and adapters that this launch or machine does not allow."""
-    for flag, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
-        if parse_flag_from_env(flag):
-            raise UserError(f"{name} is not supported: take configs/accelerate/ddp.yaml or fsdp2.yaml")
+    if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError("Megatron-LM is not supported: take configs/accelerate/ddp.yaml or fsdp2.yaml")
+    if asks_for_deepspeed():
+        stage = asked_config()["zero_optimization"]["stage"]
+        if stage == 3 and getattr(settings, "load_in_4bit", False):
+            raise UserError(
+                "zero_stage is 3, and --load-in-4bit packs weights in a form that DeepSpeed does not cut: take "
+                "configs/accelerate/zero2.yaml"
+            )
     if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         sizes = ParallelismConfig()
         if not parse_flag_from_env("ACCELERATE_USE_FSDP") or sizes.non_data_parallel_size > 1:
@@ -127,11 +134,15 @@ def check_launch(settings: Any, verb: str) -> None:
 def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path], Stage]) -> None:
     started = time.monotonic()
     set_seed(settings.seed)  # new heads and adapters are the same each time and on all processes
+    zero = asked_config() if asks_for_deepspeed() else None
     try:
-        stage = build(settings, run_dir)
+        with WITHOUT_DEEPSPEED():
+            stage = build(settings, run_dir)
     except ValueError as error:
         raise UserError(str(error)) from error
     trainer = stage.trainer
+    if zero is not None:
+        trainer.use_zero(ZeroLayout(trainer.accelerator, zero))
     checkpoint = newest_checkpoint(run_dir)
     done = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
     if checkpoint is not None:

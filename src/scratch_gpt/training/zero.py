@@ -98,15 +98,32 @@ class ZeroLayout(Layout):
 
     def engage(self, model: Any, optimizers: Optimizers) -> tuple[nn.Module, Optimizers]:
         (optimizer,) = optimizers.optimizers
-        if self.stage == 3:  # the loss multiplies by the head's weight without calling the head
-            self.deepspeed.zero.register_external_parameter(model, model.lm_head.weight)
+        self._announce_heads(model)
         self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
         self.optimizers = ZeroOptimizers(self.engine)
         self._check_in_force(self.engine)
         return self.engine, self.optimizers
 
+    def in_parts(self, model: Any) -> Any:
+        """``model``, which is not trained, in parts as stage 3 has them."""
+        self._announce_heads(model)
+        zero = {
+            "stage": 3,
+            **buffer_sizes(model),
+            "offload_param": self.config["zero_optimization"].get("offload_param"),
+        }
+        engine, *_ = self.deepspeed.initialize(model=model, config={**self.config, "zero_optimization": zero})
+        engine.eval()
+        return engine
+
+    def _announce_heads(self, model: nn.Module) -> None:
+        for module in model.modules() if self.stage == 3 else ():
+            head = getattr(module, "lm_head", None)
+            if head is not None:  # the loss multiplies by its weight without calling it
+                self.deepspeed.zero.register_external_parameter(module, head.weight)
+
     def _check_in_force(self, model: nn.Module) -> None:
-        number = sum(whole_shape(parameter).numel() for parameter in model.parameters())
+        number = sum(whole_shape(parameter).numel() for parameter in self.optimizers.parameters.values())
         if self.optimizers.stage != self.stage or (self.world > 1 and self.optimizers.held >= number):
             raise UserError(
                 f"{self.strategy} was asked for, but DeepSpeed runs stage {self.optimizers.stage}, and this process "
@@ -163,6 +180,10 @@ class ZeroLayout(Layout):
 
     def describe(self, model: nn.Module, precision: str, data: str) -> list[str]:
         first, *others = super().describe(model, precision, data)
+        return [f"{first}, DeepSpeed {self.deepspeed.__version__}", self.describe_parts(), *others]
+
+    def describe_parts(self) -> str:
+        """What is in parts, and where they lie."""
         where = "the memory of the CPU" if self.optimizers.offloaded else f"{self.device.type}'s own memory"
         ours = (
             f"{IN_PARTS[self.optimizers.stage]} in parts: each updates {self.optimizers.held:,} numbers, padding included, in "
@@ -172,7 +193,7 @@ class ZeroLayout(Layout):
             ours += "; weights lie there, too, until they are gathered"
         if self.stage == 3 and (small := self.engine.optimizer.persistent_parameters):
             ours += f"; {sum(p.ds_numel for p in small):,} numbers of {len(small)} small parameters stay gathered"
-        return [f"{first}, DeepSpeed {self.deepspeed.__version__}", ours, *others]
+        return ours
 
 
 # ------------------------------------------------------------------------------------------------ the optimizer
@@ -199,7 +220,7 @@ class ZeroOptimizers(Optimizers):
     def __init__(self, engine: Any):
         self.engine, self.zero = engine, engine.optimizer
         super().__init__(self.zero.optimizer)
-        self.parameters = dict(engine.module.named_parameters())
+        self.parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
         self.rows: list[nn.Parameter] = (
             self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         )
@@ -227,7 +248,7 @@ class ZeroOptimizers(Optimizers):
                 torch.cuda.synchronize()  # they are on their way to the CPU
             yield from (row.grad for row in self.rows if row.grad is not None)
         else:
-            yield from (piece for pieces in self.zero.averaged_gradients.values() for piece in pieces)
+            yield from (piece for pieces in self.zero.averaged_gradients.values() for piece in pieces or ())
 
     def step(self) -> None:
         self.engine.step()
@@ -304,7 +325,13 @@ def put_together(own: list[tuple[int, torch.Tensor]], shape: torch.Size, device:
 
 
 def choose_zero() -> ZeroLayout:
-    """The stage that the configuration file of `accelerate launch` asks for.
+    """The stage that the configuration file of `accelerate launch` asks for; see :func:`asked_config`."""
+    config = asked_config()
+    return ZeroLayout(launched_accelerator(), config)
+
+
+def asked_config() -> dict[str, Any]:
+    """DeepSpeed's configuration, from the configuration file of `accelerate launch`.
 
     Raises:
         UserError: it asks for what is not supported, or DeepSpeed is not installed.
@@ -319,8 +346,7 @@ def choose_zero() -> ZeroLayout:
             "the configuration file says distributed_type: DEEPSPEED, and the package deepspeed is not installed: "
             "pip install 'scratch-gpt[deepspeed]', or take configs/accelerate/fsdp2.yaml, which needs no other package"
         )
-    config = deepspeed_config(DeepSpeedPlugin().deepspeed_config)
-    return ZeroLayout(launched_accelerator(), config)
+    return deepspeed_config(DeepSpeedPlugin().deepspeed_config)
 
 
 CANNOT = {
@@ -383,13 +409,15 @@ def buffer_sizes(model: Any) -> dict[str, int]:
     By itself it takes 2 GB to send gradients, and keeps up to a billion weights gathered: most models would be whole on
     every process. Here it is as under FSDP2: a block in use, another on its way, the norms.
     """
-    block = sum(parameter.numel() for parameter in model.transformer.h[0].parameters())
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    block = max(sum(parameter.numel() for parameter in blocks[0].parameters()) for blocks in lists)
+    width = model.config.hidden_size if hasattr(model, "config") else 0
     return {
         "reduce_bucket_size": block,
         "stage3_prefetch_bucket_size": block,
         "stage3_max_live_parameters": 2 * block,
         "stage3_max_reuse_distance": block // 2,
-        "stage3_param_persistence_threshold": 10 * model.config.hidden_size,
+        "stage3_param_persistence_threshold": 10 * width,
     }
 
 
