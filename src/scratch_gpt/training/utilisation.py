@@ -4,6 +4,7 @@ Chowdhery et al., 2022, arXiv:2204.02311, appendix B: what activation checkpoint
 peak is measured, for it depends on the threads and on the machine's neighbours; a GPU's is looked up.
 """
 
+import functools
 import math
 import os
 import platform
@@ -90,8 +91,13 @@ def data_sheet_peak(name: str, precision: str) -> float | None:
 
 
 def measured_peak(precision: str) -> float:
-    """FLOP/s of matrix products on this process's threads: the median over a moment, of the faster size."""
-    return max(_product_speed(side, torch.float32 if precision == "fp32" else torch.bfloat16) for side in SIDES)
+    """FLOP/s of matrix products on this process's threads, measured once: the median over a moment, of the faster size."""
+    return _measured_peak(torch.float32 if precision == "fp32" else torch.bfloat16, torch.get_num_threads())
+
+
+@functools.cache
+def _measured_peak(dtype: torch.dtype, threads: int) -> float:
+    return max(_product_speed(side, dtype) for side in SIDES)
 
 
 def _product_speed(side: int, dtype: torch.dtype) -> float:
