@@ -301,7 +301,8 @@ class Lineage:
         return {**seconds, "pairs": len(pairs), "held_out": rewards, **self.compare(name)}
 
     def of_checks(self) -> list[str]:
-        return ["--reward-model", "null", "--reward", "examples.stories.checks:demands_met"]
+        reward = ["--reward-model", "null", "--reward", "examples.stories.checks:demands_met"]
+        return [*reward, "--ppo.learning_rate", "2e-4", "--ppo.kl_coef", "0.01"]
 
     def ppo(self, name: str, seed: int, *reward: str) -> dict[str, Any]:
         chosen = reward or ("--reward-model", str(self.model("reward")))

@@ -138,6 +138,7 @@ def _build(
             shard(trainer.accelerator, reward.model)
         else:
             reward.model.to(trainer.args.device)
+            trainer.frozen = [reward.model]
     describe_model(settings, trainer.model)
     say(f"reward     {reward_of(settings)}")
     return Stage(trainer, describe, steps_per_rollout=group.num_iterations, facts=data.facts)

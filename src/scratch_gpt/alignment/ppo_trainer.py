@@ -217,10 +217,10 @@ class PPOTrainer(Resumable):
                 "PPOTrainer runs on one process, data parallel or under FSDP2; for ZeRO use `scratch-gpt ppo`"
             )
         self.loss_is_scaled_for_ga = True  # each loss is divided by the tokens of its whole mini-batch
-        frozen = [reward.model for reward in self.rewards if isinstance(reward, RewardModel)]
+        self.frozen = [reward.model for reward in self.rewards if isinstance(reward, RewardModel)]
         if self.ref_model is not None:
-            frozen.append(self.ref_model.eval().requires_grad_(False))
-        for module in frozen:
+            self.frozen.append(self.ref_model.eval().requires_grad_(False))
+        for module in self.frozen:
             if self.is_fsdp_enabled:
                 shard(self.accelerator, module)
             else:

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ class Resumable(Trainer):
     optimizer: Any
     own_order = False
     """Whether the rows of each step are drawn by :class:`StepBatches`; not for trainers with an order of their own."""
+    frozen: Sequence[Any] = ()
+    """Models beside the one that is trained, and beside a reference in ``ref_model``."""
     zero: ZeroLayout | None = None
     """Where ZeRO is asked for: what cuts the model's state and puts it together."""
 
@@ -246,9 +248,10 @@ class Resumable(Trainer):
         self.zero = zero
         self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True  # or Trainer would ask for `no_sync`
         self.accelerator.backward = self._backward_in_parts
-        reference = getattr(self, "ref_model", None)
-        if reference is not None and zero.stage == 3:
-            self.ref_model = zero.in_parts(self.accelerator.unwrap_model(reference))
+        if zero.stage == 3:
+            models = [*self.frozen, getattr(self, "ref_model", None)]
+            for model in {id(one): one for one in models if one is not None}.values():
+                zero.divide(model)
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         if self.zero is None or not training:
@@ -273,9 +276,15 @@ class Resumable(Trainer):
             yield
             return
         engine = self.zero.engine
+        offload = engine.optimizer.parameter_offload
+        start = offload.module._forward_pre_hooks[
+            offload.fwd_pre_hook.id
+        ]  # one that TRL leaves, and that compares steps
         with self.zero.deepspeed.zero.GatheredParameters(list(engine.parameters())):
+            offload.fwd_pre_hook.remove()
             remove_hooks(engine)
             yield
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(start)
             add_hooks(engine)
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -52,6 +52,7 @@ class ZeroLayout(Layout):
         self.deepspeed = import_deepspeed(self.device)
         self.engine: Any
         self.optimizers: ZeroOptimizers
+        self.others: list[Any] = []
 
     @property
     def is_sharded(self) -> bool:
@@ -104,17 +105,14 @@ class ZeroLayout(Layout):
         self._check_in_force(self.engine)
         return self.engine, self.optimizers
 
-    def in_parts(self, model: Any) -> Any:
-        """``model``, which is not trained, in parts as stage 3 has them."""
+    def divide(self, model: Any) -> None:
+        """Leave each process its part of ``model``, which is not trained; in place, as stage 3 does it."""
         self._announce_heads(model)
-        zero = {
-            "stage": 3,
-            **buffer_sizes(model),
-            "offload_param": self.config["zero_optimization"].get("offload_param"),
-        }
+        offload = self.config["zero_optimization"].get("offload_param")
+        zero = {"stage": 3, **buffer_sizes(model), **({"offload_param": offload} if offload else {})}
         engine, *_ = self.deepspeed.initialize(model=model, config={**self.config, "zero_optimization": zero})
-        engine.eval()
-        return engine
+        self.others.append(engine)  # what gathers the model's weights ends with it
+        model.eval()
 
     def _announce_heads(self, model: nn.Module) -> None:
         for module in model.modules() if self.stage == 3 else ():
