@@ -101,8 +101,8 @@ def policies(title: str, results: Results, *methods: list[str]) -> str:
         return ""
     asked = results["sft"]["asked"]
     rows = [
-        ["fine-tuned", "1", percent(asked["obeyed"]["share"]), "50.0%", "50.0%", f"{asked['mean_length']:.1f}"]
-        + [percent(asked["ended"]), percent(asked["distinct_pairs"]), "0.0", ""]
+        ["fine-tuned", "1", percent(asked["obeyed"]["share"]), percent(asked["demands_met"]), "50.0%", "50.0%"]
+        + [f"{asked['mean_length']:.1f}", percent(asked["ended"]), percent(asked["distinct_pairs"]), "0.0", ""]
     ]
     for name, runs in found.items():
         rows.append(
@@ -110,17 +110,23 @@ def policies(title: str, results: Results, *methods: list[str]) -> str:
                 name.removeprefix("checks-").upper(),
                 str(len(runs)),
                 spread([run["asked"]["obeyed"]["share"] for run in runs], "{:.1%}"),
+                spread([run["asked"]["demands_met"] for run in runs], "{:.1%}"),
                 spread([run["against_sft"]["judge"]["wins"]["share"] for run in runs], "{:.1%}"),
                 spread([run["against_sft"]["reward"]["wins"]["share"] for run in runs], "{:.1%}"),
                 spread([run["asked"]["mean_length"] for run in runs], "{:.1f}"),
                 spread([run["asked"]["ended"] for run in runs], "{:.1%}"),
                 spread([run["asked"]["distinct_pairs"] for run in runs], "{:.1%}"),
                 spread([run["asked"]["kl"] for run in runs], "{:.1f}"),
-                spread([run["training_seconds"] + run.get("drawing_seconds", 0) for run in runs], "{:,.0f}"),
+                spread([cost(run) / 60 for run in runs if not run["resumed"]], "{:.0f}"),
             ]
         )
-    head = ["", "seeds", "requests obeyed", "wins by the judge", "wins by the reward model", "tokens", "ended"]
-    return table(title, [*head, "distinct pairs", "KL (nats)", "seconds"], rows)
+    head = ["", "seeds", "requests obeyed", "demands met", "wins by the judge", "wins by the reward model", "tokens"]
+    return table(title, [*head, "ended", "distinct pairs", "KL (nats)", "minutes of a core"], rows)
+
+
+def cost(run: dict[str, Any]) -> float:
+    """Seconds of a core, the texts that were drawn before included."""
+    return run["training_processor_seconds"] + run.get("drawing_seconds", 0)
 
 
 def is_run(step: str, name: str) -> bool:
@@ -129,6 +135,8 @@ def is_run(step: str, name: str) -> bool:
 
 
 def spread(values: list[float], form: str) -> str:
+    if not values:
+        return ""
     mean = form.format(statistics.fmean(values))
     return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 

@@ -33,6 +33,7 @@ PPO += ["--ppo.learning_rate", "3e-3", "--ppo.save_every", 6, "--ppo.eval_every"
 PPO = [str(word) for word in PPO]
 DRAWING = {
     "ppo": [*PPO, "--run-dir", "ppo"],
+    "ppo-left": [*PPO, "--ppo.target_kl", "1e-7", "--run-dir", "ppo-left"],
     "ppo-lora": [*PPO, "--lora-rank", "4", "--run-dir", "ppo-lora"],
     "grpo": words("grpo", "--grpo.beta", 0.1, save_every=3),
     "rloo": words("rloo", save_every=3),

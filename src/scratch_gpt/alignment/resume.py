@@ -227,7 +227,7 @@ class Resumable(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """Also the last moment before a step is taken."""
         if grad_norm is None and self.zero is not None:
-            grad_norm = self.zero.clip_grad_norm(model.parameters(), math.inf)
+            grad_norm = self._norm_of_parts(math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not math.isfinite(norm):
@@ -268,6 +268,7 @@ class Resumable(Trainer):
         assert self.zero is not None
         with self.zero.micro_batch(self.zero.engine, last=self.accelerator.sync_gradients):
             self.zero.backward(self.zero.engine, loss)
+        self.optimizer.due = True
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -277,9 +278,8 @@ class Resumable(Trainer):
             return
         engine = self.zero.engine
         offload = engine.optimizer.parameter_offload
-        start = offload.module._forward_pre_hooks[
-            offload.fwd_pre_hook.id
-        ]  # one that TRL leaves, and that compares steps
+        # TRL's functions leave one hook, which has the processes agree on where they are.
+        start = offload.module._forward_pre_hooks[offload.fwd_pre_hook.id]
         with self.zero.deepspeed.zero.GatheredParameters(list(engine.parameters())):
             offload.fwd_pre_hook.remove()
             remove_hooks(engine)
@@ -290,7 +290,11 @@ class Resumable(Trainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         if self.zero is None:
             return super()._clip_grad_norm(model)
-        return self.zero.clip_grad_norm(model.parameters(), self.args.max_grad_norm)
+        return self._norm_of_parts(self.args.max_grad_norm)
+
+    def _norm_of_parts(self, max_norm: float) -> float:
+        assert self.zero is not None
+        return self.zero.clip_grad_norm(self.zero.engine.parameters(), max_norm) if self.optimizer.due else 0.0
 
     # ------------------------------------------------------------------------------------------------ processes
 
@@ -314,17 +318,22 @@ class Resumable(Trainer):
 
 
 class StepInParts(torch.optim.Optimizer):
-    """What a `Trainer` steps under ZeRO: learning rates are set and read here, and the parts are updated by DeepSpeed."""
+    """What a `Trainer` steps under ZeRO: learning rates are set and read here, and the parts are updated by DeepSpeed.
+
+    ``due``: there has been a backward pass since the last step.
+    """
 
     _is_accelerate_prepared = True
     step_was_skipped = False
 
     def __init__(self, parts: Optimizers, optimizer: torch.optim.Optimizer):
-        self.parts = parts
+        self.parts, self.due = parts, False
         self.defaults, self.param_groups, self.state = optimizer.defaults, optimizer.param_groups, optimizer.state
 
     def step(self, closure: Any = None) -> None:
-        self.parts.step()
+        if self.due:  # a step without gradients changes nothing
+            self.parts.step()
+        self.due = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.parts.zero_grad()
