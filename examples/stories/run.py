@@ -70,8 +70,8 @@ SMOKE = Size(
         "reward": ["--max-steps=20", "--reward.batch_size=8", "--reward.precision=fp32"],
         "dpo": ["--max-steps=4", "--dpo.batch_size=4", "--dpo.precision=fp32"],
         "ppo": [
-            "--max-steps=16",
-            "--ppo.mini_batch_size=8",
+            "--max-steps=8",
+            "--ppo.mini_batch_size=16",
             "--ppo.precision=fp32",
             "--validation-fraction=0.1",
             "--ppo.max_completion_length=24",
@@ -302,7 +302,7 @@ class Lineage:
 
     def of_checks(self) -> list[str]:
         reward = ["--reward-model", "null", "--reward", "examples.stories.checks:demands_met"]
-        return [*reward, "--ppo.learning_rate", "2e-4", "--ppo.kl_coef", "0.01"]
+        return [*reward, "--ppo.kl_coef", "0.01"]
 
     def ppo(self, name: str, seed: int, *reward: str) -> dict[str, Any]:
         chosen = reward or ("--reward-model", str(self.model("reward")))

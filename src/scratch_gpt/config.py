@@ -647,6 +647,8 @@ class PPOTrainingSettings:
     """How often each rollout is learnt from."""
     learning_rate: float = 1e-5
     """At its peak; it falls to 0 along a straight line."""
+    value_learning_rate: float | None = None
+    """Of the value model; left out: the same. A small or new one has to learn faster than the policy may move."""
     warmup_steps: int = 0
     """Optimizer steps in which the learning rate rises from 0."""
     max_grad_norm: float = 1.0
@@ -827,6 +829,7 @@ _BELOW_ONE = {"beta1", "beta2", "mfu", "muon_momentum", "validation_fraction"}
 _MORE_THAN_ZERO = {"max_steps", "minutes", "max_characters", "hidden_size", "num_hidden_layers", "num_attention_heads"}
 _MORE_THAN_ZERO |= {"num_key_value_heads", "intermediate_size", "max_position_embeddings", "context_length"}
 _MORE_THAN_ZERO |= {"total_batch_size", "device_batch_size", "learning_rate", "max_grad_norm", "log_every"}
+_MORE_THAN_ZERO |= {"value_learning_rate"}
 _MORE_THAN_ZERO |= {"eval_every", "save_every", "keep_last", "limit", "max_new_tokens", "num_return_sequences"}
 _MORE_THAN_ZERO |= {"workers", "max_document_characters"}
 _MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_learning_rate"}

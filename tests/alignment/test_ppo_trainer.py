@@ -137,6 +137,30 @@ def test_each_epoch_asks_every_prompt_in_an_order_of_its_own():
 # ---------------------------------------------------------------------------------------------------- learning
 
 
+def test_the_value_model_learns_at_a_rate_of_its_own(words, policy, trainer):
+    tokenizer = words(8)
+    size = {"per_device_train_batch_size": 6, "num_mini_batches": 1, "num_ppo_epochs": 1, "max_steps": 4}
+    changed = []
+    for rates in ({"learning_rate": 1e-3, "value_learning_rate": 4e-3}, {"learning_rate": 1e-3}):
+        ppo = trainer(policy(tokenizer), tokenizer, **size, **rates)
+        before = {name: parameter.detach().clone() for name, parameter in ppo.model.named_parameters()}
+        ppo.create_optimizer()
+        first = []
+        ppo.optimizer.register_step_pre_hook(
+            lambda optimizer, *_, ppo=ppo, first=first: first.append(
+                {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+            )
+        )
+        ppo.train()
+        rate = {name: [step[id(parameter)] for step in first] for name, parameter in ppo.model.named_parameters()}
+        fourth = [1e-3 * (1 - done / 4) for done in range(4)]
+        assert rate["policy.transformer.wte.weight"] == pytest.approx(fourth)
+        times = 4 if "value_learning_rate" in rates else 1
+        assert rate["value_model.score.weight"] == pytest.approx([times * one for one in fourth])
+        changed.append((ppo.model.value_model.score.weight - before["value_model.score.weight"]).abs().max().item())
+    assert changed[0] > 2 * changed[1] > 0
+
+
 def test_gradient_of_a_mini_batch_is_that_of_a_hand_written_loop(words, policy, trainer):
     """The first optimizer step, against a loop over rows and tokens that knows nothing of padding, masks or caches."""
     tokenizer = words(8)

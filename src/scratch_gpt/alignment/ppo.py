@@ -27,6 +27,7 @@ from scratch_gpt.training.metrics import read_metrics
 
 PASSED_ON = (
     "learning_rate",
+    "value_learning_rate",
     "warmup_steps",
     "max_grad_norm",
     "activation_checkpointing",

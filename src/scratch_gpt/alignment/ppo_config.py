@@ -20,6 +20,9 @@ class PPOConfig(TrainingArguments):
 
     # Defaults of TrainingArguments that the published implementations of PPO do otherwise.
     learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate of AdamW."})
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Initial learning rate of the value model. Default: that of the policy."}
+    )
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW; that of OpenAI's implementation."})
     logging_steps: float | None = field(
         default=None, metadata={"help": "Optimizer steps between two log entries. Default: once per rollout."}
@@ -132,6 +135,7 @@ class PPOConfig(TrainingArguments):
             "score_clip",
             "target_kl",
             "adaptive_kl_target",
+            "value_learning_rate",
         ]
         fractions = ["gamma", "lam"]
         choices = {"kl_estimator": ("k1", "k3"), "score_normalization": ("none", "initial", "running")}

@@ -286,6 +286,21 @@ class PPOTrainer(Resumable):
         shard(self.accelerator, policy)
         shard(self.accelerator, value_model, value_model.base_model, value_model.score)
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's, with a learning rate of its own for the value model where that is asked for."""
+        rate = self.args.value_learning_rate
+        if self.optimizer is not None or rate is None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        of_value = {id(parameter) for parameter in self.model.value_model.parameters()}
+        groups = optimizer.param_groups
+        for group in list(groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in of_value]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_value]
+            groups.append({**group, "params": own, "lr": rate})
+        groups[:] = [group for group in groups if group["params"]]
+        return optimizer
+
     # ------------------------------------------------------------------------------------------------ data
 
     def get_train_dataloader(self) -> DataLoader:
