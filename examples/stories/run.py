@@ -302,7 +302,7 @@ class Lineage:
 
     def of_checks(self) -> list[str]:
         reward = ["--reward-model", "null", "--reward", "examples.stories.checks:demands_met"]
-        return [*reward, "--ppo.kl_coef", "0.01"]
+        return [*reward, "--ppo.kl_coef", "0.01", "--max-steps", "150"]
 
     def ppo(self, name: str, seed: int, *reward: str) -> dict[str, Any]:
         chosen = reward or ("--reward-model", str(self.model("reward")))
