@@ -51,6 +51,23 @@ def test_where_all_live_they_say_where_they_are(store):
     assert why.endswith("is in step 3")
 
 
+def test_a_store_that_is_gone_is_missed_by_those_who_are_not_leaving(store):
+    class Gone:
+        def set(self, key, value):
+            raise dist.DistNetworkError("connection reset")
+
+    for leaving, ends in (
+        (False, ["process 0 on 127.0.0.1, which has the store of the launch, does not answer"]),
+        (True, []),
+    ):
+        watch, reasons = Watch(0.2, 1, 2), []
+        watch._store, watch._end = Gone(), reasons.append
+        if leaving:
+            watch.leave()
+        watch._beat_on()
+        assert [reason.partition(" (")[0] for reason in reasons] == ends
+
+
 def test_a_store_that_does_not_answer_is_waited_for_no_longer_than_it_is_told(store):
     answer = threading.Event()
 

@@ -96,7 +96,7 @@ class Loop:
         self.flops = ModelFlops(layout.accelerator, layout.unwrap(model).config, data.context_length, state.precision)
 
     def run(self) -> None:
-        """Train to the last step.
+        """Train to the last step; inside of :attr:`watch`.
 
         Raises:
             StoppedOnRequest: a signal came, or the time is over; a checkpoint was saved.
@@ -105,7 +105,6 @@ class Loop:
         state, max_steps = self.state, self.settings.max_steps
         with (
             self.observer,
-            self.watch,
             StopRequest(self.settings.max_hours) as stop,
             progress_bar("pretraining", max_steps, state.step) as bar,
             self.saver,

@@ -276,13 +276,16 @@ class Pretraining:
             state,
             self.looks,
         )
-        loop.run()
-        read = (f"{name} {epochs:.2f} times" for name, epochs in self.order.epochs(state.cursor).items())
-        say(f"data read  {', '.join(read)}")
-        if told := summarise(read_events(self.run_dir / "metrics.jsonl")):
-            say(f"guard      {told}")
-        self._save_final(layout)
-        layout.accelerator.end_training()
+        with loop.watch as watch:
+            loop.run()
+            read = (f"{name} {epochs:.2f} times" for name, epochs in self.order.epochs(state.cursor).items())
+            say(f"data read  {', '.join(read)}")
+            if told := summarise(read_events(self.run_dir / "metrics.jsonl")):
+                say(f"guard      {told}")
+            watch.at("writing the final model")
+            self._save_final(layout)
+            watch.leave()
+            layout.accelerator.end_training()
 
     def describe(self) -> None:
         """What `--dry-run` says beyond the lines of every run."""

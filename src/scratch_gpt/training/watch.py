@@ -35,12 +35,17 @@ class Watch:
         self._ended = threading.Event()
         targets = {"sign of life": self._beat_on, "watch": self._look_on}
         self._threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in targets.items()]
-        self._beats = 0
+        self._beats, self._leaving = 0, False
         self.at("at the beginning")
 
     def at(self, place: str) -> None:
         """The main thread gets on: it is at ``place`` now."""
         self._place, self._since = place, time.monotonic()
+
+    def leave(self) -> None:
+        """The main thread says good-bye: from now on the others may be gone, and the store with them."""
+        self._leaving = True
+        self.at("leaving the other processes")
 
     def __enter__(self) -> Self:
         if self.world > 1:
@@ -71,7 +76,8 @@ class Watch:
             while not self._ended.wait(self.interval):
                 self._beat()
         except dist.DistError as error:
-            self._end(f"{_no_answer()} ({error})")
+            if not self._leaving:
+                self._end(f"{_no_answer()} ({error})")
 
     def _look_on(self) -> None:
         while not self._ended.wait(self.interval):
