@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -300,12 +299,6 @@ def test_mistakes_are_told_in_one_message(pairs, capsys, verb, more, message):
         ("sft", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
         ("dpo", {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "hsdp.yaml"),
         ("grpo", {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is true"),
-        pytest.param(
-            "sft",
-            {"ACCELERATE_USE_DEEPSPEED": "true"},
-            "pip install 'scratch-gpt[deepspeed]'",
-            marks=pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed"),
-        ),
     ],
 )
 def test_layouts_in_which_a_stage_does_not_run_are_refused(pairs, capsys, monkeypatch, verb, launch, message):

@@ -247,8 +247,8 @@ def test_kill_9_at_random_moments_until_it_finishes_changes_nothing(tokenizer_fo
 
 
 def test_ctrl_c_ends_the_processes_too_and_the_same_command_goes_on(corpus, tokenizer_folder, tmp_path):
-    many = tmp_path / "many.txt"
-    many.write_text("\n<|endoftext|>\n".join([corpus.read_text()] * 20))
+    many = tmp_path / "many.txt"  # long enough for the signal to come in time
+    many.write_text("\n<|endoftext|>\n".join(f"{copy} {corpus.read_text()}" for copy in range(100)))
     process = start(many, tokenizer_folder, tmp_path / "data", 2, SMALL)
     while not list((tmp_path / "data").glob(".prepare/units/*.json")):
         assert process.poll() is None, process.communicate()[0]
@@ -267,8 +267,8 @@ def test_ctrl_c_ends_the_processes_too_and_the_same_command_goes_on(corpus, toke
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_one_message(corpus, tokenizer_folder, tmp_path):
-    many = tmp_path / "many.txt"
-    many.write_text("\n<|endoftext|>\n".join([corpus.read_text()] * 20))
+    many = tmp_path / "many.txt"  # long enough for the signal to come in time
+    many.write_text("\n<|endoftext|>\n".join(f"{copy} {corpus.read_text()}" for copy in range(100)))
     process = start(many, tokenizer_folder, tmp_path / "data", 2, SMALL)
     while not list((tmp_path / "data").glob(".prepare/units/*.json")):
         assert process.poll() is None, process.communicate()[0]

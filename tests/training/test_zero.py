@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scratch_gpt.alignment.stage import check_launch
+from scratch_gpt.alignment import stage
 from scratch_gpt.config import PretrainSettings
 from scratch_gpt.errors import UserError
 from scratch_gpt.training import zero
@@ -40,13 +40,17 @@ def test_pipelines_are_not_beside_zero():
         choose_pipeline(SimpleNamespace(strategy="zero1", world=2), settings, None, 32)
 
 
-def test_a_stage_of_alignment_does_not_pass_for_zero(launched):
-    with pytest.raises(UserError, match="DeepSpeed is not supported: take configs/accelerate/ddp.yaml"):
-        check_launch(SimpleNamespace(), "sft")
+def test_stages_of_alignment_ask_for_the_package_too_and_do_not_cut_weights_in_4_bits(launched):
+    launched.setattr(zero, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"deepspeed is not installed: pip install 'scratch-gpt\[deepspeed\]'"):
+        stage.check_launch(SimpleNamespace(), "sft")
+    launched.setattr(stage, "asked_config", lambda: {"zero_optimization": {"stage": 3}})
+    with pytest.raises(UserError, match="zero_stage is 3, and --load-in-4bit .* take configs/accelerate/zero2.yaml"):
+        stage.check_launch(SimpleNamespace(load_in_4bit=True, lora_rank=16), "sft")
 
 
 @pytest.mark.parametrize(
-    ("stage", "asked", "what"),
+    ("number", "asked", "what"),
     [
         (1, ("muon", "fp32", False), "optimizer muon"),
         (2, ("adamw", "fp16", False), "precision fp16"),
@@ -54,10 +58,10 @@ def test_a_stage_of_alignment_does_not_pass_for_zero(launched):
         (3, ("adamw", "bf16", True), "compile on"),
     ],
 )
-def test_settings_that_a_stage_cannot_follow_are_refused(stage, asked, what):
-    with pytest.raises(UserError, match=f"--training.{what} is not supported under zero{stage}: .*fsdp2.yaml"):
-        check(stage, *asked)
-    check(stage, "adamw", "auto", stage < 3)
+def test_settings_that_a_stage_cannot_follow_are_refused(number, asked, what):
+    with pytest.raises(UserError, match=f"--training.{what} is not supported under zero{number}: .*fsdp2.yaml"):
+        check(number, *asked)
+    check(number, "adamw", "auto", number < 3)
 
 
 CPU = {"device": "cpu"}
