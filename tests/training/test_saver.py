@@ -236,9 +236,14 @@ def begin(saved, tokenizer_folder, tmp_path, monkeypatch):
     return run
 
 
-def test_a_save_killed_at_any_operation_loses_nothing(begin):
+EVERY = pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+"""Which operations fail, one after the other: the third part of them in a minute, or all."""
+
+
+@EVERY
+def test_a_save_killed_at_any_operation_loses_nothing(begin, every):
     found = []
-    for number in itertools.count(1):
+    for number in itertools.count(1, every):
         code, newest = begin(Faults(kill_at=number))
         found.append(newest)
         if code == 0:
@@ -247,9 +252,10 @@ def test_a_save_killed_at_any_operation_loses_nothing(begin):
     assert found == sorted(found) and found[-1] == "checkpoint-6" and number > 50
 
 
-def test_a_disk_that_is_full_from_any_operation_on_is_told_and_loses_nothing(begin):
+@EVERY
+def test_a_disk_that_is_full_from_any_operation_on_is_told_and_loses_nothing(begin, every):
     found = []
-    for number in itertools.count(1):
+    for number in itertools.count(1, every):
         code, newest = begin(Faults(full_from=number))
         found.append(newest)
         if code == 0:
