@@ -4,11 +4,10 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-# The stamp is made last, so that an interrupted installation is taken up again. Modules are compiled when they are first
-# imported: of the ten thousand that come with the packages, most never are.
+# The stamp is made last, so that an interrupted installation is taken up again.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 install: .venv/.installed
@@ -23,7 +22,7 @@ lint: install
 
 # DeepSpeed comes as source, which pip makes a package of in seconds, without a compiler.
 .venv/.deepspeed: .venv/.installed
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[deepspeed]' && touch $@ || \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed]' && touch $@ || \
 		echo "DeepSpeed could not be installed: its tests will be skipped"
 
 # A file's tests stay in one process: they share what their fixtures have made. Files in the order of their names, which
