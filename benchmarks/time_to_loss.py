@@ -6,8 +6,9 @@ Both learn from the same tokens, a BPE vocabulary of 4,096 that is made once and
 held-out text: every byte once, in windows of their context that meet end to end, in bits per byte. The clock starts with
 the process and runs over imports, compiling and whatever the contestant measures before it trains.
 
-nanoGPT is its own model (10M parameters, context 256, GPT-2's block), optimizer and training step, with bfloat16 autocast
-and compiled, which is faster than its script on a CPU, and without the script's evaluations. Its learning rate decays as a
+nanoGPT is its own model (10M parameters, context 256, GPT-2's block), optimizer and training step, compiled and with
+bfloat16 autocast where the machine has that, which is faster than its script on a CPU, and without the script's
+evaluations. Its learning rate decays as a
 cosine over the time that it has; --tune tries several peaks for a quarter of the time each and takes the best.
 scratch-gpt is `scratch-gpt pretrain` as it comes, with the number of steps that fit into its time.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pretraining import precisions
 
 LAYERS, WIDTH, HEADS, CONTEXT, ROWS = 6, 320, 5, 256, 16
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -91,7 +93,7 @@ def train_nanogpt(arguments: argparse.Namespace) -> dict[str, float]:
         starts = torch.randint(len(tokens) - CONTEXT, (ROWS,), generator=generator).tolist()
         x = torch.stack([torch.from_numpy(tokens[i : i + CONTEXT]) for i in starts])
         y = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + CONTEXT]) for i in starts])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
             _, loss = compiled(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -143,7 +145,7 @@ def score(logits_of, work: Path, context: int) -> float:
 def run(arguments: argparse.Namespace, work: Path, who: str, minutes: float, seed: int, rate: float) -> dict:
     command = [sys.executable, __file__, "--child", who, "--work", str(work), "--seed", str(seed)]
     command += ["--train", str(arguments.train), "--valid", str(arguments.valid), "--nanogpt", str(arguments.nanogpt)]
-    command += ["--seconds", str(60 * minutes), "--rate", str(rate)]
+    command += ["--seconds", str(60 * minutes), "--rate", str(rate)] + ["--bf16"] * arguments.bf16
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{who} failed:\n{done.stderr[-3000:]}")
@@ -171,6 +173,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--bf16", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         does = {"prepare": prepare, "nanoGPT": train_nanogpt, "scratch-gpt": train_ours}
@@ -179,6 +182,10 @@ def main() -> None:
     for file in (arguments.train, arguments.valid, arguments.nanogpt / "model.py"):
         if not file.is_file():
             parser.error(f"there is no file {file}")
+    arguments.bf16 = "bf16" in precisions()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, nanoGPT in {'bf16' if arguments.bf16 else 'fp32'}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         command = [sys.executable, __file__, *sys.argv[1:], "--child", "prepare", "--work", folder]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from scratch_gpt.training import float8, pretrain
 from scratch_gpt.training.precision import (
     Arithmetic,
     _candidates,
+    _cpu_emulates_bf16,
     autocast,
     check_precision,
     choose_arithmetic,
@@ -82,10 +84,36 @@ def test_without_a_gpu_they_are_refused_before_anything_is_written(verb, precisi
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cpu_takes_the_others_and_measures_them():
-    for precision in ("fp32", "bf16", "auto"):
-        check_precision(precision, CPU)
-    assert _candidates(CPU) == ["bf16", "fp32"]
+@pytest.fixture
+def cpu(monkeypatch):
+    """``cpu(emulates)``: a CPU that has instructions for bf16, or takes its time."""
+
+    def pretend(emulates, original=torch.mm):
+        def mm(one, other):
+            time.sleep(0.02 * (emulates and one.dtype == torch.bfloat16))
+            return original(one.float(), other.float())
+
+        monkeypatch.setattr(torch, "mm", mm)
+        _cpu_emulates_bf16.cache_clear()
+
+    yield pretend
+    _cpu_emulates_bf16.cache_clear()
+
+
+@pytest.mark.parametrize("emulates", [False, True])
+def test_a_cpu_takes_the_others_and_measures_those_it_has_instructions_for(
+    cpu, emulates, corpus, tmp_path, monkeypatch, capsys
+):
+    cpu(emulates)
+    for one in ("fp32", "bf16", "auto"):
+        check_precision(one, CPU)
+    assert _candidates(CPU) == (["fp32"] if emulates else ["bf16", "fp32"])
+    assert main([*arguments(tmp_path / "run", corpus, "--training.precision", "auto"), "--dry-run"]) == 0
+    assert ("fp32, eager: bf16 is emulated here" in capsys.readouterr().out) == emulates
+    with pretended_processes(2):
+        monkeypatch.setattr(pretrain, "choose_layout", lambda: pretended_layout({"dp_shard": 2}, "cpu"))
+        assert main([*arguments(tmp_path / "sharded", corpus, "--training.precision", "auto"), "--dry-run"]) == 0
+    assert f"{'fp32' if emulates else 'bf16'}, eager: not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,15 @@ def test_the_measured_peak_is_what_a_linear_layer_reaches():
     assert 0.5 < measured_peak("fp32") * min(seconds) / counter.get_total_flops() < 3
 
 
+def test_where_a_product_takes_its_time_larger_ones_are_left_out(monkeypatch):
+    timed = []
+    monkeypatch.setattr(utilisation, "_product_speed", lambda side, dtype: timed.append(side) or 1e9)
+    utilisation._measured_peak.cache_clear()
+    assert measured_peak("bf16") == 1e9
+    utilisation._measured_peak.cache_clear()
+    assert timed == [min(utilisation.SIDES)]
+
+
 def test_a_gpu_is_looked_up_by_its_whole_name():
     assert data_sheet_peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert data_sheet_peak("NVIDIA H100 PCIe", "fp8") == 1513e12

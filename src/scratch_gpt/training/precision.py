@@ -2,10 +2,12 @@
 
 The speed is measured on the model and batch that will be trained, before the run starts.
 
-Not every CPU has bf16 instructions, and where they are emulated bf16 is slower than fp32; a compiled block saves
-element-wise passes over memory but takes half a minute to compile. So both are tried, and the choice is said.
+Not every CPU has bf16 instructions, and one that emulates them takes up to a hundred times as long as in fp32, so that
+bf16 is not even tried there. A CPU that has them may still be slower with them; a compiled block saves element-wise passes over
+memory but takes half a minute to compile. So both are tried, and the choice is said.
 """
 
+import functools
 import shutil
 import statistics
 import time
@@ -22,6 +24,9 @@ from scratch_gpt.training.float8 import check_float8
 
 COMPILE_WORTH_TRYING_SECONDS = 240.0
 """Eager duration of a run from which on compiling is tried: below, the time to compile is not earned back."""
+
+EMULATED = 4.0
+"""How many times as long as in fp32 a product in bf16 takes at least, where it is emulated: 40 to 100 were measured."""
 
 
 @dataclass
@@ -47,7 +52,7 @@ def check_precision(precision: str, device: torch.device) -> None:
             f"precision fp16 needs a CUDA GPU, and this run is on {device.type}: there Accelerate computes in float32 "
             "without a word. Take bf16 or auto"
         )
-    if precision == "bf16" and not has_bf16(device):
+    if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise UserError(
             f"precision bf16 needs a GPU of compute capability 8.0 or higher, and {torch.cuda.get_device_name(device)} "
             "would only emulate it, slower than fp32: take fp16 or fp32"
@@ -55,8 +60,21 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """False for a GPU that has no bf16 instructions. A CPU without them is found out by measuring."""
+    """False where bf16 is emulated, on a GPU or a CPU."""
+    if device.type == "cpu":
+        return not _cpu_emulates_bf16()
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@functools.cache
+def _cpu_emulates_bf16(side: int = 256) -> bool:
+    """By the time of a small matrix product: torch does not say which instructions its products use."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix = torch.ones(side, side, dtype=dtype)
+        return min(_timed(lambda: torch.mm(matrix, matrix)) for _ in range(5))
+
+    return seconds(torch.bfloat16) > EMULATED * seconds(torch.float32)
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
@@ -85,7 +103,9 @@ def choose_arithmetic(
     precision = min(seconds, key=seconds.__getitem__)
     reason = "as asked" if settings.precision != "auto" else "the only choice"
     if settings.precision == "auto" and not has_bf16(batch.input_ids.device):
-        reason = "this GPU has no bf16; --training.precision fp16 would be faster"
+        reason = "bf16 is emulated here"
+        if batch.input_ids.is_cuda:
+            reason += "; --training.precision fp16 would be faster"
     if len(seconds) > 1:
         slower = max(seconds, key=seconds.__getitem__)
         reason = f"{seconds[slower] / seconds[precision]:.1f}x the speed of {slower} here"
@@ -127,16 +147,16 @@ def _forward_backward(model: ScratchGPTForCausalLM, batch: Batch, precision: str
         torch.cuda.synchronize()
 
 
-def _timed(action: Callable[[], None]) -> float:
+def _timed(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
 def _candidates(device: torch.device) -> list[str]:
-    if device.type == "cuda":
-        return ["bf16"] if has_bf16(device) else ["fp32"]
-    return ["bf16", "fp32"] if device.type == "cpu" else ["fp32"]
+    if device.type not in ("cpu", "cuda") or not has_bf16(device):
+        return ["fp32"]
+    return ["bf16", "fp32"] if device.type == "cpu" else ["bf16"]
 
 
 def _has_compiler() -> bool:

@@ -389,8 +389,9 @@ class Pretraining:
             compiled = self.settings.training.compile == "on"
             if compiled:
                 compile_blocks(self.model)
-            precision = ("bf16" if has_bf16(device) else "fp32") if precision == "auto" else precision
-            return Arithmetic(precision, compiled, 0.0, "not measured, for the model is sharded")
+            agreed = [("bf16" if has_bf16(device) else "fp32") if precision == "auto" else precision]
+            broadcast_object_list(agreed)
+            return Arithmetic(agreed[0], compiled, 0.0, "not measured, for the model is sharded")
         start = self.order.at_step(Cursor(), 0, self.settings.max_steps or 1)
         micro_batches = self.shape.rows // (self.shape.device_rows * self.shape.parts)
         data = self.data.read_step(start, self.shape.rows, micro_batches, 0, self.shape.parts)
