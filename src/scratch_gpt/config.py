@@ -443,7 +443,7 @@ class StageSettings:
     lora_rank: int | None = None
     """Train LoRA adapters of this rank on all linear layers instead of all weights."""
     load_in_4bit: bool = False
-    """With lora_rank: hold the frozen weights in 4 bits (QLoRA; CUDA, needs `pip install bitsandbytes`)."""
+    """With lora_rank: hold the frozen matrices in 4 bits (QLoRA; needs `pip install 'scratch-gpt[qlora]'`)."""
     merge_adapters: bool = True
     """Write them into the weights of final/, which is then a model like any other; adapters/ has them apart."""
     trackers: list[str] = field(default_factory=list)

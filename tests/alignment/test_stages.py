@@ -1,12 +1,15 @@
 """The stages as a user runs them, but for what is PPO's own."""
 
+import importlib
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import pack_dataset
+from trl.trainer.utils import RepeatSampler
 
-from scratch_gpt.alignment import sft
+from scratch_gpt.alignment import sft, stage
 from scratch_gpt.alignment.chat import encode_answer
+from scratch_gpt.alignment.grpo import Passes
 from scratch_gpt.alignment.records import conversations
 from scratch_gpt.alignment.sft import encode
 from scratch_gpt.cli import main
@@ -245,6 +250,69 @@ def test_adapters_alone_are_trained_saved_and_merged(pairs):
     assert not (pairs / "dpo" / "final" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("verb", ["grpo", "rloo"])
+@pytest.mark.parametrize("done", [4, 6], ids=["at its end", "within it"])
+def test_prompts_go_on_in_a_later_pass_as_if_nothing_had_been(pairs, verb, done):
+    """A pass over the 8 prompts takes 4 steps."""
+    assert main(words(verb, steps=done + 1)) == 0
+    shutil.copytree(pairs / verb, pairs / "half")
+    for gone in (f"checkpoint-{done + 1}", "final"):
+        shutil.rmtree(pairs / "half" / gone)
+    assert main(words(verb, steps=done + 1, run_dir="half")) == 0
+    assert without_times(pairs / verb) == without_times(pairs / "half")
+    last = [record for record in without_times(pairs / verb) if "loss" in record][-1]
+    assert last["epoch"] == (done + 1) / 4
+
+
+def test_each_pass_takes_all_prompts_in_an_order_of_its_own():
+    one_pass = RepeatSampler(range(10), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=5)
+    trls = list(one_pass)
+    passes = Passes(one_pass, 3 * len(trls) - 1, 5)
+    rows = list(passes)
+    assert rows == list(passes) and len(rows) == len(passes)
+    each = [rows[start : start + len(trls)] for start in range(0, len(rows), len(trls))]
+    assert each[0] == trls and each[0] != each[1] != each[2]
+    assert all(len(set(some)) == 9 for some in each[:2])
+    with pytest.raises(ValueError, match="2 prompts are fewer than the 3 of one batch"):
+        Passes(RepeatSampler(range(2), mini_repeat_count=2, batch_size=3, seed=5), 12, 5)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("verb", ["sft", "dpo", "kto", "grpo"])
+def test_adapters_are_trained_over_weights_in_4_bits_and_the_run_goes_on(pairs, capsys, monkeypatch, verb):
+    packed = []
+
+    def look(settings, model, original=stage.describe_model):
+        linears = [module for name, module in model.named_modules() if name.endswith("_proj.base_layer")]
+        packed.extend(module.weight.dtype == torch.uint8 for module in linears)
+        original(settings, model)
+
+    monkeypatch.setattr(importlib.import_module(f"scratch_gpt.alignment.{verb}"), "describe_model", look)
+    more = ["--load-in-4bit", "true", "--lora-rank", 4]
+    assert main(words(verb, *more)) == 0
+    assert packed == [True] * 14  # of two layers
+    first, *_, last = (r["loss"] for r in read_metrics(pairs / verb / "metrics.jsonl") if "loss" in r)
+    assert last < first or verb == "grpo"
+    shutil.copytree(pairs / verb, pairs / "half")
+    for gone in ("checkpoint-6", "final", "adapters"):
+        shutil.rmtree(pairs / "half" / gone)
+    assert main(words(verb, *more, run_dir="half")) == 0
+    assert "resumed    checkpoint-4" in capsys.readouterr().out
+    whole, half = (without_times(pairs / run) for run in (verb, "half"))
+    assert whole == half
+    before, after = (load_file(folder / "model.safetensors") for folder in (pairs / "base", pairs / verb / "final"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed and all("_proj" in name for name in changed)
+    assert all(after[name].dtype == torch.float32 for name in after)
+
+
+def test_weights_in_4_bits_ask_for_the_package(pairs, capsys, monkeypatch):
+    monkeypatch.setattr(stage, "is_bitsandbytes_available", lambda: False)
+    assert main(words("sft", "--load-in-4bit", "true", "--lora-rank", 2)) == 2
+    assert "pip install 'scratch-gpt[qlora]'" in capsys.readouterr().err
+    assert not (pairs / "sft").exists()
+
+
 def test_drawing_raises_the_score(pairs):
     """GRPO and RLOO learn to say what is rewarded; the divergence is told beside."""
     for verb in ("grpo", "rloo"):
@@ -267,7 +335,6 @@ def test_drawing_raises_the_score(pairs):
         ),
         ("sft", ["--sft.max_length", 4], "no row is left of 8, all are longer than 4 tokens"),
         ("sft", ["--load-in-4bit"], "needs adapters to train: give --lora-rank"),
-        ("sft", ["--load-in-4bit", "--lora-rank", 2], "needs a CUDA GPU"),
         ("sft", ["--trackers", "[nobody]"], "there is no tracker 'nobody'"),
         ("sft", ["--model", "silent"], "the tokenizer has no chat template"),
         ("reward", ["--model", "nothing"], "holds no model that could give scores"),

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import infer_auto_device_map
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
 )
@@ -256,3 +258,31 @@ def test_a_folder_with_an_adapter_loads_as_the_model_with_it(build, tmp_path, id
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval(),
     ):
         torch.testing.assert_close(model(ids).logits, lora(input_ids=ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", ["gpt2", "modern"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loaded_by_bitsandbytes_every_matrix_of_a_block_is_quantized(build, style, ids, tmp_path, bits):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    build(style).save_pretrained(tmp_path / "whole")
+    how = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=how)
+    matrices = {name: module.weight for name, module in model.named_modules() if name.endswith("_proj")}
+    assert len(matrices) == model.config.num_hidden_layers * (7 if style == "modern" else 6)
+    assert {weight.dtype for weight in matrices.values()} == {torch.uint8 if bits == 4 else torch.int8}
+    assert model.lm_head.weight.dtype == torch.float32
+    logits = model(ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    exact = plain(ids).logits
+    assert not torch.allclose(logits, exact, atol=1e-4)
+    if bits == 4:
+        for name, weight in matrices.items():
+            plain.get_submodule(name).weight.copy_(functional.dequantize_4bit(weight, weight.quant_state))
+        assert torch.allclose(logits, plain(ids).logits, atol=1e-4)
+    else:  # activations are rounded, too
+        assert F.cosine_similarity(logits, exact, dim=-1).min() > 0.99
+    model.save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    assert torch.equal(again(ids).logits, logits)
+    assert again.generate(ids, do_sample=False, max_new_tokens=4).shape == (2, ids.shape[1] + 4)

@@ -8,12 +8,14 @@ others it is (Shao et al., 2024, arXiv:2402.03300; Ahmadian et al., 2024, arXiv:
 value function to learn, in contrast to PPO.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from scratch_gpt.alignment.chat import encode_prompt, stop_tokens
@@ -37,7 +39,8 @@ from scratch_gpt.errors import UserError
 
 
 class EncodedPrompts:
-    """Of a trainer: prompts become tokens in our way, in which no text of a user becomes a special one."""
+    """Of a trainer: prompts become tokens in our way, in which no text of a user becomes a special one, and follow each other
+    in an order in which a resumed run finds its place."""
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}  # type: ignore[attr-defined]
@@ -45,6 +48,48 @@ class EncodedPrompts:
     def _generate_single_turn(self, *arguments: Any) -> Any:
         with self.drawing():  # type: ignore[attr-defined]
             return super()._generate_single_turn(*arguments)  # type: ignore[misc]
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
+        args = self.args  # type: ignore[attr-defined]
+        rows = args.max_steps * args.gradient_accumulation_steps * args.generation_batch_size
+        return Passes(super()._get_train_sampler(dataset), rows, args.seed)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        trainer: Any = self
+        args, state = trainer.args, trainer.state  # to Trainer the whole run is one pass
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        prompts = rows / trainer.num_generations / trainer.num_iterations
+        state.epoch = state.global_step * prompts / len(trainer.train_dataset)
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
+class Passes(Sampler[int]):
+    """What TRL's sampler gives in one pass over the prompts, pass after pass for a whole run of ``rows``.
+
+    That sampler draws the order of each pass from one generator, which a resumed run would begin anew; here the number of the
+    pass and the seed decide it.
+
+    Raises:
+        ValueError: there are fewer prompts than one batch takes.
+    """
+
+    def __init__(self, one_pass: Any, rows: int, seed: int):
+        if not len(one_pass):
+            raise ValueError(
+                f"{one_pass.num_samples} prompts are fewer than the {one_pass.batch_size} of one batch: give more of them, or a "
+                "smaller batch_size"
+            )
+        self.one_pass, self.rows, self.seed = one_pass, rows, seed
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(itertools.chain.from_iterable(map(self._ordered, itertools.count())), self.rows)
+
+    def _ordered(self, number: int) -> Iterator[int]:
+        self.one_pass.generator.manual_seed(self.seed + 1_000_003 * number)
+        yield from self.one_pass
 
 
 class EncodedGRPOTrainer(Resumable, EncodedPrompts, GRPOTrainer):

@@ -11,22 +11,29 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from scratch_gpt.errors import UserError
 from scratch_gpt.training.build import load_model
 from scratch_gpt.training.held import num_shards
+from scratch_gpt.training.launch import launched_processes
+from scratch_gpt.training.precision import has_bf16
 
 
 def load_for_training(settings: Any) -> tuple[Any, Any]:
-    """The model of the settings, whole in float32, or frozen in 4 bits; and its tokenizer.
+    """The model of the settings, whole in float32, or its matrices frozen in 4 bits (NF4: Dettmers et al., 2023,
+    arXiv:2305.14314); and its tokenizer.
 
     Raises:
         UserError: there is none, or it holds adapters only.
     """
     if not settings.load_in_4bit:
         return load_model(settings.model)
-    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if has_bf16(launched_processes().device) else torch.float32
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(settings.model, quantization_config=quantized)
-        return model, AutoTokenizer.from_pretrained(settings.model)
+        model = AutoModelForCausalLM.from_pretrained(settings.model, quantization_config=quantized, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
     except (OSError, ValueError) as error:
         raise UserError(f"{settings.model} cannot be loaded in 4 bits: {error}") from error
+    if not any(parameter.dtype == torch.uint8 for parameter in model.parameters()):
+        raise UserError(f"--load-in-4bit: no weight of {settings.model} could be packed into 4 bits")
+    return model, tokenizer
 
 
 def load_scorer(name_or_path: str) -> tuple[Any, Any]:

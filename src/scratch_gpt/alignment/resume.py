@@ -53,6 +53,12 @@ class Resumable(Trainer):
     zero: ZeroLayout | None = None
     """Where ZeRO is asked for: what cuts the model's state and puts it together."""
 
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # TRL makes adapters over quantized weights bf16, where small steps are lost
+                parameter.data = parameter.data.float()
+
     # ------------------------------------------------------------------------------------------------ saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

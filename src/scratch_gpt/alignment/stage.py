@@ -125,8 +125,8 @@ def check_launch(settings: Any, verb: str) -> None:
     if getattr(settings, "load_in_4bit", False):
         if settings.lora_rank is None:
             raise UserError("--load-in-4bit holds frozen weights, so it needs adapters to train: give --lora-rank 16")
-        if not torch.cuda.is_available() or not is_bitsandbytes_available():
-            raise UserError("--load-in-4bit needs a CUDA GPU and `pip install bitsandbytes`: leave it out here")
+        if not is_bitsandbytes_available():
+            raise UserError("--load-in-4bit needs the package bitsandbytes: pip install 'scratch-gpt[qlora]'")
     if getattr(settings, "trackers", None):
         chosen(settings.trackers)
 

@@ -139,6 +139,14 @@ class ScratchGPTLinear(nn.Linear):
         return super().forward(x)
 
 
+def build_linear(config: ScratchGPTConfig, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """:class:`ScratchGPTLinear`, or `nn.Linear` itself in a model that is to be loaded quantized: bitsandbytes and float8 take
+    no subclass of it and would leave the weights as they are.
+    """
+    kind = ScratchGPTLinear if getattr(config, "quantization_config", None) is None else nn.Linear
+    return kind(in_features, out_features, bias=bias)
+
+
 def build_norm(config: ScratchGPTConfig, size: int) -> nn.Module:
     """The norm that the config asks for, over a last dimension of `size`."""
     if config.norm_type == "rmsnorm":
@@ -283,10 +291,10 @@ class ScratchGPTAttention(nn.Module):
 
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = ScratchGPTLinear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = ScratchGPTLinear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.v_proj = ScratchGPTLinear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = ScratchGPTLinear(query_size, config.hidden_size, bias=config.attention_out_bias)
+        self.q_proj = build_linear(config, config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = build_linear(config, config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = build_linear(config, config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = build_linear(config, query_size, config.hidden_size, bias=config.attention_out_bias)
         self.o_proj.writes_to_residual_stream = True
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else None
@@ -355,9 +363,9 @@ class ScratchGPTMLP(nn.Module):
         super().__init__()
         hidden_size, intermediate_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         gated = config.mlp_type == "gated"
-        self.gate_proj = ScratchGPTLinear(hidden_size, intermediate_size, bias=bias) if gated else None
-        self.up_proj = ScratchGPTLinear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = ScratchGPTLinear(intermediate_size, hidden_size, bias=bias)
+        self.gate_proj = build_linear(config, hidden_size, intermediate_size, bias=bias) if gated else None
+        self.up_proj = build_linear(config, hidden_size, intermediate_size, bias=bias)
+        self.down_proj = build_linear(config, intermediate_size, hidden_size, bias=bias)
         self.down_proj.writes_to_residual_stream = True
         tanh_gelus = ("gelu_new", "gelu_pytorch_tanh")  # the same function, as eight operations and as one
         self.act_fn = ScratchGPTGELU() if config.hidden_act in tanh_gelus else ACT2FN[config.hidden_act]
@@ -680,7 +688,7 @@ class ScratchGPTForCausalLM(ScratchGPTPreTrainedModel, GenerationMixin):
     def __init__(self, config: ScratchGPTConfig):
         super().__init__(config)
         self.transformer = ScratchGPTModel(config)
-        self.lm_head = ScratchGPTLinear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.lm_head = build_linear(config, config.hidden_size, config.padded_vocab_size, bias=False)
         self._forward_runs = False
         self.post_init()
 
