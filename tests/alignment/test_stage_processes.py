@@ -252,6 +252,38 @@ def test_sharded_models_draw_what_copies_draw(pairs, layout):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "processes", "sizes"), [("tp", 2, {"tp_size": 2}), ("fsdp2_tp", 4, {"dp_shard_size": 2, "tp_size": 2})]
+)
+def test_processes_that_share_matrix_products_learn_what_one_learns(pairs, layout, processes, sizes):  # noqa: F811
+    more = [["--sft.device_batch_size", 2], ["--sft.precision", "bf16", "--sft.activation_checkpointing", "true"]]
+    runs = [words(verb, save_every=3) for verb in ("sft", "reward", "dpo", "kto")]
+    accumulated, rough = (words("sft", *some, save_every=3, run_dir=f"sft{at}") for at, some in enumerate(more))
+    runs.append(accumulated)
+    alone(*runs)
+    further = words("sft", save_every=3, run_dir="further")
+    half_done("sft", f"further-{layout}")
+    started = [*runs, further, rough]
+    said = in_processes(layout, *(under(run, layout) for run in started), processes=processes, sizes=sizes)
+    strategy = {"tp": "tp on 2 process(es), tp 2", "fsdp2_tp": "fsdp2 x tp on 4 process(es), dp_shard 2 x tp 2"}[layout]
+    assert said.count(f"layout     {strategy}") == len(started)
+    assert "resumed    checkpoint-3" in said
+    for run in started:
+        directory = run[run.index("--run-dir") + 1]
+        for rank in range(processes):
+            facts = json.loads(Path(f"{directory}-{layout}/facts-{rank}.json").read_text())
+            for one in filter(None, (facts, facts["frozen"])):
+                assert one["held"] == pytest.approx(1 / processes, rel=0.1), directory
+        if run in runs:
+            assert_same(directory, f"{directory}-{layout}")
+    assert_same("sft", f"further-{layout}")
+    assert curve(f"sft1-{layout}", "loss") == pytest.approx(curve("sft", "loss"), abs=5e-3)
+    half_done(f"dpo-{layout}", "back")
+    alone(words("dpo", save_every=3, run_dir="back"))
+    assert_same("dpo", "back")
+
+
+@pytest.mark.slow
 def test_two_copies_in_two_parts_learn_what_one_process_learns(pairs, monkeypatch):  # noqa: F811
     write_completions(monkeypatch.setattr)
     runs = [words(verb, save_every=3, batch_size=8) for verb in ("sft", "reward", "dpo", "kto")]

@@ -33,6 +33,7 @@ ROWS = [
     {"prompt": f"Who is {name}?", "chosen": f"{name} is a friend.", "rejected": f"I do not know {name} at all."}
     for name in ("Ann", "Bess", "Cleo", "Dora", "Emma", "Fay", "Gwen", "Hope")
 ]
+SIZES = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
 VERBS = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
 
 
@@ -364,7 +365,18 @@ def test_mistakes_are_told_in_one_message(pairs, capsys, verb, more, message):
     ("verb", "launch", "message"),
     [
         ("sft", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
-        ("dpo", {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "hsdp.yaml"),
+        (
+            "dpo",
+            {**SIZES, "PARALLELISM_CONFIG_CP_SIZE": "2"},
+            "`dpo` reads whole ones: take configs/accelerate/ddp.yaml",
+        ),
+        ("grpo", {**SIZES, "PARALLELISM_CONFIG_TP_SIZE": "2"}, "each token that `grpo` draws"),
+        (
+            "kto",
+            {**SIZES, "PARALLELISM_CONFIG_TP_SIZE": "2"},
+            "asks for 2 processes (1 copies in 1 parts, each over 2), the",
+        ),
+        ("sft", SIZES, "asks for copies, and for no parts"),
         ("grpo", {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is true"),
     ],
 )
@@ -374,6 +386,13 @@ def test_layouts_in_which_a_stage_does_not_run_are_refused(pairs, capsys, monkey
     assert main(words(verb)) == 2
     assert message in capsys.readouterr().err
     assert not (pairs / verb).exists()
+
+
+def test_tensor_parallelism_does_not_take_adapters(pairs, capsys, monkeypatch):
+    for name, value in {**SIZES, "PARALLELISM_CONFIG_TP_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(words("sft", "--lora-rank", 2)) == 2
+    assert "--lora-rank: tensor parallelism does not divide adapters" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_its_checkpoints_stay(pairs, capsys):

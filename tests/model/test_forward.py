@@ -517,6 +517,7 @@ def test_a_registered_attention_function_gets_the_window_of_each_layer_and_the_c
 @pytest.mark.parametrize("rows", [1, 3, 8, 9])
 def test_few_rows_without_gradients_give_what_nn_linear_gives(monkeypatch, bias, rows):
     monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEW_ROWS_ARE_SLOW", True)
+    monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEWEST_OUTPUTS", 33)
     torch.manual_seed(0)
     linear, x = ScratchGPTLinear(48, 33, bias=bias), torch.randn(1, rows, 48)
     expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
@@ -524,6 +525,9 @@ def test_few_rows_without_gradients_give_what_nn_linear_gives(monkeypatch, bias,
         torch.testing.assert_close(linear(x), expected.detach())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert linear(x).dtype == torch.bfloat16
-        monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: pytest.fail("the general matrix product"))
-        if rows <= 8:
-            assert linear(x).shape == (1, rows, 33)
+        general = []
+        monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: general.append(rows) or expected)
+        for fewest, taken in ((33, rows > 8), (34, True)):
+            monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEWEST_OUTPUTS", fewest)
+            linear(x)
+            assert bool(general) == taken

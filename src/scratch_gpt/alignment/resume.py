@@ -36,7 +36,8 @@ from scratch_gpt.files import disk_errors, write_json
 from scratch_gpt.training.checkpoint import STATE, delete_old, new_checkpoint, plain_model
 from scratch_gpt.training.held import num_shards
 from scratch_gpt.training.launch import launched_processes
-from scratch_gpt.training.optimizer import Optimizers
+from scratch_gpt.training.layout import Layout
+from scratch_gpt.training.optimizer import Optimizers, alike
 from scratch_gpt.training.saved import SavedTensors
 from scratch_gpt.training.zero import ZeroLayout
 
@@ -52,6 +53,8 @@ class Resumable(Trainer):
     """Models beside the one that is trained, and beside a reference in ``ref_model``."""
     zero: ZeroLayout | None = None
     """Where ZeRO is asked for: what cuts the model's state and puts it together."""
+    tensor: Layout | None = None
+    """Where tensor parallelism is asked for: what divides the model's matrices, and shards them where that is asked for, too."""
 
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
@@ -140,7 +143,7 @@ class Resumable(Trainer):
     # ------------------------------------------------------------------------------------------------ going on
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.tensor is not None:
             if resume_from_checkpoint:  # while the model is whole: Trainer would come when it is sharded
                 self.read_model(Path(resume_from_checkpoint))
             self.shard()
@@ -148,9 +151,14 @@ class Resumable(Trainer):
 
     def shard(self) -> None:
         """What is to be sharded otherwise than Accelerate will do it, before there is an optimizer."""
+        if self.tensor is not None:
+            for model in [self.model, getattr(self, "ref_model", None)]:
+                if model is not None:
+                    self.tensor.spread(model, "bf16" if self.args.bf16 else "fp32")
+            say(f"layout     {self.tensor.describe(self.model, 'bf16' if self.args.bf16 else 'fp32', '')[0]}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if model is None:
+        if model is None and self.tensor is None:
             self.read_model(Path(resume_from_checkpoint))
 
     def read_model(self, folder: Path) -> None:
@@ -207,8 +215,8 @@ class Resumable(Trainer):
             device_rows=args.per_device_train_batch_size,
             micro_batches=args.gradient_accumulation_steps,
             steps=args.max_steps,
-            process=args.process_index,
-            processes=args.world_size,
+            process=self.data_rank,
+            processes=self.data_size,
             seed=args.seed,
         )
         # With a generator of its own it leaves the random numbers of training as they are.
@@ -218,7 +226,7 @@ class Resumable(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.own_order:  # to Trainer the whole run is one pass
-            rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.data_size
             self.state.epoch = self.state.global_step * rows / len(self.train_dataset)
         super().log(logs, start_time)
 
@@ -228,11 +236,11 @@ class Resumable(Trainer):
             mask = inputs.get("attention_mask")
             read = inputs["input_ids"].numel() if mask is None else int(mask.sum())
             read = torch.tensor(read, device=self.args.device)
-            self.state.num_input_tokens_seen += int(self.accelerator.reduce(read, "sum"))
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(read, "sum")) // self.get_tp_size()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """Also the last moment before a step is taken."""
-        if grad_norm is None and self.zero is not None:
+        if grad_norm is None and (self.zero is not None or self.tensor is not None):
             grad_norm = self._norm_of_parts(math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -260,9 +268,12 @@ class Resumable(Trainer):
                 zero.divide(model)
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        if self.zero is None or not training:
+        if (self.zero is None and self.tensor is None) or not training:
             return super()._wrap_model(model, training, dataloader)
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # for autocast; it is not wrapped
+        if self.zero is None:
+            self.model._is_accelerate_prepared = True  # or it would be wrapped as copies are
+            return self.model
         optimizer = self.optimizer
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         engine, parts = self.zero.engage(self.zero.spread(self.model, "fp32"), Optimizers(optimizer))
@@ -294,13 +305,52 @@ class Resumable(Trainer):
             add_hooks(engine)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.zero is None:
+        if self.zero is None and self.tensor is None:
             return super()._clip_grad_norm(model)
         return self._norm_of_parts(self.args.max_grad_norm)
 
     def _norm_of_parts(self, max_norm: float) -> float:
+        if self.tensor is not None:
+            return self.tensor.clip_grad_norm(self.model.parameters(), max_norm)
         assert self.zero is not None
         return self.zero.clip_grad_norm(self.zero.engine.parameters(), max_norm) if self.optimizer.due else 0.0
+
+    # ------------------------------------------------------------------------------------------------ tensor parallelism
+
+    def use_tensor_parallelism(self, layout: Layout) -> None:
+        """Train with the matrices in parts. To Trainer and TRL the processes are those of plain data parallelism, some of
+        which read the same rows.
+        """
+        self.tensor = layout
+        self.accelerator.state.device_mesh = layout.mesh  # by which Accelerate's loaders find who reads the same rows
+        self.accelerator.backward = self._backward_of_parts
+
+    def _backward_of_parts(self, loss: torch.Tensor) -> None:
+        assert self.tensor is not None
+        with self.tensor.micro_batch(self.model, last=self.accelerator.sync_gradients):
+            self.tensor.backward(self.model, loss)
+
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*arguments)
+        if self.tensor is not None:
+            optimizer.param_groups[:] = [
+                {**group, "params": [parameter for _, parameter in some]}
+                for group in optimizer.param_groups
+                for some in alike([("", parameter) for parameter in group["params"]])
+            ]
+        return optimizer
+
+    def get_tp_size(self) -> int:
+        return 1 if self.tensor is None else self.tensor.tensor_size
+
+    @property
+    def data_size(self) -> int:
+        """Of how many processes each reads rows of its own."""
+        return self.args.world_size if self.tensor is None else self.tensor.data_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.args.process_index if self.tensor is None else self.tensor.data_rank
 
     # ------------------------------------------------------------------------------------------------ processes
 

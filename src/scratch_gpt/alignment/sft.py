@@ -47,12 +47,12 @@ class AnswerTrainer(Resumable, SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        size, world = self.args.per_device_eval_batch_size, self.args.world_size
+        size, world = self.args.per_device_eval_batch_size, self.data_size
         was_training = self.model.training
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for start in range(0, len(data), size * world):
-            mine = range(start + size * self.args.process_index, len(data))[:size]
+            mine = range(start + size * self.data_rank, len(data))[:size]
             # Where models are sharded all processes take part in each batch; one that has no rows left repeats some.
             rows = data.select(mine or range(min(size, len(data)))).to_list()
             inputs = self._prepare_inputs(self.data_collator(rows))

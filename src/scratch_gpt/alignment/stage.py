@@ -8,6 +8,7 @@ stopping on request, metrics.jsonl, `final/` with its card. All of it as `scratc
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,14 @@ from scratch_gpt.console import duration, progress_bar, say
 from scratch_gpt.errors import StoppedOnRequest, UserError
 from scratch_gpt.files import disk_errors, new_folder, write_json, write_text
 from scratch_gpt.training.checkpoint import delete_checkpoint, is_complete, newest_checkpoint
-from scratch_gpt.training.launch import WITHOUT_DEEPSPEED, asks_for_deepspeed, launched_processes
+from scratch_gpt.training.launch import (
+    WITHOUT_DEEPSPEED,
+    WITHOUT_LAYOUT,
+    asks_for_deepspeed,
+    launched_processes,
+    tensor_size,
+)
+from scratch_gpt.training.layout import tensor_layout
 from scratch_gpt.training.metrics import MetricsFile, read_metrics
 from scratch_gpt.training.run import CONFIG, record_settings, run_directory, stored_settings
 from scratch_gpt.training.stop import StopRequest
@@ -105,18 +113,7 @@ def check_launch(settings: Any, verb: str) -> None:
                 "configs/accelerate/zero2.yaml"
             )
     if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        sizes = ParallelismConfig()
-        if not parse_flag_from_env("ACCELERATE_USE_FSDP") or sizes.non_data_parallel_size > 1:
-            raise UserError(
-                "the configuration file has a parallelism_config that asks for more than shards and copies of them, which "
-                "transformers' Trainer does not carry out for a model that is loaded whole: take configs/accelerate/ddp.yaml, or "
-                "fsdp2.yaml or hsdp.yaml for models that are too large for it"
-            )
-        if sizes.total_size != launched_processes().num_processes or sizes.dp_shard_size == 1:
-            raise UserError(
-                f"parallelism_config asks for {sizes.dp_replicate_size} copies in {sizes.dp_shard_size} parts, the launcher "
-                f"started {launched_processes().num_processes} processes; it takes that many, and 2 parts or more"
-            )
+        _check_sizes(ParallelismConfig(), settings, verb)
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_OFFLOAD_PARAMS") and verb in DRAWING:
         raise UserError(
             f"fsdp_offload_params is true, and `{verb}` would fetch the whole model for each token that it draws: set it to "
@@ -131,18 +128,45 @@ def check_launch(settings: Any, verb: str) -> None:
         chosen(settings.trackers)
 
 
+def _check_sizes(sizes: ParallelismConfig, settings: Any, verb: str) -> None:
+    """Raises a UserError for a parallelism_config that this stage or this launch does not carry out."""
+    instead = "take configs/accelerate/ddp.yaml, or fsdp2.yaml or hsdp.yaml for models that are too large for it"
+    sharded, world = parse_flag_from_env("ACCELERATE_USE_FSDP"), launched_processes().num_processes
+    if sizes.cp_size > 1 or sizes.sp_size > 1:
+        raise UserError(
+            f"parallelism_config divides the columns of rows, which is for `pretrain`; `{verb}` reads whole ones: {instead}"
+        )
+    if sizes.tp_size > 1 and verb in DRAWING:
+        raise UserError(
+            f"tensor parallelism would communicate in every block for each token that `{verb}` draws, and is not supported "
+            f"here: {instead}"
+        )
+    if sizes.tp_size > 1 and settings.lora_rank is not None:
+        raise UserError(f"--lora-rank: tensor parallelism does not divide adapters: {instead}")
+    if sizes.total_size != world:
+        raise UserError(
+            f"parallelism_config asks for {sizes.total_size} processes ({sizes.dp_replicate_size} copies in "
+            f"{sizes.dp_shard_size} parts, each over {sizes.tp_size}), the launcher started {world}"
+        )
+    if not (sharded and sizes.dp_shard_size > 1) and (sizes.tp_size == 1 or sizes.tp_size < world):
+        raise UserError(f"parallelism_config asks for copies, and for no parts under distributed_type: FSDP: {instead}")
+
+
 def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path], Stage]) -> None:
     started = time.monotonic()
     set_seed(settings.seed)  # new heads and adapters are the same each time and on all processes
     zero = asked_config() if asks_for_deepspeed() else None
+    divided = tensor_size() > 1
     try:
-        with WITHOUT_DEEPSPEED():
+        with WITHOUT_DEEPSPEED(), WITHOUT_LAYOUT() if divided else nullcontext():
             stage = build(settings, run_dir)
     except ValueError as error:
         raise UserError(str(error)) from error
     trainer = stage.trainer
     if zero is not None:
         trainer.use_zero(ZeroLayout(trainer.accelerator, zero))
+    if divided:
+        trainer.use_tensor_parallelism(tensor_layout(trainer.accelerator))
     checkpoint = newest_checkpoint(run_dir)
     done = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
     if checkpoint is not None:
@@ -185,13 +209,13 @@ def training_arguments(settings: Any, verb: str, run_dir: Path) -> dict[str, Any
         UserError: a batch that cannot be divided over the processes.
     """
     training: StageTrainingSettings = getattr(settings, verb)
-    world = launched_processes().num_processes
+    world = launched_processes().num_processes // tensor_size()
     device_rows = training.device_batch_size or max(1, training.batch_size // world)
     accumulation, remainder = divmod(training.batch_size, device_rows * world)
     if remainder or not accumulation:
         raise UserError(
             f"--{verb}.batch_size is {training.batch_size}; it must be a multiple of {device_rows} (device_batch_size) x "
-            f"{world} (processes)"
+            f"{world} (processes that read rows of their own)"
         )
     return {
         "output_dir": str(run_dir),

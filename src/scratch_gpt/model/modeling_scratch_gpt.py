@@ -106,6 +106,8 @@ def _has_intel_cpu() -> bool:
 
 # MKL multiplies few rows as fast as memory gives the matrix on Intel's processors, and at half that speed on others.
 FEW_ROWS_ARE_SLOW = not _has_intel_cpu()
+# Without AVX-512, oneDNN's kernel takes longer than MKL again where the outputs are fewer than this.
+FEWEST_OUTPUTS = 768 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 1
 
 
 class ScratchGPTLinear(nn.Linear):
@@ -132,6 +134,7 @@ class ScratchGPTLinear(nn.Linear):
             elif (
                 HAS_ONEDNN
                 and x.dtype == torch.float32
+                and self.out_features >= FEWEST_OUTPUTS
                 and 0 < x.numel() <= 8 * self.in_features
                 and not is_tracing(x)  # a traced graph may run on other machines
             ):

@@ -12,6 +12,16 @@ from scratch_gpt.errors import UserError
 WITHOUT_DEEPSPEED = functools.partial(patch_environment, ACCELERATE_USE_DEEPSPEED="false")
 """`zero.py` sets DeepSpeed up by itself, alike on all devices; on CPUs Accelerate drops it without a word."""
 
+WITHOUT_LAYOUT = functools.partial(
+    patch_environment, ACCELERATE_USE_PARALLELISM_CONFIG="false", ACCELERATE_USE_FSDP="false"
+)
+"""For what sees data parallelism alone, where `layout.py` sets the rest up."""
+
+
+def tensor_size() -> int:
+    """How many processes of the launch share each matrix product, and so rows."""
+    return int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
+
 
 def asks_for_deepspeed() -> bool:
     """Whether the configuration file says distributed_type: DEEPSPEED; Accelerate's own state does not, see above."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
-from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, parse_flag_from_env
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -41,11 +41,12 @@ class Layout:
     """One model on all processes of the launch. Every method is called by all of them.
 
     ``strategy`` is single, ddp, fsdp2, hsdp or tp, or "fsdp2 x tp", "fsdp2 x cp"; ``mesh`` names the dimensions that the
-    processes are arranged in.
+    processes are arranged in; ``plugin`` has Accelerate's settings of FSDP, by default those of ``accelerator``.
     """
 
-    def __init__(self, accelerator: Accelerator, strategy: str, mesh: DeviceMesh | None = None):
+    def __init__(self, accelerator: Accelerator, strategy: str, mesh: DeviceMesh | None = None, plugin: Any = None):
         self.accelerator, self.strategy, self.mesh = accelerator, strategy, mesh
+        self.plugin: Any = plugin or getattr(accelerator.state, "fsdp_plugin", None)
         self.device: torch.device = accelerator.device
         self.world: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
@@ -151,7 +152,6 @@ class Layout:
         they are one group, which belongs to the whole model. It stays float32, as autocast has embedding and residual
         stream; blocks are gathered in the dtype that autocast would cast them to.
         """
-        plugin = self.accelerator.state.fsdp_plugin
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offloads else OffloadPolicy()
 
         def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
@@ -164,10 +164,12 @@ class Layout:
             fully_shard(
                 block,
                 mp_policy=policy(COMPUTE_DTYPES[precision]),
-                reshard_after_forward=plugin.reshard_after_forward,
+                reshard_after_forward=self.plugin.reshard_after_forward,
                 **common,
             )
-        fully_shard(model, mp_policy=policy(torch.float32), **common)
+        # None: torch keeps what a forward pass has gathered for the backward pass, which a frozen model does not have.
+        again = None if any(parameter.requires_grad for parameter in model.parameters()) else True
+        fully_shard(model, mp_policy=policy(torch.float32), reshard_after_forward=again, **common)
 
     def _shard_mesh(self) -> DeviceMesh:
         """The processes that have parts of a copy, which share rows or not, and if there are several copies those too."""
@@ -178,7 +180,7 @@ class Layout:
     @property
     def offloads(self) -> bool:
         """Whether parts of the model lie in the memory of the CPU while they do not compute."""
-        return self.shards_blocks and isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+        return self.shards_blocks and isinstance(self.plugin.cpu_offload, CPUOffloadPolicy)
 
     def _check_in_force(self, model: nn.Module) -> None:
         if self.mesh is not None:
@@ -188,7 +190,7 @@ class Layout:
                 for name, parameter in model.named_parameters()
                 # biases and norms are whole under tensor parallelism
                 if num_shards(parameter) not in {shards * self.tensor_size, shards if parameter.ndim == 1 else 0}
-                and not name.endswith("wpe.weight")
+                and not name.endswith(("wpe.weight", "score.weight"))
             ]
             if wrong:
                 raise UserError(
@@ -354,6 +356,16 @@ def choose_layout() -> Layout:
     else:
         return Layout(accelerator, "ddp" if world > 1 else "single")
     return Layout(accelerator, strategy, sizes.get_device_mesh(accelerator.device.type))
+
+
+def tensor_layout(accelerator: Accelerator) -> Layout:
+    """The tensor parallel one that the configuration file asks for, over processes which to ``accelerator`` have copies."""
+    sizes = ParallelismConfig()
+    mesh = sizes.get_device_mesh(accelerator.device.type)
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return Layout(accelerator, "tp", mesh)
+    strategy = "hsdp" if sizes.dp_replicate_size > 1 else "fsdp2"
+    return Layout(accelerator, f"{strategy} x tp", mesh, FullyShardedDataParallelPlugin())
 
 
 def _check_plugin(accelerator: Accelerator) -> None:

@@ -37,7 +37,7 @@ def divide(model: Any, mesh: DeviceMesh) -> None:
     check_sizes(model.config, mesh.size())
     plan = {name: STYLES[style] for name, style in model.tp_plan.items() if style != PARTIAL_GRADIENT}
     parallelize_module(model, mesh, plan, src_data_rank=None)
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and hasattr(model, "lm_head"):
         model.lm_head.weight = model.transformer.wte.weight
 
 
