@@ -253,8 +253,10 @@ def test_ctrl_c_ends_the_processes_too_and_the_same_command_goes_on(corpus, toke
     while not list((tmp_path / "data").glob(".prepare/units/*.json")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # or it might be ready before it is told
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
     printed = process.communicate(timeout=30)[0]
     assert process.returncode == 75, printed
     assert "the same command goes on" in printed

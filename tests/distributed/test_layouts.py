@@ -96,6 +96,7 @@ def test_tensor_parallel(single, shards, tmp_path):
     assert "tp on 2 process(es), tp 2, cpu" in done.stdout
 
 
+@pytest.mark.slow
 def test_fully_sharded_and_tensor_parallel(single, shards, tmp_path):
     config = configuration("fsdp2_tp", tmp_path, 4, dp_shard_size=2, tp_size=2)
     done = launch(config, *runs(tmp_path, shards))

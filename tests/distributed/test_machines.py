@@ -97,12 +97,13 @@ def test_no_configuration_ships_that_no_test_runs_or_the_readme_does_not_name():
         assert f"`{path.name}`" in readme, path
 
 
-@pytest.mark.parametrize("name", ["cpu", "single_gpu"])
+@pytest.mark.parametrize("name", ["cpu", pytest.param("single_gpu", marks=pytest.mark.slow)])
 def test_configurations_of_one_process(name, tmp_path):
     said = launch(configuration(name, tmp_path, 1), ["doctor"]).stdout
     assert "single on 1 process(es), cpu" in said and "0 of 24 parameters sharded" in said
 
 
+@pytest.mark.slow
 def test_a_layout_that_does_not_fit_the_launch_is_refused(tmp_path):
     done = launch(configuration("hsdp", tmp_path, 2, dp_replicate_size=2, dp_shard_size=2), ["doctor"], check=False)
     assert done.returncode != 0 and "asks for 4 processes, the launcher started 2" in done.stderr

@@ -147,6 +147,7 @@ def assert_stages_in_parts(run_dir, stages):
 SHARED = {"gpt2": pipeline(2, 4), "modern": [*pipeline(2, 4, "interleaved1f1b"), *RECOMPUTE]}
 
 
+@pytest.mark.slow
 def test_pipelines_that_share_their_stages_in_parts_give_the_run_of_one_process(single, shards, tmp_path):
     config = configuration("pipeline_fsdp2", tmp_path, 4)
     done = launch(config, *(run(tmp_path / style, shards, style, *SHARED[style]) for style in SHARED))

@@ -44,8 +44,8 @@ def single(tmp_path_factory, shards):
     ("name", "stage", "runs"),
     [
         ("zero1", 1, ("gpt2", "modern")),
-        ("zero2", 2, RUNS),
-        ("zero3", 3, ("gpt2", "modern")),
+        pytest.param("zero2", 2, RUNS, marks=pytest.mark.slow),
+        ("zero3", 3, RUNS),
         pytest.param("zero3_offload", 3, RUNS, marks=pytest.mark.slow),
     ],
 )

@@ -33,6 +33,7 @@ from trl.models.utils import add_hooks, remove_hooks
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, write_json
+from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTPreTrainedModel
 from scratch_gpt.training.checkpoint import STATE, delete_old, new_checkpoint, plain_model
 from scratch_gpt.training.held import num_shards
 from scratch_gpt.training.launch import launched_processes
@@ -320,7 +321,15 @@ class Resumable(Trainer):
     def use_tensor_parallelism(self, layout: Layout) -> None:
         """Train with the matrices in parts. To Trainer and TRL the processes are those of plain data parallelism, some of
         which read the same rows.
+
+        Raises:
+            UserError: the model is none of this package's, whose plans are tested.
         """
+        if not isinstance(self.result, ScratchGPTPreTrainedModel):
+            raise UserError(
+                f"tensor parallelism divides models of this package, and this is a {type(self.result).__name__}: make it one by "
+                "`scratch-gpt import`, or take configs/accelerate/fsdp2.yaml"
+            )
         self.tensor = layout
         self.accelerator.state.device_mesh = layout.mesh  # by which Accelerate's loaders find who reads the same rows
         self.accelerator.backward = self._backward_of_parts
