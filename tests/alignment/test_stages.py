@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ from scratch_gpt.alignment import sft, stage
 from scratch_gpt.alignment.chat import encode_answer
 from scratch_gpt.alignment.grpo import Passes
 from scratch_gpt.alignment.records import conversations
+from scratch_gpt.alignment.resume import Resumable
 from scratch_gpt.alignment.sft import encode
 from scratch_gpt.cli import main
 from scratch_gpt.config import SFTSettings
+from scratch_gpt.errors import UserError
 from scratch_gpt.training.metrics import read_metrics
 
 ROWS = [
@@ -393,6 +396,12 @@ def test_tensor_parallelism_does_not_take_adapters(pairs, capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     assert main(words("sft", "--lora-rank", 2)) == 2
     assert "--lora-rank: tensor parallelism does not divide adapters" in capsys.readouterr().err
+
+
+def test_tensor_parallelism_divides_no_model_of_others():
+    of_another = SimpleNamespace(result=torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="this is a Linear: make it one by `scratch-gpt import`"):
+        Resumable.use_tensor_parallelism(of_another, None)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_its_checkpoints_stay(pairs, capsys):

@@ -38,29 +38,30 @@ from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
 
 
-class EncodedPrompts:
+class EncodedPrompts(Resumable):
     """Of a trainer: prompts become tokens in our way, in which no text of a user becomes a special one, and follow each other
     in an order in which a resumed run finds its place."""
 
+    args: Any
+    num_generations: int
+    num_iterations: int
+
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}  # type: ignore[attr-defined]
+        return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
 
     def _generate_single_turn(self, *arguments: Any) -> Any:
-        with self.drawing():  # type: ignore[attr-defined]
-            return super()._generate_single_turn(*arguments)  # type: ignore[misc]
+        with self.drawing():
+            return super()._generate_single_turn(*arguments)
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
-        args = self.args  # type: ignore[attr-defined]
-        rows = args.max_steps * args.gradient_accumulation_steps * args.generation_batch_size
-        return Passes(super()._get_train_sampler(dataset), rows, args.seed)  # type: ignore[misc]
+        rows = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.generation_batch_size
+        return Passes(super()._get_train_sampler(dataset), rows, self.args.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        trainer: Any = self
-        args, state = trainer.args, trainer.state  # to Trainer the whole run is one pass
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        prompts = rows / trainer.num_generations / trainer.num_iterations
-        state.epoch = state.global_step * prompts / len(trainer.train_dataset)
-        super().log(logs, start_time)  # type: ignore[misc]
+        # to Trainer the whole run is one pass
+        prompts = self.rows_per_step / self.num_generations / self.num_iterations
+        self.state.epoch = self.state.global_step * prompts / len(self.train_dataset)
+        super().log(logs, start_time)
 
 
 class Passes(Sampler[int]):
@@ -92,11 +93,11 @@ class Passes(Sampler[int]):
         yield from self.one_pass
 
 
-class EncodedGRPOTrainer(Resumable, EncodedPrompts, GRPOTrainer):
+class EncodedGRPOTrainer(EncodedPrompts, GRPOTrainer):
     """GRPOTrainer with :class:`EncodedPrompts`."""
 
 
-class EncodedRLOOTrainer(Resumable, EncodedPrompts, RLOOTrainer):
+class EncodedRLOOTrainer(EncodedPrompts, RLOOTrainer):
     """RLOOTrainer with :class:`EncodedPrompts`."""
 
 

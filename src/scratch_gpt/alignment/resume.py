@@ -227,9 +227,12 @@ class Resumable(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.own_order:  # to Trainer the whole run is one pass
-            rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.data_size
-            self.state.epoch = self.state.global_step * rows / len(self.train_dataset)
+            self.state.epoch = self.state.global_step * self.rows_per_step / len(self.train_dataset)
         super().log(logs, start_time)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.data_size
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Tokens that the model has read, without padding; the trainers that draw completions count by themselves."""
