@@ -35,10 +35,7 @@ def runs(folder, shards):
 def check(folder, single):
     for style in ("gpt2", "modern"):
         assert_same_run(single / style, folder / style, STEPS)
-    for name, rel, rel_norm in (
-        ("bf16", 0.005, 0.1),
-        ("muon", 0.0005, 0.006),
-    ):  # both round other sums to other numbers in bf16
+    for name, rel, rel_norm in (("bf16", 0.005, 0.1), ("muon", 0.0005, 0.006)):  # both round to bf16, and other sums
         assert curve(folder / name) == pytest.approx(curve(single / name), rel=rel)
         assert curve(folder / name, "grad_norm") == pytest.approx(curve(single / name, "grad_norm"), rel=rel_norm)
 
