@@ -221,8 +221,10 @@ def matmul_peak(precision: str, size: int = 2048) -> float:
 
 
 def precisions() -> list[str]:
-    """Those whose arithmetic this machine has: a CPU without bf16 instructions emulates them, hundreds of times slower."""
-    return ["fp32", "bf16"] if matmul_peak("bf16", 256) > matmul_peak("fp32", 256) / 2 else ["fp32"]
+    """Those whose arithmetic this machine has."""
+    from scratch_gpt.training.precision import has_bf16
+
+    return ["fp32", "bf16"] if has_bf16(torch.device("cpu")) else ["fp32"]
 
 
 def flops_per_step(shape: tuple[int, ...]) -> float:

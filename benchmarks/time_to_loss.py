@@ -8,8 +8,8 @@ the process and runs over imports, compiling and whatever the contestant measure
 
 nanoGPT is its own model (10M parameters, context 256, GPT-2's block), optimizer and training step, compiled and with
 bfloat16 autocast where the machine has that, which is faster than its script on a CPU, and without the script's
-evaluations. Its learning rate decays as a
-cosine over the time that it has; --tune tries several peaks for a quarter of the time each and takes the best.
+evaluations. Its learning rate decays as a cosine over the time that it has; --tune tries several peaks for a quarter of
+the time each and takes the best.
 scratch-gpt is `scratch-gpt pretrain` as it comes, with the number of steps that fit into its time.
 """
 
