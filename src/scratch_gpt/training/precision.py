@@ -68,13 +68,20 @@ def has_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def _cpu_emulates_bf16(side: int = 256) -> bool:
-    """By the time of a small matrix product: torch does not say which instructions its products use."""
+    """By the time of a small matrix product on one thread, for several wait for each other where other work shares the cores:
+    torch does not say which instructions its products use.
+    """
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(side, side, dtype=dtype)
         return min(_timed(lambda: torch.mm(matrix, matrix)) for _ in range(5))
 
-    return seconds(torch.bfloat16) > EMULATED * seconds(torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return seconds(torch.bfloat16) > EMULATED * seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
