@@ -201,6 +201,8 @@ CONTESTANTS = {"nanoGPT": nanogpt, "Trainer": trainer, "scratch-gpt": ours}
 def child(arguments: argparse.Namespace) -> None:
     import resource
 
+    global STEPS
+    STEPS = arguments.steps
     torch.manual_seed(0)
     run = CONTESTANTS[arguments.child]
     seconds = run(SHAPES[arguments.shape], arguments.precision, arguments.compiled, arguments.nanogpt)
@@ -255,7 +257,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
         for setting in settings:
             who, precision, compiled = setting
             command = [sys.executable, __file__, "--child", who, "--shape", name, "--precision", precision]
-            command += ["--nanogpt", arguments.nanogpt] + ["--compiled"] * compiled
+            command += ["--nanogpt", arguments.nanogpt, "--steps", str(arguments.steps)] + ["--compiled"] * compiled
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
             if done.returncode:
                 raise SystemExit(f"{who} failed:\n{done.stderr[-2000:]}")
@@ -290,6 +292,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", required=True, help="checkout of the public repository")
     parser.add_argument("--shape", choices=[*SHAPES], help="one shape only")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS, help="that are timed in a turn, after two")
     parser.add_argument("--skip-compile", action="store_true", help="eager settings only")
     parser.add_argument("--child", choices=[*CONTESTANTS], help=argparse.SUPPRESS)
     parser.add_argument("--precision", help=argparse.SUPPRESS)

@@ -303,10 +303,61 @@ def test_short_bf16_attention_on_cpu_equals_sdpa(build, style, ids, monkeypatch)
         real = mask.bool() if attention_mask is not None else torch.ones_like(ids).bool()
         ours = model(ids, attention_mask=attention_mask).logits[real].float()
         with monkeypatch.context() as patch:
-            patch.setattr(modeling_scratch_gpt, "_is_short_bf16", lambda query: False)
+            patch.setattr(modeling_scratch_gpt, "_bf16_attention", lambda *_: None)
             sdpa = model(ids, attention_mask=attention_mask).logits[real].float()
         assert not torch.equal(ours, sdpa)  # two ways, indeed
         torch.testing.assert_close(ours, sdpa, rtol=0.1, atol=0.05 * sdpa.std().item())
+
+
+@pytest.mark.parametrize("seq", [1, 128, 130, 600])
+def test_attention_in_blocks_equals_sdpa(seq):
+    from scratch_gpt.model.modeling_scratch_gpt import _CausalAttentionInBlocks
+
+    heads = [torch.randn(2, 3, seq, 16, requires_grad=True) for _ in range(3)]
+    grad = torch.randn(2, 3, seq, 16)
+    ours = _CausalAttentionInBlocks.apply(*heads, 0.3)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=0.3)
+    assert_equal(ours, sdpa)
+    for got, expected in zip(*(torch.autograd.grad(output, heads, grad) for output in (ours, sdpa)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def gradients(forward, model, ids):
+    model.zero_grad()
+    forward(ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def nodes_by_name(graph):
+    return {node.name for module in graph.modules() if hasattr(module, "graph") for node in module.graph.nodes}
+
+
+def test_compiled_bf16_training_takes_attention_in_blocks(build, style):
+    model, graphs = build(style, max_position_embeddings=300, initializer_range=0.05).train(), []
+    ids = torch.randint(0, model.config.vocab_size, (2, 300))
+
+    def keep(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    exact = gradients(model, model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = gradients(model, model, ids)
+        assert not any("scaled_dot_product" in name for name in map(str, graphs))
+        compiled = gradients(torch.compile(model, backend=keep), model, ids)
+    names = {name for graph in graphs for name in nodes_by_name(graph)}
+    assert any("autograd_function_apply" in name for name in names)
+    assert not any("scaled_dot_product" in name for name in names)
+    for name, expected in exact.items():
+        off = [(grads[name] - expected).norm() / expected.norm() for grads in (eager, compiled)]
+        assert off[1] < 1.5 * off[0] + 1e-3, name
+
+
+def test_compiled_training_has_the_gradients_of_eager_training(build, style, ids):
+    model = build(style, initializer_range=0.05).train()
+    eager, compiled = (gradients(one, model, ids) for one in (model, torch.compile(model, backend="aot_eager")))
+    for name, expected in eager.items():
+        torch.testing.assert_close(compiled[name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_residual_projections_start_smaller(build):

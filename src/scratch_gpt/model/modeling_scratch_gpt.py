@@ -7,8 +7,10 @@ what every switch means. The two files depend on torch and transformers only and
 Shapes are written (batch, seq, ...), where `seq` counts the tokens of this call and `kv_seq` those and the cached ones.
 """
 
-import importlib
+import importlib.abc
+import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
@@ -37,7 +39,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import TransformersKwargs, can_return_tuple, is_peft_available
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_liger_kernel_available, is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -110,6 +112,28 @@ FEW_ROWS_ARE_SLOW = not _has_intel_cpu()
 FEWEST_OUTPUTS = 768 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 1
 
 
+def _is_compiled_training() -> bool:
+    return torch.compiler.is_compiling() and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+
+
+class _AddBias(torch.autograd.Function):
+    """`x + bias` for the compiler, which joins the sum with the operations around it; the gradient of the bias, a sum over rows
+    that the same joining would make slow, is a matrix product.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.bias_dtype = bias.dtype
+        return x + bias.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        if not ctx.needs_input_grad[1]:
+            return grad, None
+        rows = grad.flatten(0, -2)
+        return grad, (rows.new_ones(1, rows.shape[0]) @ rows)[0].to(ctx.bias_dtype)
+
+
 class ScratchGPTLinear(nn.Linear):
     """`nn.Linear`, with faster ways through the few rows of a decoding step on CPUs other than Intel's, where the general
     matrix product that torch 2.13 takes is slow.
@@ -139,6 +163,8 @@ class ScratchGPTLinear(nn.Linear):
                 and not is_tracing(x)  # a traced graph may run on other machines
             ):
                 return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        elif self.bias is not None and x.device.type == "cpu" and x.ndim > 1 and _is_compiled_training():
+            return _AddBias.apply(F.linear(x, self.weight), self.bias)
         return super().forward(x)
 
 
@@ -238,42 +264,107 @@ def short_bf16_attention_forward(
     """`sdpa` for short bfloat16 sequences on CPU, by plain matrix products.
 
     The backward of torch 2.13's CPU kernel is slow there: forward and backward of 8 x 4 heads of 64 take 9.9 ms against
-    2.5 ms at 128 tokens, 16.1 against 6.6 ms at 256 (one core of an AMD EPYC), and win only well beyond that. Compiled, a
-    block of queries at a time leaves out keys that none of them sees: 14.1 against 18.0 ms for 16 x 5 heads at 256 tokens.
-    So it wins at 512 too (a step of a whole model in 2.24 against 2.55 s); at 1,024 4% more speed is not worth keeping the
-    weights of all heads.
+    2.5 ms at 128 tokens, 16.1 against 6.6 ms at 256 (one core of an AMD EPYC), and win only well beyond that.
     """
     seq, kv_seq = query.shape[2], key.shape[2]
-    blocks = [slice(0, seq)]
     if attention_mask is None:  # means causal
-        if torch.compiler.is_compiling():
-            blocks = [slice(start, min(start + 128, seq)) for start in range(0, seq, 128)]
         attention_mask = torch.ones(seq, kv_seq, dtype=torch.bool, device=query.device).tril(kv_seq - seq)
     if attention_mask.dtype == torch.bool:
         hidden = torch.finfo(query.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, hidden)
-    outputs = [
-        eager_attention_forward(
-            module,
-            query[:, :, rows],
-            key[:, :, : kv_seq - seq + rows.stop],
-            value[:, :, : kv_seq - seq + rows.stop],
-            attention_mask[..., rows, : kv_seq - seq + rows.stop],
-            **kwargs,
-        )[0]
-        for rows in blocks
-    ]
-    return torch.cat(outputs, dim=1), None  # (batch, seq, heads, head_dim)
+    return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
 
 
-def _is_short_bf16(query: torch.Tensor) -> bool:
-    return (
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
-        and query.requires_grad
-        and not torch.compiler.is_exporting()
-        and query.shape[2] <= (512 if torch.compiler.is_compiling() else 256)
-    )
+def compiled_bf16_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal `sdpa` without dropout for compiled bfloat16 training on CPU.
+
+    Forward and backward at the shape of GPT-2 small, 4 x 1,024 tokens, take 130 ms against 228 ms of torch 2.13's kernel
+    (two cores of an AMD EPYC), at 2 x 2,048 tokens 245 against 327 ms; in float32 as long.
+    """
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    # Of contiguous heads every block is a view; of others the compiler would make, and keep, a copy of each.
+    heads = (tensor.contiguous() for tensor in (query, key, value))
+    return _CausalAttentionInBlocks.apply(*heads, scaling).transpose(1, 2), None
+
+
+class _CausalAttentionInBlocks(torch.autograd.Function):
+    """Attention of a block of queries at a time, which leaves out the keys that none of them sees.
+
+    Of the weights nothing is kept: the backward pass makes them again, from the logarithm of the sum of each row's
+    exponentials (as Dao et al. 2022, appendix B, but in matrix products that the compiler joins with what lies between).
+    Query, key and value are (batch, heads, seq, head_dim).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, scaling: float):
+        positions = _positions(query)
+        outputs, log_sums = [], []
+        for rows in _blocks(query):
+            seen = slice(0, rows.stop)
+            later = positions[seen] > positions[rows, None]
+            scores = (query[:, :, rows] @ key[:, :, seen].transpose(2, 3)).float() * scaling
+            scores = scores.masked_fill(later, -math.inf)
+            highest = scores.amax(-1, keepdim=True)
+            weights = (scores - highest).exp()
+            total = weights.sum(-1, keepdim=True)
+            outputs.append((weights.to(value.dtype) @ value[:, :, seen] / total).to(value.dtype))
+            log_sums.append(highest + total.log())
+        ctx.save_for_backward(query, key, value, torch.cat(log_sums, dim=2))
+        ctx.scaling = scaling
+        return torch.cat(outputs, dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, log_sums = ctx.saved_tensors
+        log_sums = log_sums.transpose(2, 3)  # (batch, heads, 1, seq)
+        positions = _positions(query)
+        # Keys by queries, also because the compiler would keep products that it finds in both passes.
+        grad_query, grad_key, grad_value = [], [], []
+        for rows in _blocks(query):
+            seen = slice(0, rows.stop)
+            later = positions[seen, None] > positions[rows]
+            scores = (key[:, :, seen] @ query[:, :, rows].transpose(2, 3)).float() * ctx.scaling
+            weights = (scores - log_sums[..., rows]).exp().masked_fill(later, 0.0)
+            grad_weights = (value[:, :, seen] @ grad[:, :, rows].transpose(2, 3)).float()
+            # Of the rounded product, not of grad * output, whose own rounding all keys would have in common.
+            mean = (weights * grad_weights).sum(2, keepdim=True)
+            grad_scores = (weights * (grad_weights - mean) * ctx.scaling).to(query.dtype)
+            unseen = (0, 0, 0, key.shape[2] - rows.stop)
+            grad_query.append(grad_scores.transpose(2, 3) @ key[:, :, seen])
+            grad_key.append(F.pad(grad_scores @ query[:, :, rows], unseen))
+            grad_value.append(F.pad(weights.to(grad.dtype) @ grad[:, :, rows], unseen))
+        return torch.cat(grad_query, dim=2), sum(grad_key), sum(grad_value), None
+
+
+def _blocks(query: torch.Tensor) -> list[slice]:
+    """Rows of queries: four blocks at most, as each is code to be compiled, and not below what makes a good matrix product."""
+    seq = query.shape[2]
+    size = max(128, -(-seq // 4))
+    return [slice(start, min(start + size, seq)) for start in range(0, seq, size)]
+
+
+def _positions(query: torch.Tensor) -> torch.Tensor:
+    """1 to seq, by an operation that the compiler does not write into the loops over all scores, where it costs more."""
+    return torch.ones(query.shape[2], device=query.device).cumsum(0)
+
+
+def _bf16_attention(module: nn.Module, query: torch.Tensor, attention_mask) -> Callable | None:
+    """What is faster than torch's `sdpa` in bfloat16 training on CPU, where something is."""
+    if not (query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad):
+        return None
+    if _is_compiled_training() and attention_mask is None and not (module.training and module.attn_dropout.p):
+        return compiled_bf16_attention_forward
+    return short_bf16_attention_forward if query.shape[2] <= 256 and not torch.compiler.is_exporting() else None
 
 
 class ScratchGPTAttention(nn.Module):
@@ -331,8 +422,8 @@ class ScratchGPTAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.config._attn_implementation == "sdpa" and kwargs.get("is_causal", True) and _is_short_bf16(query):
-            attention_interface = short_bf16_attention_forward
+        if self.config._attn_implementation == "sdpa" and kwargs.get("is_causal", True):
+            attention_interface = _bf16_attention(self, query, attention_mask) or attention_interface
         output, weights = attention_interface(
             self,
             query,
@@ -994,9 +1085,9 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
 # before it forgets them (as in Hsu et al. 2024, "Liger Kernel").
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Tokens per chunk. Measured on CPU: a small vocabulary's chunk should stay in the cache, a large one's should be long
-# enough to pay for adding up the head's gradient once per chunk (1,024 x 50,257 logits are 103 MB in bfloat16).
-CHUNK_SIZE_SMALL_VOCABULARY, CHUNK_SIZE_LARGE_VOCABULARY, LARGE_VOCABULARY = 512, 1024, 16384
+# Tokens per chunk, enough to pay for adding up the head's gradient once per chunk (1,024 x 50,257 logits are 103 MB in
+# bfloat16). On CPU half as many are 1% slower, and a small vocabulary's logits stay in the cache.
+CHUNK_SIZE, CHUNK_SIZE_CPU = 1024, 512
 # Between the matrix products of a chunk, so many logits at a time go through the float32 softmax: on CPU they stay in the
 # cache, elsewhere they are few enough not to count.
 PIECE_SIZE, PIECE_SIZE_CPU = 2**24, 2**19
@@ -1022,7 +1113,7 @@ def linear_cross_entropy(
         num_items_in_batch: Divisor of the summed loss. Default: the number of labels that count.
         softcap: `c` in `logits = c * tanh(logits / c)`.
         vocab_size: Leave out the rows of `weight` from this one on; they are padding.
-        chunk_size: Tokens per chunk, by default chosen for speed from the size of the vocabulary.
+        chunk_size: Tokens per chunk, by default chosen for speed and memory.
 
     On CUDA this is the kernel of the package liger-kernel where that is installed.
 
@@ -1045,8 +1136,7 @@ def linear_cross_entropy(
         bias = bias[:vocab_size].to(dtype) if bias is not None else None
         return total(weight[:vocab_size].to(dtype), hidden.to(dtype), labels, bias).float() / divisor
     if chunk_size is None:
-        large = weight.shape[0] > LARGE_VOCABULARY
-        chunk_size = CHUNK_SIZE_LARGE_VOCABULARY if large else CHUNK_SIZE_SMALL_VOCABULARY
+        chunk_size = CHUNK_SIZE_CPU if hidden.device.type == "cpu" else CHUNK_SIZE
     return _LinearCrossEntropy.apply(
         hidden, weight, bias, labels, divisor, ignore_index, softcap, vocab_size, chunk_size, torch.is_grad_enabled()
     )
@@ -1098,7 +1188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     if dtype == torch.float32:
                         grad_weight.addmm_(logits.t(), chunk)
                     else:
-                        grad_weight += logits.t() @ chunk
+                        _add_product(grad_weight, logits.t(), chunk)
                 del logits  # or the next chunk's would be beside them
         if late is not None:
             loss *= late
@@ -1122,6 +1212,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if scaled:
             grads = [grad * grad_loss.to(grad.dtype) if grad is not None else None for grad in grads]
         return *grads, None, None, None, None, None, None, None
+
+
+# So many rows of the head's gradient at a time on CPU: torch copies them into float32 before it adds them up, and the copy
+# should stay in the cache.
+HEAD_ROWS_CPU = 4096
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`total += a @ b`, where the product is of another dtype."""
+    rows = HEAD_ROWS_CPU if total.device.type == "cpu" and not torch.compiler.is_compiling() else len(total)
+    for some, factor in zip(total.split(rows), a.split(rows), strict=True):
+        some += factor @ b
 
 
 def _loss_of_piece(logits, targets, row_scale, bias, softcap, vocab_size, need_gradient, grad_bias):
@@ -1160,12 +1262,39 @@ for _names, _model_class in (
 ):
     _names.setdefault(ScratchGPTConfig.model_type, _model_class.__name__)
 
-# What `LoraConfig()` adapts when it is given no target_modules: every projection of every layer.
-if is_peft_available():
-    _peft_constants = importlib.import_module("peft.utils.constants")
-    _peft_constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(
-        ScratchGPTConfig.model_type, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+
+class _WhenPeftComes(importlib.abc.MetaPathFinder):
+    """Tells PEFT what `LoraConfig()` adapts when it is given no target_modules, every projection of every layer, as soon as
+    it is imported, which takes a second that not every process has to spend.
+    """
+
+    table = "peft.utils.constants"
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != self.table:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def execute_and_tell(module):
+            execute(module)
+            self.tell(module)
+
+        spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        return spec
+
+    @staticmethod
+    def tell(module) -> None:
+        module.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(
+            ScratchGPTConfig.model_type, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        )
+
+
+if _WhenPeftComes.table in sys.modules:
+    _WhenPeftComes.tell(sys.modules[_WhenPeftComes.table])
+else:
+    sys.meta_path.insert(0, _WhenPeftComes())
 
 
 __all__ = [

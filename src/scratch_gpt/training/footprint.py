@@ -16,9 +16,9 @@ import torch
 
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.model.modeling_scratch_gpt import (
-    CHUNK_SIZE_LARGE_VOCABULARY,
-    CHUNK_SIZE_SMALL_VOCABULARY,
-    LARGE_VOCABULARY,
+    CHUNK_SIZE,
+    CHUNK_SIZE_CPU,
+    HEAD_ROWS_CPU,
     PIECE_SIZE,
     PIECE_SIZE_CPU,
 )
@@ -26,7 +26,7 @@ from scratch_gpt.model.modeling_scratch_gpt import (
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 FP32, BF16, INT64 = 4, 2, 8
 SHORT_BF16 = 256
-"""Longest context for which attention in bf16 on CPU is made of plain matrix products (`_is_short_bf16`)."""
+"""Longest context for which attention in bf16 on CPU is made of plain matrix products (`_bf16_attention`)."""
 
 
 @dataclass(frozen=True)
@@ -412,13 +412,16 @@ def temporary_in_loss(config: ScratchGPTConfig, load: Workload) -> float:
     vocabulary, hidden = config.padded_vocab_size, config.hidden_size
     if load.tensor_parallel > 1:  # a split head: all logits, in float32 their softmax and its gradient
         return load.tokens * config.vocab_size * (load.matmul_bytes + 3 * FP32)
-    large = vocabulary > LARGE_VOCABULARY
-    chunk = min(CHUNK_SIZE_LARGE_VOCABULARY if large else CHUNK_SIZE_SMALL_VOCABULARY, load.tokens)
-    piece = min(chunk, max(1, (PIECE_SIZE_CPU if load.device == "cpu" else PIECE_SIZE) // vocabulary))
+    on_cpu = load.device == "cpu"
+    chunk = min(CHUNK_SIZE_CPU if on_cpu else CHUNK_SIZE, load.tokens)
+    piece = min(chunk, max(1, (PIECE_SIZE_CPU if on_cpu else PIECE_SIZE) // vocabulary))
     floats = 2 if load.autocast else 1  # log-softmax; the logits themselves
     if config.final_logit_softcapping:  # and what the derivative of tanh takes
         floats = 5
-    in_16_bits = 2 * vocabulary * hidden * BF16 if load.autocast else 0  # the head, and its gradient of a chunk
+    rows = (
+        min(HEAD_ROWS_CPU, vocabulary) if on_cpu else vocabulary
+    )  # of the head's gradient of a chunk, beside the head
+    in_16_bits = (vocabulary + rows) * hidden * BF16 if load.autocast else 0
     return vocabulary * (chunk * load.matmul_bytes + piece * floats * FP32) + in_16_bits
 
 
