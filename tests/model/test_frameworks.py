@@ -1,6 +1,8 @@
 """What PEFT, TRL, Accelerate and vLLM ask of a model is there, under the names that they ask for."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,6 +35,19 @@ def test_lora_covers_every_projection_but_the_head(build, style, multiple, ids, 
     assert len(adapted) == model.config.num_hidden_layers * len(set(adapted))
     lora.train()(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for name, p in lora.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("first", ["scratch_gpt", "peft"])
+def test_peft_waits_until_it_is_needed_and_then_knows_what_to_adapt(first):
+    code = f"""
+import sys
+import {first}
+assert ("peft" in sys.modules) == ({first!r} == "peft")
+import scratch_gpt, peft
+print(*peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["scratch_gpt"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == PROJECTIONS | {"gate_proj"}, done.stderr
 
 
 def test_lora_of_a_reward_model_leaves_its_score_to_be_trained_whole(build, style):

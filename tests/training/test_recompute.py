@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy
 
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.training.recompute import checkpoint_activations
+from scratch_gpt.training.recompute import _policy, checkpoint_activations
 from tests.training.test_parts import tiny_model
 
 STYLES = {
@@ -62,6 +63,13 @@ def test_less_is_kept(style):
     half, _ = step(style, activation_checkpointing="full", activation_checkpointing_every=2)
     full, _ = step(style, activation_checkpointing="full")
     assert full < 0.5 * nothing and full < half < nothing
+
+
+@pytest.mark.parametrize("rows, columns, kept", [(16, 64, False), (64, 16, True), (16, 16, True)])
+def test_selective_recomputes_what_is_larger_than_what_it_was_made_of(rows, columns, kept):
+    """Scores of 64 keys from heads of 16; the output from them."""
+    policy = _policy(None, torch.ops.aten.bmm.default, torch.ones(2, 64, rows), torch.ones(2, rows, columns))
+    assert (policy == CheckpointPolicy.MUST_SAVE) == kept
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Activation checkpointing: forget what the blocks computed in the forward pass, and compute it again in the backward pass.
 
 Chen et al., 2016, arXiv:1604.06174. "full" keeps only each block's input; "selective" keeps the results of the matrix
-products and of attention, which are dear, and recomputes what lies between (Korthikanti et al., 2022, arXiv:2205.05198).
+products and of attention, which are dear, and recomputes what lies between, and attention's scores, which are large
+(Korthikanti et al., 2022, arXiv:2205.05198).
 The random numbers of the second computation are those of the first, or dropout would give another gradient.
 """
 
@@ -16,7 +17,6 @@ from scratch_gpt.config import TrainingSettings
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_mm.default,  # float8
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -36,4 +36,8 @@ def checkpoint_activations(model: Any, settings: TrainingSettings) -> None:
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = operation in _KEPT
+    if operation is torch.ops.aten.bmm.default:
+        one, other = arguments  # queries and keys make scores, weights and values an output of the size of the queries
+        kept = other.shape[2] <= one.shape[2]
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
