@@ -358,13 +358,17 @@ def _positions(query: torch.Tensor) -> torch.Tensor:
     return torch.ones(query.shape[2], device=query.device).cumsum(0)
 
 
-def _bf16_attention(module: nn.Module, query: torch.Tensor, attention_mask) -> Callable | None:
+def _bf16_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, attention_mask) -> Callable | None:
     """What is faster than torch's `sdpa` in bfloat16 training on CPU, where something is."""
-    if not (query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad):
+    on_cpu = query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad
+    if not on_cpu or torch.compiler.is_exporting():
         return None
-    if _is_compiled_training() and attention_mask is None and not (module.training and module.attn_dropout.p):
+    causal = attention_mask is None and query.shape[2] == key.shape[2]
+    dropout = module.training and module.attn_dropout.p > 0
+    if causal and not dropout and _is_compiled_training():
         return compiled_bf16_attention_forward
-    return short_bf16_attention_forward if query.shape[2] <= 256 and not torch.compiler.is_exporting() else None
+    longest = 512 if torch.compiler.is_compiling() else 256
+    return short_bf16_attention_forward if query.shape[2] <= longest else None
 
 
 class ScratchGPTAttention(nn.Module):
@@ -423,7 +427,7 @@ class ScratchGPTAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         if self.config._attn_implementation == "sdpa" and kwargs.get("is_causal", True):
-            attention_interface = _bf16_attention(self, query, attention_mask) or attention_interface
+            attention_interface = _bf16_attention(self, query, key, attention_mask) or attention_interface
         output, weights = attention_interface(
             self,
             query,
@@ -1086,7 +1090,7 @@ class ScratchGPTForQuestionAnswering(ScratchGPTPreTrainedModel):
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Tokens per chunk, enough to pay for adding up the head's gradient once per chunk (1,024 x 50,257 logits are 103 MB in
-# bfloat16). On CPU half as many are 1% slower, and a small vocabulary's logits stay in the cache.
+# bfloat16). On CPU half as many take no longer, and a small vocabulary's logits stay in the cache.
 CHUNK_SIZE, CHUNK_SIZE_CPU = 1024, 512
 # Between the matrix products of a chunk, so many logits at a time go through the float32 softmax: on CPU they stay in the
 # cache, elsewhere they are few enough not to count.

@@ -418,9 +418,8 @@ def temporary_in_loss(config: ScratchGPTConfig, load: Workload) -> float:
     floats = 2 if load.autocast else 1  # log-softmax; the logits themselves
     if config.final_logit_softcapping:  # and what the derivative of tanh takes
         floats = 5
-    rows = (
-        min(HEAD_ROWS_CPU, vocabulary) if on_cpu else vocabulary
-    )  # of the head's gradient of a chunk, beside the head
+    rows = min(HEAD_ROWS_CPU, vocabulary) if on_cpu else vocabulary
+    # The head, and as many rows of its gradient of a chunk.
     in_16_bits = (vocabulary + rows) * hidden * BF16 if load.autocast else 0
     return vocabulary * (chunk * load.matmul_bytes + piece * floats * FP32) + in_16_bits
 
