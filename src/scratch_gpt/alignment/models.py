@@ -33,6 +33,10 @@ def load_for_training(settings: Any) -> tuple[Any, Any]:
         raise UserError(f"{settings.model} cannot be loaded in 4 bits: {error}") from error
     if not any(parameter.dtype == torch.uint8 for parameter in model.parameters()):
         raise UserError(f"--load-in-4bit: no weight of {settings.model} could be packed into 4 bits")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # In evaluation bitsandbytes 0.50 would pack the weights anew for a kernel that takes multiples of 64 inputs only.
+            module.support_avx512bf16_for_cpu = False
     return model, tokenizer
 
 
