@@ -343,7 +343,6 @@ def test_compiled_bf16_training_takes_attention_in_blocks(build, style):
     exact = gradients(model, model, ids)
     with torch.autocast("cpu", torch.bfloat16):
         eager = gradients(model, model, ids)
-        assert not any("scaled_dot_product" in name for name in map(str, graphs))
         compiled = gradients(torch.compile(model, backend=keep), model, ids)
     names = {name for graph in graphs for name in nodes_by_name(graph)}
     assert any("autograd_function_apply" in name for name in names)

@@ -78,7 +78,9 @@ def test_backward_twice_accumulates():
     torch.testing.assert_close((hidden.grad, weight.grad), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_is_as_close_to_float32_as_the_full_logits_are():
+@pytest.mark.parametrize("head_rows", [5, 4096])
+def test_bfloat16_is_as_close_to_float32_as_the_full_logits_are(monkeypatch, head_rows):
+    monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.HEAD_ROWS_CPU", head_rows)
     hidden, weight, bias, labels = problem(torch.bfloat16)
     exact = [t.detach().float().requires_grad_() for t in (hidden, weight, bias)]
     truth = torch.autograd.grad(reference(*exact, labels), exact)
