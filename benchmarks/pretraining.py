@@ -2,6 +2,7 @@
 
     python benchmarks/pretraining.py --nanogpt ../nanoGPT            # all shapes, about an hour on two cores
     python benchmarks/pretraining.py --nanogpt ../nanoGPT --shape a --repeats 5
+    python benchmarks/pretraining.py --profile --shape c             # where a step of scratch-gpt at its best spends its time
 
 All train GPT-2's architecture of the same shape, without dropout, on the same random tokens, with the same tokens per
 step. Each contestant runs in a process of its own, in turn, and reports the median of its steps; the table takes the
@@ -289,10 +290,11 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", required=True, help="checkout of the public repository")
+    parser.add_argument("--nanogpt", default="", help="checkout of the public repository")
     parser.add_argument("--shape", choices=[*SHAPES], help="one shape only")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS, help="that are timed in a turn, after two")
+    parser.add_argument("--profile", action="store_true", help="two steps of scratch-gpt, compared with nobody")
     parser.add_argument("--skip-compile", action="store_true", help="eager settings only")
     parser.add_argument("--child", choices=[*CONTESTANTS], help=argparse.SUPPRESS)
     parser.add_argument("--precision", help=argparse.SUPPRESS)
@@ -301,9 +303,14 @@ def main() -> None:
     if arguments.child:
         child(arguments)
         return
+    if not arguments.profile and not Path(arguments.nanogpt, "model.py").is_file():
+        parser.error("--nanogpt DIR is needed: a checkout of github.com/karpathy/nanoGPT")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for name in [arguments.shape] if arguments.shape else SHAPES:
-        compare(name, arguments)
+        if arguments.profile:
+            ours(SHAPES[name], precisions()[-1], True, profile_steps=[4, 5])
+        else:
+            compare(name, arguments)
 
 
 if __name__ == "__main__":
