@@ -10,7 +10,8 @@ nanoGPT is its own model (10M parameters, context 256, GPT-2's block), optimizer
 bfloat16 autocast where the machine has that, which is faster than its script on a CPU, and without the script's
 evaluations. Its learning rate decays as a cosine over the time that it has; --tune tries several peaks for a quarter of
 the time each and takes the best.
-scratch-gpt is `scratch-gpt pretrain` as it comes, with the number of steps that fit into its time.
+scratch-gpt is `scratch-gpt pretrain` as it comes, with the number of steps that fit into its time by the speed of a first
+run of a minute, which is not counted.
 """
 
 import argparse
@@ -30,8 +31,9 @@ from pretraining import precisions
 LAYERS, WIDTH, HEADS, CONTEXT, ROWS = 6, 320, 5, 256, 16
 RATES = (1e-3, 2e-3, 4e-3)
 """Peak learning rates that --tune tries first; its script has 6e-4 for 124M parameters and 1e-3 for small ones."""
-SAVING_SECONDS = 5.0
-"""Of a scratch-gpt run after its last step: validation and saving."""
+PILOT_SECONDS = 60.0
+RESERVE = 0.98
+"""Of the time that is left for steps: this much is planned for."""
 
 
 def settings_of(arguments: argparse.Namespace, run_dir: Path):
@@ -117,14 +119,23 @@ def train_ours(arguments: argparse.Namespace) -> dict[str, float]:
         run_dir.mkdir()
         settings = settings_of(arguments, run_dir)
         run = Pretraining(settings, run_dir, budget_seconds=arguments.seconds - seconds_since_process_start())
-        settings.max_steps = run.steps_in(arguments.seconds - seconds_since_process_start() - SAVING_SECONDS)
+        settings.max_steps = arguments.steps or run.steps_in(PILOT_SECONDS)
         run.run()
         seconds = seconds_since_process_start()
-        last = read_metrics(run_dir / "metrics.jsonl")[-1]
+        records = [record for record in read_metrics(run_dir / "metrics.jsonl") if "loss" in record]
+        last = records[-1]
+        stepping = last["time"] - records[0]["time"]
         model = AutoModelForCausalLM.from_pretrained(run_dir / "final", dtype=torch.float32).eval()
         context = model.config.max_position_embeddings
         bits = score(lambda x, y: model(input_ids=x, use_cache=False).logits, arguments.work, context)
-    return {"bits_per_byte": bits, "seconds": seconds, "steps": last["step"], "tokens": last["tokens"]}
+    return {
+        "bits_per_byte": bits,
+        "seconds": seconds,
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "steps_per_second": (len(records) - 1) / stepping,
+        "other_seconds": seconds - stepping,
+    }
 
 
 @torch.no_grad()
@@ -142,10 +153,14 @@ def score(logits_of, work: Path, context: int) -> float:
     return nats / math.log(2) / totals(read_manifest(work / "data"), "validation")["bytes"]
 
 
-def run(arguments: argparse.Namespace, work: Path, who: str, minutes: float, seed: int, rate: float) -> dict:
+def run(
+    arguments: argparse.Namespace, work: Path, who: str, minutes: float, seed: int, rate: float = 0.0, steps: int = 0
+) -> dict:
     command = [sys.executable, __file__, "--child", who, "--work", str(work), "--seed", str(seed)]
     command += ["--train", str(arguments.train), "--valid", str(arguments.valid), "--nanogpt", str(arguments.nanogpt)]
-    command += ["--seconds", str(60 * minutes), "--rate", str(rate)] + ["--bf16"] * arguments.bf16
+    command += ["--seconds", str(60 * minutes), "--rate", str(rate), "--steps", str(steps)] + [
+        "--bf16"
+    ] * arguments.bf16
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{who} failed:\n{done.stderr[-3000:]}")
@@ -153,10 +168,15 @@ def run(arguments: argparse.Namespace, work: Path, who: str, minutes: float, see
     print(
         f"{who:<11} seed {seed}  {result['seconds'] / 60:5.2f} min  {result['bits_per_byte']:.4f} bits per byte  "
         f"{result['steps']:>7,} steps, {result['tokens'] / 1e6:.2f}M tokens"
-        + (f", learning rate {rate:g}" if who == "nanoGPT" else ""),
+        + (f", learning rate {rate:g}" if who == "nanoGPT" else "" if steps else ", the first run"),
         flush=True,
     )
     return result
+
+
+def steps_that_fit(arguments: argparse.Namespace, work: Path) -> int:
+    first = run(arguments, work, "scratch-gpt", arguments.our_minutes, 0)
+    return int(RESERVE * (60 * arguments.our_minutes - first["other_seconds"]) * first["steps_per_second"])
 
 
 def tuned(arguments: argparse.Namespace, work: Path) -> float:
@@ -175,13 +195,15 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of github.com/karpathy/nanoGPT")
     parser.add_argument("--minutes", type=float, default=20.0, help="that nanoGPT has")
     parser.add_argument("--our-minutes", type=float, default=7.0)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", action="append", choices=["nanoGPT", "scratch-gpt"], help="one of the two")
     parser.add_argument("--rate", type=float, default=2e-3, help="nanoGPT's peak learning rate")
     parser.add_argument("--tune", action="store_true", help="find nanoGPT's learning rate first")
     parser.add_argument("--child", choices=["prepare", "nanoGPT", "scratch-gpt"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--bf16", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -202,10 +224,15 @@ def main() -> None:
         rate = arguments.rate
         if arguments.tune:
             rate = tuned(arguments, work)
-        results: dict[str, list[dict]] = {"nanoGPT": [], "scratch-gpt": []}
-        for seed in range(arguments.seeds):
-            results["nanoGPT"].append(run(arguments, work, "nanoGPT", arguments.minutes, seed, rate))
-            results["scratch-gpt"].append(run(arguments, work, "scratch-gpt", arguments.our_minutes, seed, rate))
+        results: dict[str, list[dict]] = {who: [] for who in arguments.only or ["nanoGPT", "scratch-gpt"]}
+        steps = steps_that_fit(arguments, work) if "scratch-gpt" in results else 0
+        for seed in arguments.seeds:
+            if "nanoGPT" in results:
+                results["nanoGPT"].append(run(arguments, work, "nanoGPT", arguments.minutes, seed, rate))
+            if "scratch-gpt" in results:
+                results["scratch-gpt"].append(
+                    run(arguments, work, "scratch-gpt", arguments.our_minutes, seed, steps=steps)
+                )
     print("\n| median | minutes | bits per byte | range |\n|---|---:|---:|---|")
     for who, each in results.items():
         bits = [result["bits_per_byte"] for result in each]

@@ -124,7 +124,7 @@ def test_a_reward_model_of_ours_and_merged_adapters(material):
         ({"reward": "rewards_of_test:nothing"}, "give MODULE:FUNCTION"),
         ({"reward": "no_such_module:f"}, "cannot import no_such_module here"),
         ({"reward": "rewards_of_test:broken"}, "broken raised IndexError: string index out of range"),
-        (["--ppo.device_batch_size", 3], "it must be a multiple of 3 (device_batch_size) x 1 (processes)"),
+        (["--ppo.device_batch_size", 3], "it must be a multiple of 3 (device_batch_size) x 1 (processes that read"),
         (["--data", "none.jsonl"], "there is no file none.jsonl"),
         (["--data", "bad.jsonl"], "bad.jsonl, row 2: its columns are text, but this stage takes prompt; instruction"),
         (["--data", "mixed.jsonl"], "mixed.jsonl: plain texts and messages are mixed"),

@@ -230,10 +230,11 @@ def test_zero_learns_what_one_process_learns_and_each_goes_on_with_the_other(pai
     assert_same("sft", "back")
 
 
-def half_done(run_dir, other):
+def half_done(run_dir, other, first=3, last=6):
     """A copy of a run of six steps as it was after three."""
     shutil.copytree(run_dir, other)
-    for gone in ("checkpoint-6", "final"):
+    assert Path(other, f"checkpoint-{first}").is_dir()
+    for gone in (f"checkpoint-{last}", "final"):
         shutil.rmtree(f"{other}/{gone}")
 
 
@@ -260,6 +261,8 @@ def test_processes_that_share_matrix_products_learn_what_one_learns(pairs, layou
     runs = [words(verb, save_every=3) for verb in ("sft", "reward", "dpo", "kto")]
     accumulated, rough = (words("sft", *some, save_every=3, run_dir=f"sft{at}") for at, some in enumerate(more))
     runs.append(accumulated)
+    if layout == "tp":
+        runs += [RUNS[name] for name in ("lora", "reward-lora", "kto-lora")]
     alone(*runs)
     further = words("sft", save_every=3, run_dir="further")
     half_done("sft", f"further-{layout}")
@@ -281,6 +284,60 @@ def test_processes_that_share_matrix_products_learn_what_one_learns(pairs, layou
     half_done(f"dpo-{layout}", "back")
     alone(words("dpo", save_every=3, run_dir="back"))
     assert_same("dpo", "back")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "processes", "sizes", "copies"),
+    [("tp", 2, {"tp_size": 2}, "cpu"), ("fsdp2_tp", 4, {"dp_shard_size": 2, "tp_size": 2}, "ddp_cpu")],
+)
+def test_processes_that_share_matrix_products_draw_the_same(pairs, layout, processes, sizes, copies):  # noqa: F811
+    """Like one process, or two copies: what they draw and what they learn of it; the user's function is asked once."""
+    Path("asked.py").write_text(
+        "import os, rewards_of_test\n"
+        "def vowels(completions, **columns):\n"
+        "    open(f'asked-{os.environ[\"NAME\"]}-{os.getpid()}', 'a').write('1')\n"
+        "    return rewards_of_test.vowels_said(completions=completions, **columns)\n"
+    )
+    asking = [word if word != "rewards_of_test:vowels_said" else "asked:vowels" for word in DRAWING["grpo"]]
+    accumulated = words(
+        "rloo", "--rloo.device_batch_size", 2, "--rloo.num_iterations", 2, save_every=4, run_dir="again"
+    )
+    judged = words("rloo", "--reward-model", "judge", "--rloo.beta", 0.1, save_every=3, run_dir="judged")
+    judged = [word for word in judged if word not in ("--reward", "rewards_of_test:vowels_said")]
+    runs = [DRAWING["ppo"], DRAWING["ppo-left"], asking, judged]
+    if layout == "tp":
+        runs += [accumulated, *(DRAWING[name] for name in ("ppo-lora", "rloo-lora"))]
+    data = processes // 2
+    in_processes(copies, *(under(run, copies) for run in runs), processes=data, COMPLETIONS="short", NAME=copies)
+    half_done("ppo-" + copies, f"further-{layout}", first=6, last=12)
+    further = [*PPO, "--run-dir", "further"]
+    started = [*runs, further]
+    said = in_processes(
+        layout,
+        *(under(run, layout) for run in started),
+        processes=processes,
+        sizes=sizes,
+        COMPLETIONS="short",
+        NAME=layout,
+    )
+    assert "resumed    checkpoint-6" in said
+    for run in started:
+        directory = run[run.index("--run-dir") + 1]
+        facts = [json.loads(Path(f"{directory}-{layout}/facts-{rank}.json").read_text()) for rank in range(processes)]
+        for one in facts:
+            assert not any(one["training"])
+            for model in filter(None, (one, one["frozen"])):
+                assert model["held"] == pytest.approx(1 / processes, rel=0.1), directory
+        if run is further:
+            assert_same(f"ppo-{copies}", f"{directory}-{layout}")
+            continue
+        assert_same(f"{directory}-{copies}", f"{directory}-{layout}")
+        for rank in range(processes):
+            like = json.loads(Path(f"{directory}-{copies}/facts-{rank // 2}.json").read_text())
+            assert facts[rank]["drawn"] == like["drawn"] != []
+    asked = {name: [path.read_text() for path in Path().glob(f"asked-{name}-*")] for name in (copies, layout)}
+    assert sorted(asked[layout]) == sorted(asked[copies]) and len(asked[layout]) == data
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import pack_dataset
 from trl.trainer.utils import RepeatSampler
 
-from scratch_gpt.alignment import sft, stage
+from scratch_gpt.alignment import grpo, sft, stage
 from scratch_gpt.alignment.chat import encode_answer
 from scratch_gpt.alignment.grpo import Passes
 from scratch_gpt.alignment.records import conversations
@@ -373,7 +373,6 @@ def test_mistakes_are_told_in_one_message(pairs, capsys, verb, more, message):
             {**SIZES, "PARALLELISM_CONFIG_CP_SIZE": "2"},
             "`dpo` reads whole ones: take configs/accelerate/ddp.yaml",
         ),
-        ("grpo", {**SIZES, "PARALLELISM_CONFIG_TP_SIZE": "2"}, "each token that `grpo` draws"),
         (
             "kto",
             {**SIZES, "PARALLELISM_CONFIG_TP_SIZE": "2"},
@@ -391,11 +390,28 @@ def test_layouts_in_which_a_stage_does_not_run_are_refused(pairs, capsys, monkey
     assert not (pairs / verb).exists()
 
 
-def test_tensor_parallelism_does_not_take_adapters(pairs, capsys, monkeypatch):
-    for name, value in {**SIZES, "PARALLELISM_CONFIG_TP_SIZE": "2"}.items():
+@pytest.mark.parametrize(
+    ("verb", "more", "launch", "message"),
+    [
+        ("sft", ["--lora-rank", 2], {"ACCELERATE_USE_FSDP": "true"}, "--lora-rank with fsdp2_tp.yaml: take tp.yaml"),
+        ("sft", ["--lora-rank", 2, "--load-in-4bit", "true"], {}, "does not divide packed weights"),
+    ],
+)
+def test_tensor_parallelism_has_limits(pairs, capsys, monkeypatch, verb, more, launch, message):
+    for name, value in {**SIZES, "PARALLELISM_CONFIG_TP_SIZE": "2", **launch}.items():
         monkeypatch.setenv(name, value)
-    assert main(words("sft", "--lora-rank", 2)) == 2
-    assert "--lora-rank: tensor parallelism does not divide adapters" in capsys.readouterr().err
+    assert main(words(verb, *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatch):
+    for name, value in {"PARALLELISM_CONFIG_TP_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(grpo, "launched_processes", lambda: SimpleNamespace(num_processes=6))
+    assert main(words("grpo", "--grpo.scale_rewards", "batch")) == 2
+    said = capsys.readouterr().err
+    assert "it must be a multiple of 4 (num_generations) x 3 (processes that read rows of their own)" in said
+    assert "scale_rewards batch: under tensor parallelism the deviation is that of a group" in said
 
 
 def test_tensor_parallelism_divides_no_model_of_others():

@@ -9,6 +9,7 @@ value function to learn, in contrast to PPO.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, 
 from scratch_gpt.config import DrawingSettings, GroupTrainingSettings, GRPOSettings, RLOOSettings
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
+from scratch_gpt.training.launch import launched_processes, tensor_size
 
 
 class EncodedPrompts(Resumable):
@@ -43,6 +45,7 @@ class EncodedPrompts(Resumable):
     in an order in which a resumed run finds its place."""
 
     args: Any
+    draws = True
     num_generations: int
     num_iterations: int
 
@@ -52,6 +55,13 @@ class EncodedPrompts(Resumable):
     def _generate_single_turn(self, *arguments: Any) -> Any:
         with self.drawing():
             return super()._generate_single_turn(*arguments)
+
+    def _generate(self, *arguments: Any) -> Any:
+        before = self.state.num_input_tokens_seen
+        generated = super()._generate(*arguments)
+        read = self.state.num_input_tokens_seen - before  # once for each process, TRL has it
+        self.state.num_input_tokens_seen = before + read // self.get_tp_size()
+        return generated
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
         rows = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.generation_batch_size
@@ -119,6 +129,16 @@ def check(settings: DrawingSettings, verb: str) -> None:
             f"--{verb}.batch_size is {group.batch_size} completions; it must be a multiple of {group.num_generations} "
             "(num_generations)"
         )
+    reading = launched_processes().num_processes // tensor_size()
+    if tensor_size() > 1 and group.batch_size % (group.num_generations * reading):
+        problems.append(
+            f"--{verb}.batch_size is {group.batch_size} completions; under tensor parallelism it must be a multiple of "
+            f"{group.num_generations} (num_generations) x {reading} (processes that read rows of their own)"
+        )
+    if tensor_size() > 1 and getattr(group, "scale_rewards", "") == "batch":
+        problems.append(
+            f"--{verb}.scale_rewards batch: under tensor parallelism the deviation is that of a group: give group or none"
+        )
     if settings.max_steps % group.num_iterations:
         problems.append(
             f"--max-steps is {settings.max_steps}; give a multiple of {group.num_iterations} (num_iterations)"
@@ -155,24 +175,31 @@ def _build(
     model.generation_config.eos_token_id = stop_ids
     chosen = settings.reward_model or reward_function(reward_of(settings))
     (reward,) = load_rewards(chosen, None, tokenizer, stop_ids)
+    given = training_arguments(settings, verb, run_dir)
+    # TRL wants whole groups in each batch of an evaluation, and we in each process where some share their rows.
+    rows = given["per_device_eval_batch_size"]
+    if rows * (launched_processes().num_processes if tensor_size() == 1 else 1) % group.num_generations:
+        given["per_device_eval_batch_size"] = math.lcm(rows, group.num_generations)
+    arguments = config_class(
+        **given,
+        remove_unused_columns=False,
+        num_generations=group.num_generations,
+        num_iterations=group.num_iterations,
+        max_completion_length=group.max_completion_length,
+        temperature=group.temperature,
+        top_p=1.0,  # nothing may stand between the probabilities that are drawn from and those that are compared
+        top_k=0,
+        beta=group.beta,
+        epsilon=group.epsilon,
+        mask_truncated_completions=group.mask_truncated_completions,
+        disable_dropout=True,
+        **own,
+    )
+    arguments.generation_batch_size //= tensor_size()  # TRL counts processes, and some may share their rows
     trainer = trainer_class(
         model,
-        scorer(reward, tokenizer),
-        config_class(
-            **training_arguments(settings, verb, run_dir),
-            remove_unused_columns=False,
-            num_generations=group.num_generations,
-            num_iterations=group.num_iterations,
-            max_completion_length=group.max_completion_length,
-            temperature=group.temperature,
-            top_p=1.0,  # nothing may stand between the probabilities that are drawn from and those that are compared
-            top_k=0,
-            beta=group.beta,
-            epsilon=group.epsilon,
-            mask_truncated_completions=group.mask_truncated_completions,
-            disable_dropout=True,
-            **own,
-        ),
+        scorer(reward, tokenizer, lambda compute: trainer.told_by_first(compute)),
+        arguments,
         train_dataset=Dataset.from_list(data.train),
         eval_dataset=Dataset.from_list(data.validation),
         processing_class=tokenizer,
@@ -204,8 +231,12 @@ def _check_reference(trainer: Any) -> None:
         assert torch.equal(parameter.cpu(), whole_one), f"the reference has another {name}"
 
 
-def scorer(reward: RewardModel | FunctionReward, tokenizer: Any) -> Callable[..., list[float]]:
-    """The reward as TRL calls it: what it gives is checked, and what it raises is told."""
+def scorer(
+    reward: RewardModel | FunctionReward,
+    tokenizer: Any,
+    told_by_first: Callable[[Callable[[], Any]], Any],
+) -> Callable[..., list[float]]:
+    """The reward as TRL calls it: what it gives is checked, and what it raises is told. ``told_by_first``: see Resumable."""
 
     def scores(
         prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
@@ -220,6 +251,8 @@ def scorer(reward: RewardModel | FunctionReward, tokenizer: Any) -> Callable[...
             ],
             columns={name: value for name, value in columns.items() if isinstance(value, list)},
         )
+        if isinstance(reward, FunctionReward):
+            return told_by_first(lambda: score(reward, drawn).tolist())
         return score(reward, drawn).tolist()
 
     scores.__name__ = reward.name

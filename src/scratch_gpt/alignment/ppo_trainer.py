@@ -13,6 +13,7 @@ completions, the others learn from them. Everything else (schedule, clipping, pr
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 from collections import defaultdict
@@ -63,7 +64,8 @@ from scratch_gpt.alignment.rollout import (
     position_arguments,
     token_logprobs,
 )
-from scratch_gpt.alignment.scoring import Completions, Reward, RewardModel, load_rewards, score
+from scratch_gpt.alignment.scoring import Completions, FunctionReward, Reward, RewardModel, load_rewards, score
+from scratch_gpt.training.layout import Layout
 
 logger = logging.get_logger(__name__)
 
@@ -152,6 +154,7 @@ class PPOTrainer(Resumable):
     """
 
     args: PPOConfig
+    draws = True
 
     def __init__(
         self,
@@ -280,11 +283,23 @@ class PPOTrainer(Resumable):
 
     def shard(self) -> None:
         """Policy and value model, so that each computes by itself, too."""
+        if self.tensor is not None:
+            super().shard()
+            return
         # Or Accelerate would give out the weights of the main process once more, as if they were whole.
         self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
         policy, value_model = base_of(self.model.policy), base_of(self.model.value_model)
         shard(self.accelerator, policy)
         shard(self.accelerator, value_model, value_model.base_model, value_model.score)
+
+    @property
+    def trained(self) -> list[Any]:
+        return [self.model.policy, self.model.value_model]
+
+    def divide_trained(self, layout: Layout, precision: str) -> None:
+        policy, value_model = self.trained
+        layout.spread(policy, precision)
+        layout.spread_for(value_model, precision, (value_model.base_model, value_model.score))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's, with a learning rate of its own for the value model where that is asked for."""
@@ -310,8 +325,8 @@ class PPOTrainer(Resumable):
             num_prompts=len(self.train_dataset),
             rows=self.args.rows_per_rollout,
             repeats=self.args.steps_per_rollout * self.args.gradient_accumulation_steps,
-            process=self.args.process_index,
-            processes=self.args.world_size,
+            process=self.data_rank,
+            processes=self.data_size,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
         )
         return _RolloutLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
@@ -366,7 +381,7 @@ class PPOTrainer(Resumable):
         averages["objective/kl_coef"] = coefficient
         for name, value in averages.items():
             self._averages[name].append(value)
-        self.kl_controller.update(averages["objective/kl"], len(examples) * args.world_size)
+        self.kl_controller.update(averages["objective/kl"], len(examples) * self.data_size)
 
         order = torch.stack([torch.randperm(len(examples)) for _ in range(args.num_ppo_epochs)])
         tokens = mask.sum(1).cpu()[order].view(args.num_ppo_epochs, args.num_mini_batches, -1).sum(2)
@@ -431,7 +446,13 @@ class PPOTrainer(Resumable):
                 if name not in ("prompt", "prompt_ids", "completion", "completions", "completion_ids")
             },
         )
-        return torch.stack([score(reward, rollout) for reward in self.rewards], 1).to(batch.input_ids.device)
+        scores = [
+            self.told_by_first(functools.partial(score, reward, rollout))
+            if isinstance(reward, FunctionReward)
+            else score(reward, rollout)
+            for reward in self.rewards
+        ]
+        return torch.stack(scores, 1).to(batch.input_ids.device)
 
     def _normalize(self, scores: torch.Tensor) -> torch.Tensor:
         if self.args.score_normalization == "none":
@@ -466,7 +487,9 @@ class PPOTrainer(Resumable):
         return metrics
 
     def _all_sum(self, sums: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(sums, "sum")
+        """Over all rows; those that several processes read count once."""
+        total = self.accelerator.reduce(sums, "sum")
+        return torch.div(total, self.get_tp_size(), rounding_mode=None if total.is_floating_point() else "floor")
 
     def _all_mean(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
         values = torch.stack([value.double().to(self.args.device) for value in metrics.values()])
@@ -520,7 +543,7 @@ class PPOTrainer(Resumable):
             statistics += [share(policy_clipped.float()), share(entropies), share((logprobs - old_logprobs).exp())]
             statistics += [share(value_clipped.float())]
             self._step_statistics += torch.stack(statistics)
-        return loss * args.world_size  # data parallelism averages the gradients of processes; this sums them
+        return loss * self.data_size  # data parallelism averages the gradients of processes; this sums them
 
     def _finish_step(self) -> None:
         args = self.args
@@ -560,15 +583,15 @@ class PPOTrainer(Resumable):
         if data is None:
             raise ValueError("evaluate: there is no eval_dataset")
         # Of sharded models all processes compute as often: who has a row less takes one that does not count.
-        rows = list(range(args.process_index, len(data), args.world_size))
-        count, most = len(rows), math.ceil(len(data) / args.world_size)
+        rows = list(range(self.data_rank, len(data), self.data_size))
+        count, most = len(rows), math.ceil(len(data) / self.data_size)
         mine = data.select(rows + [0] * (most - count)).to_list()
         was_training = self.model.training
         self.model.eval()
         sums, names = torch.zeros(0), []
         devices = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(args.seed + args.process_index)
+            torch.manual_seed(args.seed + self.data_rank)
             batch, *parts = self._draw(mine)
             logprobs, ref_logprobs, entropies, _, scores = (part[:count] for part in parts)
             if count:
@@ -578,7 +601,7 @@ class PPOTrainer(Resumable):
                 del described["objective/scores_std"]
                 names, sums = list(described), torch.stack(list(described.values())).float().cpu() * count
         self.model.train(was_training)
-        gathered = gather_object([(names, sums.tolist())])
+        gathered = gather_object([(names, sums.tolist())])[:: self.get_tp_size()]
         names = gathered[0][0]
         totals = [sum(values[i] for _, values in gathered if values) for i in range(len(names))]
         metrics = {f"{metric_key_prefix}_{name}": total / len(data) for name, total in zip(names, totals, strict=True)}

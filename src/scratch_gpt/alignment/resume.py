@@ -13,14 +13,14 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -30,6 +30,7 @@ from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.models.utils import add_hooks, remove_hooks
 
+from scratch_gpt.alignment.rollout import base_of
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, write_json
@@ -52,6 +53,8 @@ class Resumable(Trainer):
     """Whether the rows of each step are drawn by :class:`StepBatches`; not for trainers with an order of their own."""
     frozen: Sequence[Any] = ()
     """Models beside the one that is trained, and beside a reference in ``ref_model``."""
+    draws = False
+    """Whether completions are drawn: by processes that share rows, the same ones."""
     zero: ZeroLayout | None = None
     """Where ZeRO is asked for: what cuts the model's state and puts it together."""
     tensor: Layout | None = None
@@ -71,7 +74,7 @@ class Resumable(Trainer):
         run_dir = Path(self.args.output_dir)
         weights = self.whole_weights()  # first: it gives up what an evaluation has gathered
         optimizer = self._whole_optimizer(main)
-        states = gather_object([random_states()])
+        states = gather_object([random_states()])[:: self.get_tp_size()]
         problem: list[Any] = [None]
         if main:
             target = run_dir / f"checkpoint-{step}"
@@ -153,10 +156,21 @@ class Resumable(Trainer):
     def shard(self) -> None:
         """What is to be sharded otherwise than Accelerate will do it, before there is an optimizer."""
         if self.tensor is not None:
-            for model in [self.model, getattr(self, "ref_model", None)]:
-                if model is not None:
-                    self.tensor.spread(model, "bf16" if self.args.bf16 else "fp32")
-            say(f"layout     {self.tensor.describe(self.model, 'bf16' if self.args.bf16 else 'fp32', '')[0]}")
+            precision = "bf16" if self.args.bf16 else "fp32"
+            self.divide_trained(self.tensor, precision)
+            models = [*self.frozen, getattr(self, "ref_model", None)]
+            for model in {id(one): one for one in models if isinstance(one, ScratchGPTPreTrainedModel)}.values():
+                self.tensor.spread(model.requires_grad_(False), precision)
+            say(f"layout     {self.tensor.describe(self.trained[0], precision, '')[0]}")
+
+    @property
+    def trained(self) -> list[Any]:
+        """The models that are trained."""
+        return [self.model]
+
+    def divide_trained(self, layout: Layout, precision: str) -> None:
+        """Divide them over the processes of ``layout``."""
+        layout.spread(self.model, precision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if model is None and self.tensor is None:
@@ -198,12 +212,12 @@ class Resumable(Trainer):
             group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """On another number of processes there is no state for each: new random numbers are drawn."""
+        """Where another number of processes read rows of their own there is no state for each: new random numbers are drawn."""
         if checkpoint is None:
             return
         states = load_file(Path(checkpoint) / STATE / "rng.safetensors")
-        if len(states["cpu"]) == self.args.world_size:
-            set_random_states({kind: of_all[self.args.process_index] for kind, of_all in states.items()})
+        if len(states["cpu"]) == self.data_size:
+            set_random_states({kind: of_all[self.data_rank] for kind, of_all in states.items()})
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -328,18 +342,23 @@ class Resumable(Trainer):
         Raises:
             UserError: the model is none of this package's, whose plans are tested.
         """
-        if not isinstance(self.result, ScratchGPTPreTrainedModel):
+        model = base_of(self.result)
+        if not isinstance(model, ScratchGPTPreTrainedModel):
             raise UserError(
-                f"tensor parallelism divides models of this package, and this is a {type(self.result).__name__}: make it one by "
+                f"tensor parallelism divides models of this package, and this is a {type(model).__name__}: make it one by "
                 "`scratch-gpt import`, or take configs/accelerate/fsdp2.yaml"
             )
         self.tensor = layout
         self.accelerator.state.device_mesh = layout.mesh  # by which Accelerate's loaders find who reads the same rows
         self.accelerator.backward = self._backward_of_parts
+        if self.draws:
+            set_seed(self.args.seed + layout.data_rank)
 
     def _backward_of_parts(self, loss: torch.Tensor) -> None:
         assert self.tensor is not None
-        with self.tensor.micro_batch(self.model, last=self.accelerator.sync_gradients):
+        with ExitStack() as stack:
+            for model in self.trained:
+                stack.enter_context(self.tensor.micro_batch(model, last=self.accelerator.sync_gradients))
             self.tensor.backward(self.model, loss)
 
     def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
@@ -354,6 +373,10 @@ class Resumable(Trainer):
 
     def get_tp_size(self) -> int:
         return 1 if self.tensor is None else self.tensor.tensor_size
+
+    def told_by_first(self, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives, in one of the processes that share rows: a function of the user's may not give the same twice."""
+        return compute() if self.tensor is None else self.tensor.told_by_first(compute)
 
     @property
     def data_size(self) -> int:

@@ -136,13 +136,12 @@ def _check_sizes(sizes: ParallelismConfig, settings: Any, verb: str) -> None:
         raise UserError(
             f"parallelism_config divides the columns of rows, which is for `pretrain`; `{verb}` reads whole ones: {instead}"
         )
-    if sizes.tp_size > 1 and verb in DRAWING:
+    if sizes.tp_size > 1 and sharded and settings.lora_rank is not None:
         raise UserError(
-            f"tensor parallelism would communicate in every block for each token that `{verb}` draws, and is not supported "
-            f"here: {instead}"
+            "--lora-rank with fsdp2_tp.yaml: take tp.yaml or fsdp2.yaml, adapters are not sharded in both ways"
         )
-    if sizes.tp_size > 1 and settings.lora_rank is not None:
-        raise UserError(f"--lora-rank: tensor parallelism does not divide adapters: {instead}")
+    if sizes.tp_size > 1 and getattr(settings, "load_in_4bit", False):
+        raise UserError(f"--load-in-4bit: tensor parallelism does not divide packed weights: {instead}")
     if sizes.total_size != world:
         raise UserError(
             f"parallelism_config asks for {sizes.total_size} processes ({sizes.dp_replicate_size} copies in "

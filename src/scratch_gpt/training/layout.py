@@ -10,7 +10,7 @@ The loop asks a `Layout` which rows to read, how much a loss counts, and for nor
 hold whole tensors by name and say nothing of the layout, so that any layout goes on from any other.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,6 +95,23 @@ class Layout:
             dist.all_reduce(tensor)
         return tensor / self.tensor_size
 
+    def told_by_first(self, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives, or raises, in the first of the processes that read the same rows; the others do not call it."""
+        if self.tensor_size == 1:
+            return compute()
+        assert self.mesh is not None
+        mesh = self.mesh["tp"]
+        told: list[Any] = [None, None]
+        if mesh.get_local_rank() == 0:
+            try:
+                told[0] = compute()
+            except Exception as error:  # noqa: BLE001 (raised below, everywhere)
+                told[1] = error
+        dist.broadcast_object_list(told, group_src=0, group=mesh.get_group())
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
+
     # ------------------------------------------------------------------------------------------------ model
 
     @property
@@ -125,6 +142,10 @@ class Layout:
         Raises:
             UserError: the layout that was asked for did not come true.
         """
+        return self.spread_for(model, precision, (model,))
+
+    def spread_for(self, model: Any, precision: str, called: Iterable[nn.Module]) -> nn.Module:
+        """:meth:`spread`, for a model of which ``called`` are called, together all that has weights."""
         empty = next(model.parameters()).is_meta
         if not empty:
             model.to(self.device)
@@ -135,7 +156,7 @@ class Layout:
         if self.context_size > 1:
             model.set_attn_implementation(context_parallel.ATTENTION)
         if self.shards_blocks:
-            self._shard(model, model.transformer.h, precision)
+            self._shard(model, model.transformer.h, precision, called)
         elif self.strategy == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             spread = DistributedDataParallel(model, device_ids=devices)
@@ -144,9 +165,11 @@ class Layout:
             make_room(model, torch.device("cpu") if self.offloads else self.device)
         return spread
 
-    def _shard(self, model: nn.Module, blocks: Iterable[nn.Module], precision: str) -> None:
+    def _shard(
+        self, model: nn.Module, blocks: Iterable[nn.Module], precision: str, called: Iterable[nn.Module]
+    ) -> None:
         """Each of the model's blocks is gathered when it computes; embeddings, final norm and head once for forward and
-        backward.
+        backward, when ``called``.
 
         The loss multiplies by the head's weight without calling the head, whose weight may be that of the embedding: so
         they are one group, which belongs to the whole model. It stays float32, as autocast has embedding and residual
@@ -169,7 +192,8 @@ class Layout:
             )
         # None: torch keeps what a forward pass has gathered for the backward pass, which a frozen model does not have.
         again = None if any(parameter.requires_grad for parameter in model.parameters()) else True
-        fully_shard(model, mp_policy=policy(torch.float32), reshard_after_forward=again, **common)
+        for module in called:
+            fully_shard(module, mp_policy=policy(torch.float32), reshard_after_forward=again, **common)
 
     def _shard_mesh(self) -> DeviceMesh:
         """The processes that have parts of a copy, which share rows or not, and if there are several copies those too."""
@@ -188,9 +212,11 @@ class Layout:
             wrong = [
                 name
                 for name, parameter in model.named_parameters()
-                # biases and norms are whole under tensor parallelism
-                if num_shards(parameter) not in {shards * self.tensor_size, shards if parameter.ndim == 1 else 0}
-                and not name.endswith(("wpe.weight", "score.weight"))
+                # biases and norms are whole under tensor parallelism, and of two matrices of an adapter one
+                if num_shards(parameter)
+                not in {shards * self.tensor_size, shards if parameter.ndim == 1 or ".lora_" in name else 0}
+                and not name.endswith("wpe.weight")
+                and ".score." not in f".{name}"
             ]
             if wrong:
                 raise UserError(
@@ -222,8 +248,9 @@ class Layout:
             with model.no_sync():
                 yield
             return
-        if self.shards_blocks:
-            model.set_requires_all_reduce(last)
+        for module in model.modules() if self.shards_blocks else ():
+            if isinstance(module, FSDPModule):
+                module.set_requires_all_reduce(last, recurse=False)
         yield
         if last and self.tensor_size > 1:
             self._complete_gradients(model)
@@ -264,6 +291,8 @@ class Layout:
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
         """Scale the gradients so that their norm over the whole model is at most ``max_norm``; returns what it was."""
         pieces, shares = self.own_gradients(parameters)
+        if not pieces:  # nowhere
+            return 0.0
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         norms = torch.stack(torch._foreach_norm(pieces)).to(self.device, exact)
         squares = norms.square() * torch.tensor(shares, dtype=exact, device=self.device)

@@ -364,7 +364,7 @@ class PipelineLayout(Layout):
         self.pipeline = Pipeline(model, self.mesh, schedule, self.context_length, self.device, autocasting)
         if self.shards_blocks:
             for stage in self.pipeline.stages:
-                self._shard(stage, stage.blocks, precision)
+                self._shard(stage, stage.blocks, precision, (stage,))
         self._check_in_force(model)
         if empty:
             self.pipeline.make_room()

@@ -5,6 +5,7 @@ attention heads, some columns of the MLP), those that write to it in parts of th
 Which is which, the model's own plan says; torch's `parallelize_module` does it. Embedding and head are divided by tokens.
 """
 
+import fnmatch
 from typing import Any
 
 from torch import nn
@@ -33,16 +34,31 @@ def check_sizes(config: Any, size: int) -> None:
 
 
 def divide(model: Any, mesh: DeviceMesh) -> None:
-    """Divide the weights of ``model``, in place, over the one-dimensional ``mesh``."""
+    """Divide the weights of ``model``, in place, over the one-dimensional ``mesh``; it may have LoRA's adapters around it."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_sizes(model.config, mesh.size())
-    plan = {name: STYLES[style] for name, style in model.tp_plan.items() if style != PARTIAL_GRADIENT}
-    parallelize_module(model, mesh, plan, src_data_rank=None)
+    parallelize_module(model, mesh, _plan(model), src_data_rank=None)
     if model.config.tie_word_embeddings and hasattr(model, "lm_head"):
         model.lm_head.weight = model.transformer.wte.weight
+
+
+def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """Of two matrices that adapt a third, the one that has its outputs, or inputs, is divided as it is."""
+    names = [name for name, _ in model.named_modules()]
+    plan: dict[str, ParallelStyle] = {}
+    for name, style in model.tp_plan.items():
+        if style == PARTIAL_GRADIENT:
+            continue
+        if not fnmatch.filter(names, f"{name}.base_layer"):
+            plan[name] = STYLES[style]
+            continue
+        plan[f"{name}.base_layer"] = STYLES[style]
+        plan[f"{name}.{'lora_B' if style == 'colwise' else 'lora_A'}.*"] = STYLES[style]
+    return plan
 
 
 def partial_gradients(model: Any) -> list[nn.Parameter]:
     """The parameters whose gradients, after the backward pass, are to be added up over the mesh."""
     kinds = {name.rpartition(".")[2] for name, style in model.tp_plan.items() if style == PARTIAL_GRADIENT}
     modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in kinds]
-    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    return [p for module in modules for p in module.parameters(recurse=False) if p.grad is not None]
