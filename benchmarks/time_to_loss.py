@@ -31,6 +31,7 @@ from pretraining import precisions
 LAYERS, WIDTH, HEADS, CONTEXT, ROWS = 6, 320, 5, 256, 16
 RATES = (1e-3, 2e-3, 4e-3)
 """Peak learning rates that --tune tries first; its script has 6e-4 for 124M parameters and 1e-3 for small ones."""
+BOTH = ["nanoGPT", "scratch-gpt"]
 PILOT_SECONDS = 60.0
 RESERVE = 0.98
 """Of the time that is left for steps: this much is planned for."""
@@ -158,17 +159,19 @@ def run(
 ) -> dict:
     command = [sys.executable, __file__, "--child", who, "--work", str(work), "--seed", str(seed)]
     command += ["--train", str(arguments.train), "--valid", str(arguments.valid), "--nanogpt", str(arguments.nanogpt)]
-    command += ["--seconds", str(60 * minutes), "--rate", str(rate), "--steps", str(steps)] + [
-        "--bf16"
-    ] * arguments.bf16
+    command += ["--seconds", str(60 * minutes), "--rate", str(rate), "--steps", str(steps)]
+    command += ["--bf16"] * arguments.bf16
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{who} failed:\n{done.stderr[-3000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
+    if who == "nanoGPT":
+        remark = f", learning rate {rate:g}"
+    else:
+        remark = "" if steps else ", the first run"
     print(
         f"{who:<11} seed {seed}  {result['seconds'] / 60:5.2f} min  {result['bits_per_byte']:.4f} bits per byte  "
-        f"{result['steps']:>7,} steps, {result['tokens'] / 1e6:.2f}M tokens"
-        + (f", learning rate {rate:g}" if who == "nanoGPT" else "" if steps else ", the first run"),
+        f"{result['steps']:>7,} steps, {result['tokens'] / 1e6:.2f}M tokens{remark}",
         flush=True,
     )
     return result
@@ -196,10 +199,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="that nanoGPT has")
     parser.add_argument("--our-minutes", type=float, default=7.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", action="append", choices=["nanoGPT", "scratch-gpt"], help="one of the two")
+    parser.add_argument("--only", nargs=1, default=BOTH, choices=BOTH, help="one of the two")
     parser.add_argument("--rate", type=float, default=2e-3, help="nanoGPT's peak learning rate")
     parser.add_argument("--tune", action="store_true", help="find nanoGPT's learning rate first")
-    parser.add_argument("--child", choices=["prepare", "nanoGPT", "scratch-gpt"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["prepare", *BOTH], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -221,10 +224,8 @@ def main() -> None:
         work = Path(folder)
         command = [sys.executable, __file__, *sys.argv[1:], "--child", "prepare", "--work", folder]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        rate = arguments.rate
-        if arguments.tune:
-            rate = tuned(arguments, work)
-        results: dict[str, list[dict]] = {who: [] for who in arguments.only or ["nanoGPT", "scratch-gpt"]}
+        results: dict[str, list[dict]] = {who: [] for who in arguments.only}
+        rate = tuned(arguments, work) if arguments.tune and "nanoGPT" in results else arguments.rate
         steps = steps_that_fit(arguments, work) if "scratch-gpt" in results else 0
         for seed in arguments.seeds:
             if "nanoGPT" in results:
