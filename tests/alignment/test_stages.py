@@ -405,9 +405,8 @@ def test_tensor_parallelism_has_limits(pairs, capsys, monkeypatch, verb, more, l
 
 
 def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatch):
-    for name, value in {"PARALLELISM_CONFIG_TP_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(grpo, "launched_processes", lambda: SimpleNamespace(num_processes=6))
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    monkeypatch.setattr(grpo, "reading_processes", lambda: 3)
     assert main(words("grpo", "--grpo.scale_rewards", "batch")) == 2
     said = capsys.readouterr().err
     assert "it must be a multiple of 4 (num_generations) x 3 (processes that read rows of their own)" in said

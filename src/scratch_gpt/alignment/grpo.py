@@ -37,7 +37,7 @@ from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, 
 from scratch_gpt.config import DrawingSettings, GroupTrainingSettings, GRPOSettings, RLOOSettings
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
-from scratch_gpt.training.launch import launched_processes, tensor_size
+from scratch_gpt.training.launch import reading_processes, tensor_size
 
 
 class EncodedPrompts(Resumable):
@@ -129,7 +129,7 @@ def check(settings: DrawingSettings, verb: str) -> None:
             f"--{verb}.batch_size is {group.batch_size} completions; it must be a multiple of {group.num_generations} "
             "(num_generations)"
         )
-    reading = launched_processes().num_processes // tensor_size()
+    reading = reading_processes()
     if tensor_size() > 1 and group.batch_size % (group.num_generations * reading):
         problems.append(
             f"--{verb}.batch_size is {group.batch_size} completions; under tensor parallelism it must be a multiple of "
@@ -178,7 +178,7 @@ def _build(
     given = training_arguments(settings, verb, run_dir)
     # TRL wants whole groups in each batch of an evaluation, and we in each process where some share their rows.
     rows = given["per_device_eval_batch_size"]
-    if rows * (launched_processes().num_processes if tensor_size() == 1 else 1) % group.num_generations:
+    if rows * (reading_processes() if tensor_size() == 1 else 1) % group.num_generations:
         given["per_device_eval_batch_size"] = math.lcm(rows, group.num_generations)
     arguments = config_class(
         **given,

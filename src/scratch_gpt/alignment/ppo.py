@@ -22,7 +22,7 @@ from scratch_gpt.config import PPOSettings
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
 from scratch_gpt.training.build import load_model
-from scratch_gpt.training.launch import launched_processes, tensor_size
+from scratch_gpt.training.launch import launched_processes, reading_processes
 from scratch_gpt.training.metrics import read_metrics
 
 PASSED_ON = (
@@ -68,7 +68,7 @@ def check(settings: PPOSettings) -> None:
             f"--max-steps is {settings.max_steps}; a rollout takes {per_rollout} steps (ppo.epochs x ppo.mini_batches), so "
             f"give a multiple of that, such as {nearest}"
         )
-    world = launched_processes().num_processes // tensor_size()
+    world = reading_processes()
     rows, remainder = divmod(settings.ppo.mini_batch_size, world * (settings.ppo.device_batch_size or 1))
     if remainder or not rows:
         problems.append(
@@ -93,7 +93,7 @@ def build(settings: PPOSettings, run_dir: Path) -> Stage:
     longest = min(ppo.max_prompt_length or longest, longest)
     data = learning_data(settings, prompts, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest)
     data.facts["reward"] = f"`{reward_of(settings)}`"
-    per_process = ppo.mini_batch_size // (launched_processes().num_processes // tensor_size())
+    per_process = ppo.mini_batch_size // reading_processes()
     device_batch_size = ppo.device_batch_size or per_process
     trainer = PPOTrainer(
         model,

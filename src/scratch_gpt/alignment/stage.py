@@ -39,6 +39,7 @@ from scratch_gpt.training.launch import (
     WITHOUT_LAYOUT,
     asks_for_deepspeed,
     launched_processes,
+    reading_processes,
     tensor_size,
 )
 from scratch_gpt.training.layout import tensor_layout
@@ -208,7 +209,7 @@ def training_arguments(settings: Any, verb: str, run_dir: Path) -> dict[str, Any
         UserError: a batch that cannot be divided over the processes.
     """
     training: StageTrainingSettings = getattr(settings, verb)
-    world = launched_processes().num_processes // tensor_size()
+    world = reading_processes()
     device_rows = training.device_batch_size or max(1, training.batch_size // world)
     accumulation, remainder = divmod(training.batch_size, device_rows * world)
     if remainder or not accumulation:

@@ -23,6 +23,11 @@ def tensor_size() -> int:
     return int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
 
 
+def reading_processes() -> int:
+    """Over how many processes of the launch, or groups that share rows, the rows of a step are divided."""
+    return launched_processes().num_processes // tensor_size()
+
+
 def asks_for_deepspeed() -> bool:
     """Whether the configuration file says distributed_type: DEEPSPEED; Accelerate's own state does not, see above."""
     return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
