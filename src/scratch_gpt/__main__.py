@@ -1,6 +1,6 @@
 """``python -m scratch_gpt VERB`` and ``accelerate launch -m scratch_gpt VERB``: the same as the command scratch-gpt."""
 
-from scratch_gpt.cli import main
+from scratch_gpt.cli import command
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command()

@@ -4,11 +4,13 @@
 traceback. Each verb imports what it needs when it runs.
 """
 
+import atexit
 import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from scratch_gpt import __version__, config
 from scratch_gpt.errors import StoppedOnRequest, UserError
@@ -77,6 +79,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scratch-gpt: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
+
+
+def command() -> NoReturn:
+    """:func:`main`, and the end of the process."""
+    leave(main())
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with exit code ``code``.
+
+    One of several that a launcher started ends without taking the interpreter down: a thread of torch's that frees the
+    tensors of the last collective needs the interpreter for it, and aborts the process if it is late.
+    """
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def find_verb(words: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from trl import GRPOTrainer, RLOOTrainer
 from scratch_gpt.alignment import grpo, ppo_trainer, rollout
 from scratch_gpt.alignment.resume import Resumable
 from scratch_gpt.alignment.scoring import RewardModel
-from scratch_gpt.cli import main
+from scratch_gpt.cli import leave, main
 from scratch_gpt.training.held import local, num_shards, whole_shape
 from scratch_gpt.training.metrics import read_metrics
 from tests.alignment.test_stages import pairs, words  # noqa: F401 (a fixture)
@@ -382,4 +382,4 @@ if __name__ == "__main__":
     elif os.environ.get("COMPLETIONS") == "short":  # each token is the last with a chance of one in two
         ppo_trainer._stop_ids = grpo.stop_tokens = lambda *_: list(range(4, 400, 2))
     torch.set_num_threads(1)
-    sys.exit(max(main(run) for run in json.loads(sys.argv[1])))
+    leave(max(main(run) for run in json.loads(sys.argv[1])))

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from scratch_gpt.cli import leave
 from scratch_gpt.training.loop import Loop
 from tests.distributed.program import run_all
 
@@ -41,4 +42,4 @@ def read_steps(loop, original=Loop._read_steps):
 
 
 Loop._forward_backward, Loop._read_steps = forward_backward, read_steps
-sys.exit(run_all(json.loads(runs)))
+leave(run_all(json.loads(runs)))

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from scratch_gpt.cli import main
+from scratch_gpt.cli import leave, main
 from scratch_gpt.training.held import local
 from scratch_gpt.training.layout import Layout
 from scratch_gpt.training.loop import Loop
@@ -127,4 +127,4 @@ def run_all(runs):
 
 
 if __name__ == "__main__":
-    sys.exit(run_all(json.loads(sys.argv[1])))
+    leave(run_all(json.loads(sys.argv[1])))

@@ -61,7 +61,7 @@ def test_two_processes_give_the_run_of_one_and_each_goes_on_with_the_other(corpu
 
 OVERFLOW = """
 import math, sys, torch
-from scratch_gpt.cli import main
+from scratch_gpt.cli import leave, main
 from scratch_gpt.training import loop
 from scratch_gpt.training.loss_scale import LossScale
 
@@ -77,7 +77,7 @@ def forward_backward(self, data, original=loop.Loop._forward_backward):
 
 loop.Loop._forward_backward = forward_backward
 loop.LossScale = lambda _, **state: LossScale(True, **state)
-sys.exit(main(sys.argv[1:]))
+leave(main(sys.argv[1:]))
 """
 
 

@@ -4,12 +4,13 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from scratch_gpt.training.checkpoint import newest_checkpoint
-from tests.distributed.launch import ROOT, arguments, configuration, curve, environment, launch, launcher
+from tests.distributed.launch import ROOT, arguments, configuration, curve, environment, finish, launch, launcher
 
 STEPS = 10
 SAVES = ["--training.save_every", "3", "--training.schedule", "constant", "--model.overrides.hidden_dropout", "0.1"]
@@ -119,3 +120,24 @@ def test_process_0_is_named_if_it_hangs_and_the_store_with_it(config, shards, tm
 def test_a_process_that_cannot_read_its_data_is_named(config, shards, tmp_path):
     said = hang(config, tmp_path, shards, "SLOW_DISK", 1)
     assert re.search(r"process 1 \(\d+ on \S+\) is reading the rows of step 5", said), said
+
+
+# A thread of torch's that is to free the tensors of a collective cannot, for this one keeps the interpreter to itself.
+BUSY_AT_ITS_END = """
+import sys, tempfile, time, torch, torch.distributed as dist
+from scratch_gpt.cli import leave
+
+dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+sys.setswitchinterval(1000)
+dist.all_reduce(torch.ones(20_000_000), async_op=True)
+end = time.monotonic() + 0.5
+while time.monotonic() < end:
+    pass
+print("done")
+leave(75)
+"""
+
+
+def test_a_launched_process_ends_with_its_exit_code_whatever_the_threads_of_torch_do():
+    done = finish([sys.executable, "-c", BUSY_AT_ITS_END], env=environment(RANK="0"))
+    assert (done.returncode, done.stdout) == (75, "done\n"), done.stderr

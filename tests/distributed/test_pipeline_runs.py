@@ -218,7 +218,7 @@ def test_dropout_is_the_same_recomputed_and_after_a_kill(shards, tmp_path):
 
 TROUBLE = """
 import json, math, os, signal, sys, torch
-from scratch_gpt.cli import main
+from scratch_gpt.cli import leave, main
 from scratch_gpt.training.loop import Loop
 
 def forward_backward(self, data, original=Loop._forward_backward):
@@ -231,7 +231,7 @@ def forward_backward(self, data, original=Loop._forward_backward):
 
 Loop._forward_backward = forward_backward
 (run,) = json.loads(sys.argv[1])
-sys.exit(main(run))
+leave(main(run))
 """
 
 

@@ -6,6 +6,7 @@ import sys
 
 from deepspeed.comm.torch import TorchBackend
 
+from scratch_gpt.cli import leave
 from scratch_gpt.training.guard import Guard
 from scratch_gpt.training.saved import SavedTensors
 from scratch_gpt.training.zero import ZeroLayout
@@ -81,4 +82,4 @@ for name in ("all_reduce", "reduce"):  # stages 1 and 2 send gradients so; stage
     setattr(TorchBackend, name, noting(getattr(TorchBackend, name)))
 
 if __name__ == "__main__":
-    sys.exit(program.run_all(json.loads(sys.argv[1])))
+    leave(program.run_all(json.loads(sys.argv[1])))
