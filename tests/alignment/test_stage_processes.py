@@ -74,6 +74,7 @@ def zero(trainer):
 def train(trainer, *arguments, original=Resumable.train, **keywords):
     """Note beside the metrics what was in force when the training ended."""
     DRAWN.clear()
+    columns = columns_of(rollout.base_of(trainer.trained[0]).base_model)
     result = original(trainer, *arguments, **keywords)
     of_trl = [cell.cell_contents for function in getattr(trainer, "reward_funcs", []) for cell in function.__closure__]
     rewards = [reward for reward in getattr(trainer, "rewards", of_trl) if isinstance(reward, RewardModel)]
@@ -86,9 +87,28 @@ def train(trainer, *arguments, original=Resumable.train, **keywords):
         "zero": zero(trainer),
         "training": [trainer.accelerator.unwrap_model(model).training for model in frozen],
         "drawn": DRAWN,
+        "columns": columns,
     }
     Path(trainer.args.output_dir, f"facts-{trainer.args.process_index}.json").write_text(json.dumps(facts))
     return result
+
+
+def columns_of(backbone):
+    """Of each call without a cache: how many columns the rows have, and the blocks."""
+    found = []
+
+    def note(_, arguments, keywords):
+        if keywords.get("past_key_values") is None:
+            rows = arguments[0] if arguments else keywords["input_ids"]
+            found.append([rows.shape[1]])
+
+    def note_own(_, arguments):
+        if found and len(found[-1]) == 1:
+            found[-1].append(arguments[0].shape[1])
+
+    backbone.register_forward_pre_hook(note, with_kwargs=True)
+    backbone.h[0].register_forward_pre_hook(note_own)
+    return found
 
 
 DRAWN = []
@@ -145,6 +165,12 @@ def assert_same(one, other):
         assert expected.keys() == got.keys()
         for name, tensor in expected.items():
             assert (tensor - got[name]).abs().max() <= 2e-3 * tensor.abs().max().clamp(min=0.01), (file, name)
+
+
+def assert_columns(facts, parts):
+    """Rows are filled up for two pieces each."""
+    assert facts["columns"]
+    assert all(own == (row if parts == 1 else -(-row // (2 * parts)) * 2) for row, own in facts["columns"])
 
 
 def in_processes(layout, *runs, processes=2, sizes=None, **environment):
@@ -252,23 +278,27 @@ def test_sharded_models_draw_what_copies_draw(pairs, layout):  # noqa: F811
         assert first == assert_in_force("ddp_cpu", run)[0]["drawn"]
 
 
+SHARING = [
+    ("tp", 2, {"tp_size": 2}, "tp on 2 process(es), tp 2"),
+    ("fsdp2_tp", 4, {"dp_shard_size": 2, "tp_size": 2}, "fsdp2 x tp on 4 process(es), dp_shard 2 x tp 2"),
+    ("fsdp2_cp", 2, {"dp_shard_size": 1, "cp_size": 2}, "fsdp2 x cp on 2 process(es), cp 2"),
+    ("fsdp2_cp", 4, {"dp_shard_size": 2, "cp_size": 2}, "fsdp2 x cp on 4 process(es), dp_shard 2 x cp 2"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "processes", "sizes"), [("tp", 2, {"tp_size": 2}), ("fsdp2_tp", 4, {"dp_shard_size": 2, "tp_size": 2})]
-)
-def test_processes_that_share_matrix_products_learn_what_one_learns(pairs, layout, processes, sizes):  # noqa: F811
+@pytest.mark.parametrize(("layout", "processes", "sizes", "strategy"), SHARING)
+def test_processes_that_share_rows_learn_what_one_learns(pairs, layout, processes, sizes, strategy):  # noqa: F811
     more = [["--sft.device_batch_size", 2], ["--sft.precision", "bf16", "--sft.activation_checkpointing", "true"]]
     runs = [words(verb, save_every=3) for verb in ("sft", "reward", "dpo", "kto")]
     accumulated, rough = (words("sft", *some, save_every=3, run_dir=f"sft{at}") for at, some in enumerate(more))
-    runs.append(accumulated)
-    if layout == "tp":
-        runs += [RUNS[name] for name in ("lora", "reward-lora", "kto-lora")]
+    packed = words("sft", "--sft.packing", "true", save_every=3, run_dir="packed")
+    runs += [accumulated, packed, *(RUNS[name] for name in ("lora", "reward-lora", "kto-lora"))]
     alone(*runs)
     further = words("sft", save_every=3, run_dir="further")
     half_done("sft", f"further-{layout}")
     started = [*runs, further, rough]
     said = in_processes(layout, *(under(run, layout) for run in started), processes=processes, sizes=sizes)
-    strategy = {"tp": "tp on 2 process(es), tp 2", "fsdp2_tp": "fsdp2 x tp on 4 process(es), dp_shard 2 x tp 2"}[layout]
     assert said.count(f"layout     {strategy}") == len(started)
     assert "resumed    checkpoint-3" in said
     for run in started:
@@ -277,6 +307,7 @@ def test_processes_that_share_matrix_products_learn_what_one_learns(pairs, layou
             facts = json.loads(Path(f"{directory}-{layout}/facts-{rank}.json").read_text())
             for one in filter(None, (facts, facts["frozen"])):
                 assert one["held"] == pytest.approx(1 / processes, rel=0.1), directory
+            assert_columns(facts, sizes.get("cp_size", 1))
         if run in runs:
             assert_same(directory, f"{directory}-{layout}")
     assert_same("sft", f"further-{layout}")
@@ -287,11 +318,8 @@ def test_processes_that_share_matrix_products_learn_what_one_learns(pairs, layou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "processes", "sizes", "copies"),
-    [("tp", 2, {"tp_size": 2}, "cpu"), ("fsdp2_tp", 4, {"dp_shard_size": 2, "tp_size": 2}, "ddp_cpu")],
-)
-def test_processes_that_share_matrix_products_draw_the_same(pairs, layout, processes, sizes, copies):  # noqa: F811
+@pytest.mark.parametrize(("layout", "processes", "sizes", "strategy"), SHARING)
+def test_processes_that_share_rows_draw_the_same(pairs, layout, processes, sizes, strategy):  # noqa: F811
     """Like one process, or two copies: what they draw and what they learn of it; the user's function is asked once."""
     Path("asked.py").write_text(
         "import os, rewards_of_test\n"
@@ -305,10 +333,11 @@ def test_processes_that_share_matrix_products_draw_the_same(pairs, layout, proce
     )
     judged = words("rloo", "--reward-model", "judge", "--rloo.beta", 0.1, save_every=3, run_dir="judged")
     judged = [word for word in judged if word not in ("--reward", "rewards_of_test:vowels_said")]
-    runs = [DRAWING["ppo"], DRAWING["ppo-left"], asking, judged]
-    if layout == "tp":
-        runs += [accumulated, *(DRAWING[name] for name in ("ppo-lora", "rloo-lora"))]
+    runs = [*(DRAWING[name] for name in ("ppo", "ppo-left", "ppo-lora", "rloo-lora")), asking, judged]
     data = processes // 2
+    copies = "ddp_cpu" if data > 1 else "cpu"
+    if data == 1:
+        runs.append(accumulated)
     in_processes(copies, *(under(run, copies) for run in runs), processes=data, COMPLETIONS="short", NAME=copies)
     half_done("ppo-" + copies, f"further-{layout}", first=6, last=12)
     further = [*PPO, "--run-dir", "further"]
@@ -321,6 +350,7 @@ def test_processes_that_share_matrix_products_draw_the_same(pairs, layout, proce
         COMPLETIONS="short",
         NAME=layout,
     )
+    assert said.count(f"layout     {strategy}") == len(started)
     assert "resumed    checkpoint-6" in said
     for run in started:
         directory = run[run.index("--run-dir") + 1]
@@ -329,6 +359,7 @@ def test_processes_that_share_matrix_products_draw_the_same(pairs, layout, proce
             assert not any(one["training"])
             for model in filter(None, (one, one["frozen"])):
                 assert model["held"] == pytest.approx(1 / processes, rel=0.1), directory
+            assert_columns(one, sizes.get("cp_size", 1))
         if run is further:
             assert_same(f"ppo-{copies}", f"{directory}-{layout}")
             continue

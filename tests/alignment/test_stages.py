@@ -371,7 +371,7 @@ def test_mistakes_are_told_in_one_message(pairs, capsys, verb, more, message):
         (
             "dpo",
             {**SIZES, "PARALLELISM_CONFIG_CP_SIZE": "2"},
-            "`dpo` reads whole ones: take configs/accelerate/ddp.yaml",
+            "which `dpo` does under distributed_type: FSDP and without tp_size: take configs/accelerate/fsdp2_cp.yaml",
         ),
         (
             "kto",
@@ -390,18 +390,13 @@ def test_layouts_in_which_a_stage_does_not_run_are_refused(pairs, capsys, monkey
     assert not (pairs / verb).exists()
 
 
-@pytest.mark.parametrize(
-    ("verb", "more", "launch", "message"),
-    [
-        ("sft", ["--lora-rank", 2], {"ACCELERATE_USE_FSDP": "true"}, "--lora-rank with fsdp2_tp.yaml: take tp.yaml"),
-        ("sft", ["--lora-rank", 2, "--load-in-4bit", "true"], {}, "does not divide packed weights"),
-    ],
-)
-def test_tensor_parallelism_has_limits(pairs, capsys, monkeypatch, verb, more, launch, message):
-    for name, value in {**SIZES, "PARALLELISM_CONFIG_TP_SIZE": "2", **launch}.items():
+@pytest.mark.parametrize("sizes", [{"TP": "2"}, {"CP": "2"}])
+def test_packed_weights_are_not_divided(pairs, capsys, monkeypatch, sizes):
+    sizes = {f"PARALLELISM_CONFIG_{kind}_SIZE": size for kind, size in sizes.items()}
+    for name, value in {**SIZES, "ACCELERATE_USE_FSDP": "true", **sizes}.items():
         monkeypatch.setenv(name, value)
-    assert main(words(verb, *more)) == 2
-    assert message in capsys.readouterr().err
+    assert main(words("sft", "--lora-rank", 2, "--load-in-4bit", "true")) == 2
+    assert "tensor and context parallelism do not divide packed weights" in capsys.readouterr().err
 
 
 def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatch):
@@ -410,13 +405,13 @@ def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatc
     assert main(words("grpo", "--grpo.scale_rewards", "batch")) == 2
     said = capsys.readouterr().err
     assert "it must be a multiple of 4 (num_generations) x 3 (processes that read rows of their own)" in said
-    assert "scale_rewards batch: under tensor parallelism the deviation is that of a group" in said
+    assert "scale_rewards batch: where processes share rows the deviation is that of a group" in said
 
 
-def test_tensor_parallelism_divides_no_model_of_others():
+def test_processes_that_share_rows_divide_no_model_of_others():
     of_another = SimpleNamespace(result=torch.nn.Linear(2, 2))
-    with pytest.raises(UserError, match="this is a Linear: make it one by `scratch-gpt import`"):
-        Resumable.use_tensor_parallelism(of_another, None)
+    with pytest.raises(UserError, match="tp divides .* this is a Linear: make it one by `scratch-gpt import`"):
+        Resumable.share_rows(of_another, SimpleNamespace(strategy="tp"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_its_checkpoints_stay(pairs, capsys):

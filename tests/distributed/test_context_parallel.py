@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
-from scratch_gpt.training.context_parallel import ATTENTION, check, divide_rows, own_columns
+from scratch_gpt.training.context_parallel import ATTENTION, check, divide_inside, divide_rows, own_columns
 from tests.model.conftest import SIZE, STYLES
 
 WORLD, COLUMNS = 3, 24
@@ -21,6 +21,15 @@ DOCUMENTS = torch.stack(  # of each row; their ends are not those of the pieces,
 BATCHES = {
     "rows of one document": Batch(IDS[:, :-1], IDS[:, 1:]),
     "packed documents": Batch(IDS[:, :-1], IDS[:, 1:], DOCUMENTS),
+}
+
+ODD = COLUMNS - 1  # columns, which do not divide
+PADDING = torch.arange(ODD)
+INSIDE = {
+    "rows": {},
+    "padding behind": {"attention_mask": (PADDING < torch.tensor([[ODD], [9]])).long()},
+    "padding before": {"attention_mask": (PADDING >= torch.tensor([[0], [14]])).bool()},
+    "packed documents": {"position_ids": DOCUMENTS[:, :ODD]},
 }
 
 
@@ -42,6 +51,20 @@ def loss_and_gradients(model, batch, attention_mask=None):
     return outputs.loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+def real_logits_and_gradients(model, given):
+    """Of a loss on the tokens that come after others and are, like those, no padding."""
+    mask = given.get("attention_mask", torch.ones(2, ODD)).bool()
+    learnt = mask & mask.roll(1, dims=1)
+    outputs = model(IDS[:, :ODD], labels=IDS[:, :ODD].where(learnt, -100), skip_logits=False, **given)
+    outputs.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"logits": outputs.logits.detach()[mask], "loss": outputs.loss.detach()}, gradients
+
+
+def draw(model):
+    return model.eval().generate(IDS[:, :5], max_new_tokens=8, do_sample=False)
+
+
 def work(rank, folder, store_file):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store_file, WORLD), rank=rank, world_size=WORLD)
@@ -54,6 +77,19 @@ def work(rank, folder, store_file):
             for tensor in (loss, *gradients.values()):
                 dist.all_reduce(tensor)
             torch.save((own.input_ids, loss, gradients), folder / f"{style} {name} {rank}.pt")
+        for name, given in INSIDE.items():
+            model = build(style)
+            model.set_attn_implementation(ATTENTION)
+            columns = []
+            model.transformer.h[0].register_forward_pre_hook(
+                lambda _, inputs, to=columns: to.append(inputs[0].shape[1])
+            )
+            divide_inside(model.transformer, dist.group.WORLD)
+            outputs, gradients = real_logits_and_gradients(model, given)
+            assert columns == [COLUMNS // WORLD]
+            for tensor in gradients.values():
+                dist.all_reduce(tensor.div_(WORLD))
+            torch.save((outputs, gradients, draw(model)), folder / f"inside {style} {name} {rank}.pt")
     dist.destroy_process_group()
 
 
@@ -80,6 +116,18 @@ def test_parts_of_rows_give_loss_and_gradients_of_whole_ones(folder, style, name
         seen.append(own_ids)
     assert all(ids.shape == (2, COLUMNS // WORLD) for ids in seen)
     assert torch.equal(torch.cat(seen, 1).sort().values, IDS[:, :-1].sort().values)
+
+
+@pytest.mark.parametrize("name", list(INSIDE))
+@pytest.mark.parametrize("style", list(STYLES))
+def test_a_model_that_divides_rows_inside_is_like_one_that_does_not(folder, style, name):
+    model = build(style)
+    expected = real_logits_and_gradients(model, INSIDE[name])
+    drawn = draw(model)
+    for rank in range(WORLD):
+        *got, its_drawn = torch.load(folder / f"inside {style} {name} {rank}.pt")
+        torch.testing.assert_close(tuple(got), expected, atol=1e-5, rtol=1e-4)
+        assert torch.equal(its_drawn, drawn)
 
 
 def test_each_process_has_as_much_to_attend_to():

@@ -37,7 +37,7 @@ from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, 
 from scratch_gpt.config import DrawingSettings, GroupTrainingSettings, GRPOSettings, RLOOSettings
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
-from scratch_gpt.training.launch import reading_processes, tensor_size
+from scratch_gpt.training.launch import reading_processes, sharing_processes
 
 
 class EncodedPrompts(Resumable):
@@ -130,14 +130,14 @@ def check(settings: DrawingSettings, verb: str) -> None:
             "(num_generations)"
         )
     reading = reading_processes()
-    if tensor_size() > 1 and group.batch_size % (group.num_generations * reading):
+    if sharing_processes() > 1 and group.batch_size % (group.num_generations * reading):
         problems.append(
-            f"--{verb}.batch_size is {group.batch_size} completions; under tensor parallelism it must be a multiple of "
+            f"--{verb}.batch_size is {group.batch_size} completions; where processes share rows it must be a multiple of "
             f"{group.num_generations} (num_generations) x {reading} (processes that read rows of their own)"
         )
-    if tensor_size() > 1 and getattr(group, "scale_rewards", "") == "batch":
+    if sharing_processes() > 1 and getattr(group, "scale_rewards", "") == "batch":
         problems.append(
-            f"--{verb}.scale_rewards batch: under tensor parallelism the deviation is that of a group: give group or none"
+            f"--{verb}.scale_rewards batch: where processes share rows the deviation is that of a group: give group or none"
         )
     if settings.max_steps % group.num_iterations:
         problems.append(
@@ -178,7 +178,7 @@ def _build(
     given = training_arguments(settings, verb, run_dir)
     # TRL wants whole groups in each batch of an evaluation, and we in each process where some share their rows.
     rows = given["per_device_eval_batch_size"]
-    if rows * (reading_processes() if tensor_size() == 1 else 1) % group.num_generations:
+    if rows * (reading_processes() if sharing_processes() == 1 else 1) % group.num_generations:
         given["per_device_eval_batch_size"] = math.lcm(rows, group.num_generations)
     arguments = config_class(
         **given,
@@ -195,7 +195,7 @@ def _build(
         disable_dropout=True,
         **own,
     )
-    arguments.generation_batch_size //= tensor_size()  # TRL counts processes, and some may share their rows
+    arguments.generation_batch_size //= sharing_processes()  # TRL counts processes, and some may share their rows
     trainer = trainer_class(
         model,
         scorer(reward, tokenizer, lambda compute: trainer.told_by_first(compute)),

@@ -21,7 +21,7 @@ from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, 
 from scratch_gpt.config import KTOSettings
 from scratch_gpt.errors import UserError
 from scratch_gpt.training.build import load_model
-from scratch_gpt.training.launch import tensor_size
+from scratch_gpt.training.launch import sharing_processes
 
 
 class EncodedKTOTrainer(Resumable, KTOTrainer):
@@ -32,7 +32,7 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
             return dataset
         # As KTOTrainer does it: each prompt of a batch with its neighbour's answer. The batch is that of all processes, over
         # which the divergence is averaged, too.
-        size = args.per_device_train_batch_size * (args.world_size // tensor_size())
+        size = args.per_device_train_batch_size * (args.world_size // sharing_processes())
         answers = dataset["completion_ids"]
         batches = [answers[start : start + size] for start in range(0, len(dataset), size)]
         return dataset.add_column("KL_completion_ids", [ids for some in batches for ids in [some[-1], *some[:-1]]])

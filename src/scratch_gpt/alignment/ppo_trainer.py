@@ -283,7 +283,7 @@ class PPOTrainer(Resumable):
 
     def shard(self) -> None:
         """Policy and value model, so that each computes by itself, too."""
-        if self.tensor is not None:
+        if self.layout is not None:
             super().shard()
             return
         # Or Accelerate would give out the weights of the main process once more, as if they were whole.
@@ -297,7 +297,7 @@ class PPOTrainer(Resumable):
         return [self.model.policy, self.model.value_model]
 
     def divide_trained(self, layout: Layout, precision: str) -> None:
-        policy, value_model = self.trained
+        policy, value_model = map(base_of, self.trained)
         layout.spread(policy, precision)
         layout.spread_for(value_model, precision, (value_model.base_model, value_model.score))
 

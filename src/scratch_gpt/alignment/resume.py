@@ -35,6 +35,7 @@ from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, write_json
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTPreTrainedModel
+from scratch_gpt.training import context_parallel
 from scratch_gpt.training.checkpoint import STATE, delete_old, new_checkpoint, plain_model
 from scratch_gpt.training.held import num_shards
 from scratch_gpt.training.launch import launched_processes
@@ -57,8 +58,8 @@ class Resumable(Trainer):
     """Whether completions are drawn: by processes that share rows, the same ones."""
     zero: ZeroLayout | None = None
     """Where ZeRO is asked for: what cuts the model's state and puts it together."""
-    tensor: Layout | None = None
-    """Where tensor parallelism is asked for: what divides the model's matrices, and shards them where that is asked for, too."""
+    layout: Layout | None = None
+    """Where processes are to share rows, by tensor or context parallelism: what divides the model over them."""
 
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
@@ -147,7 +148,7 @@ class Resumable(Trainer):
     # ------------------------------------------------------------------------------------------------ going on
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
-        if self.is_fsdp_enabled or self.tensor is not None:
+        if self.is_fsdp_enabled or self.layout is not None:
             if resume_from_checkpoint:  # while the model is whole: Trainer would come when it is sharded
                 self.read_model(Path(resume_from_checkpoint))
             self.shard()
@@ -155,13 +156,16 @@ class Resumable(Trainer):
 
     def shard(self) -> None:
         """What is to be sharded otherwise than Accelerate will do it, before there is an optimizer."""
-        if self.tensor is not None:
+        if self.layout is not None:
             precision = "bf16" if self.args.bf16 else "fp32"
-            self.divide_trained(self.tensor, precision)
+            self.divide_trained(self.layout, precision)
             models = [*self.frozen, getattr(self, "ref_model", None)]
-            for model in {id(one): one for one in models if isinstance(one, ScratchGPTPreTrainedModel)}.values():
-                self.tensor.spread(model.requires_grad_(False), precision)
-            say(f"layout     {self.tensor.describe(self.trained[0], precision, '')[0]}")
+            frozen = {id(one): one for one in models if isinstance(one, ScratchGPTPreTrainedModel)}.values()
+            for model in frozen:
+                self.layout.spread(model.requires_grad_(False), precision)
+            for model in [*self.trained, *frozen]:
+                self.layout.divide_inside(base_of(model).base_model)
+            say(f"layout     {self.layout.describe(self.trained[0], precision, '')[0]}")
 
     @property
     def trained(self) -> list[Any]:
@@ -170,10 +174,10 @@ class Resumable(Trainer):
 
     def divide_trained(self, layout: Layout, precision: str) -> None:
         """Divide them over the processes of ``layout``."""
-        layout.spread(self.model, precision)
+        layout.spread(base_of(self.model), precision)  # which TRL calls without the adapters around it, to draw
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if model is None and self.tensor is None:
+        if model is None and self.layout is None:
             self.read_model(Path(resume_from_checkpoint))
 
     def read_model(self, folder: Path) -> None:
@@ -258,7 +262,7 @@ class Resumable(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """Also the last moment before a step is taken."""
-        if grad_norm is None and (self.zero is not None or self.tensor is not None):
+        if grad_norm is None and (self.zero is not None or self.layout is not None):
             grad_norm = self._norm_of_parts(math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -286,7 +290,7 @@ class Resumable(Trainer):
                 zero.divide(model)
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        if (self.zero is None and self.tensor is None) or not training:
+        if (self.zero is None and self.layout is None) or not training:
             return super()._wrap_model(model, training, dataloader)
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # for autocast; it is not wrapped
         if self.zero is None:
@@ -323,47 +327,48 @@ class Resumable(Trainer):
             add_hooks(engine)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.zero is None and self.tensor is None:
+        if self.zero is None and self.layout is None:
             return super()._clip_grad_norm(model)
         return self._norm_of_parts(self.args.max_grad_norm)
 
     def _norm_of_parts(self, max_norm: float) -> float:
-        if self.tensor is not None:
-            return self.tensor.clip_grad_norm(self.model.parameters(), max_norm)
+        if self.layout is not None:
+            return self.layout.clip_grad_norm(self.model.parameters(), max_norm)
         assert self.zero is not None
         return self.zero.clip_grad_norm(self.zero.engine.parameters(), max_norm) if self.optimizer.due else 0.0
 
-    # ------------------------------------------------------------------------------------------------ tensor parallelism
+    # ------------------------------------------------------------------------------------------------ shared rows
 
-    def use_tensor_parallelism(self, layout: Layout) -> None:
-        """Train with the matrices in parts. To Trainer and TRL the processes are those of plain data parallelism, some of
-        which read the same rows.
+    def share_rows(self, layout: Layout) -> None:
+        """Train with the matrices, or the columns of rows, divided. To Trainer and TRL the processes are those of plain
+        data parallelism, some of which read the same rows.
 
         Raises:
-            UserError: the model is none of this package's, whose plans are tested.
+            UserError: the model is none of this package's, or cannot be divided.
         """
         model = base_of(self.result)
         if not isinstance(model, ScratchGPTPreTrainedModel):
             raise UserError(
-                f"tensor parallelism divides models of this package, and this is a {type(model).__name__}: make it one by "
+                f"{layout.strategy} divides models of this package, and this is a {type(model).__name__}: make it one by "
                 "`scratch-gpt import`, or take configs/accelerate/fsdp2.yaml"
             )
-        self.tensor = layout
+        context_parallel.check(model.config, 2 * layout.context_size, layout.context_size)
+        self.layout = layout
         self.accelerator.state.device_mesh = layout.mesh  # by which Accelerate's loaders find who reads the same rows
         self.accelerator.backward = self._backward_of_parts
         if self.draws:
             set_seed(self.args.seed + layout.data_rank)
 
     def _backward_of_parts(self, loss: torch.Tensor) -> None:
-        assert self.tensor is not None
+        assert self.layout is not None
         with ExitStack() as stack:
             for model in self.trained:
-                stack.enter_context(self.tensor.micro_batch(model, last=self.accelerator.sync_gradients))
-            self.tensor.backward(self.model, loss)
+                stack.enter_context(self.layout.micro_batch(model, last=self.accelerator.sync_gradients))
+            self.layout.backward(self.model, loss)
 
     def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*arguments)
-        if self.tensor is not None:
+        if self.layout is not None:
             optimizer.param_groups[:] = [
                 {**group, "params": [parameter for _, parameter in some]}
                 for group in optimizer.param_groups
@@ -372,20 +377,21 @@ class Resumable(Trainer):
         return optimizer
 
     def get_tp_size(self) -> int:
-        return 1 if self.tensor is None else self.tensor.tensor_size
+        """How many processes share each row, which is what Trainer takes it for."""
+        return 1 if self.layout is None else self.layout.sharing
 
     def told_by_first(self, compute: Callable[[], Any]) -> Any:
         """What ``compute`` gives, in one of the processes that share rows: a function of the user's may not give the same twice."""
-        return compute() if self.tensor is None else self.tensor.told_by_first(compute)
+        return compute() if self.layout is None else self.layout.told_by_first(compute)
 
     @property
     def data_size(self) -> int:
         """Of how many processes each reads rows of its own."""
-        return self.args.world_size if self.tensor is None else self.tensor.data_size
+        return self.args.world_size if self.layout is None else self.layout.data_size
 
     @property
     def data_rank(self) -> int:
-        return self.args.process_index if self.tensor is None else self.tensor.data_rank
+        return self.args.process_index if self.layout is None else self.layout.data_rank
 
     # ------------------------------------------------------------------------------------------------ processes
 

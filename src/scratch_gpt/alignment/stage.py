@@ -40,9 +40,9 @@ from scratch_gpt.training.launch import (
     asks_for_deepspeed,
     launched_processes,
     reading_processes,
-    tensor_size,
+    sharing_processes,
 )
-from scratch_gpt.training.layout import tensor_layout
+from scratch_gpt.training.layout import sharing_layout
 from scratch_gpt.training.metrics import MetricsFile, read_metrics
 from scratch_gpt.training.run import CONFIG, record_settings, run_directory, stored_settings
 from scratch_gpt.training.stop import StopRequest
@@ -133,22 +133,22 @@ def _check_sizes(sizes: ParallelismConfig, settings: Any, verb: str) -> None:
     """Raises a UserError for a parallelism_config that this stage or this launch does not carry out."""
     instead = "take configs/accelerate/ddp.yaml, or fsdp2.yaml or hsdp.yaml for models that are too large for it"
     sharded, world = parse_flag_from_env("ACCELERATE_USE_FSDP"), launched_processes().num_processes
-    if sizes.cp_size > 1 or sizes.sp_size > 1:
+    if sizes.sp_size > 1:
+        raise UserError("parallelism_config: DeepSpeed's sequence parallelism (sp_size) is not supported: take cp_size")
+    if sizes.cp_size > 1 and not (sharded and sizes.tp_size == 1):
         raise UserError(
-            f"parallelism_config divides the columns of rows, which is for `pretrain`; `{verb}` reads whole ones: {instead}"
+            f"parallelism_config divides the columns of rows (cp_size {sizes.cp_size}), which `{verb}` does under "
+            "distributed_type: FSDP and without tp_size: take configs/accelerate/fsdp2_cp.yaml"
         )
-    if sizes.tp_size > 1 and sharded and settings.lora_rank is not None:
-        raise UserError(
-            "--lora-rank with fsdp2_tp.yaml: take tp.yaml or fsdp2.yaml, adapters are not sharded in both ways"
-        )
-    if sizes.tp_size > 1 and getattr(settings, "load_in_4bit", False):
-        raise UserError(f"--load-in-4bit: tensor parallelism does not divide packed weights: {instead}")
+    if max(sizes.tp_size, sizes.cp_size) > 1 and getattr(settings, "load_in_4bit", False):
+        raise UserError(f"--load-in-4bit: tensor and context parallelism do not divide packed weights: {instead}")
     if sizes.total_size != world:
         raise UserError(
             f"parallelism_config asks for {sizes.total_size} processes ({sizes.dp_replicate_size} copies in "
-            f"{sizes.dp_shard_size} parts, each over {sizes.tp_size}), the launcher started {world}"
+            f"{sizes.dp_shard_size} parts, each over {sizes.tp_size * sizes.cp_size}), the launcher started {world}"
         )
-    if not (sharded and sizes.dp_shard_size > 1) and (sizes.tp_size == 1 or sizes.tp_size < world):
+    parts = sizes.dp_shard_size * sizes.cp_size if sharded else 1
+    if parts == 1 and (sizes.tp_size == 1 or sizes.tp_size < world):
         raise UserError(f"parallelism_config asks for copies, and for no parts under distributed_type: FSDP: {instead}")
 
 
@@ -156,17 +156,17 @@ def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path],
     started = time.monotonic()
     set_seed(settings.seed)  # new heads and adapters are the same each time and on all processes
     zero = asked_config() if asks_for_deepspeed() else None
-    divided = tensor_size() > 1
+    shared = sharing_processes() > 1
     try:
-        with WITHOUT_DEEPSPEED(), WITHOUT_LAYOUT() if divided else nullcontext():
+        with WITHOUT_DEEPSPEED(), WITHOUT_LAYOUT() if shared else nullcontext():
             stage = build(settings, run_dir)
     except ValueError as error:
         raise UserError(str(error)) from error
     trainer = stage.trainer
     if zero is not None:
         trainer.use_zero(ZeroLayout(trainer.accelerator, zero))
-    if divided:
-        trainer.use_tensor_parallelism(tensor_layout(trainer.accelerator))
+    if shared:
+        trainer.share_rows(sharing_layout(trainer.accelerator))
     checkpoint = newest_checkpoint(run_dir)
     done = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
     if checkpoint is not None:

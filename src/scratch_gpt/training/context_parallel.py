@@ -6,7 +6,8 @@ Grattafiori et al., 2024, arXiv:2407.21783). A row is cut into twice as many pie
 has one from the front and its mirror image from the back: so all have equally much to attend to.
 
 The model is not changed. A :class:`Part` goes where its masks would, through the blocks to the attention function that is
-registered here.
+registered here. Whoever has losses of his own that ask for whole rows lets :func:`divide_inside` do it all: the embeddings
+and blocks have columns, what comes out of them is put together.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -63,15 +65,28 @@ def own_columns(length: int, rank: int, size: int) -> torch.Tensor:
 
 def divide_rows(batch: Batch, config: Any, group: dist.ProcessGroup) -> tuple[Batch, dict[str, Part]]:
     """Of a batch of whole rows, which all processes of ``group`` have: this one's columns; by type of layer, its part."""
-    rank, size = group.rank(), group.size()
     length, device = batch.input_ids.shape[1], batch.input_ids.device
-    columns = own_columns(length, rank, size).to(device)
+    columns = own_columns(length, group.rank(), group.size()).to(device)
     documents, positions = None, torch.arange(length, device=device).unsqueeze(0)
     if batch.position_ids is not None:
         positions = batch.position_ids
-        documents = (positions.diff(dim=1, prepend=positions[:, :1]) != 1).cumsum(1)
+        documents = documents_of(positions)
     own = Batch(batch.input_ids[:, columns], batch.labels[:, columns], positions[:, columns])
+    return own, own_parts(config, length, documents, group, device)
 
+
+def documents_of(positions: torch.Tensor) -> torch.Tensor:
+    """The number of each token's document in its row, from ``positions`` (batch, seq) that begin anew with each."""
+    return (positions.diff(dim=1, prepend=positions[:, :1]) != 1).cumsum(1)
+
+
+def own_parts(
+    config: Any, length: int, documents: torch.Tensor | None, group: dist.ProcessGroup, device: torch.device
+) -> dict[str, Part]:
+    """By type of layer, this process's part of rows of ``length``, in which only tokens of the same of ``documents``
+    (batch, length) see each other.
+    """
+    rank, size = group.rank(), group.size()
     piece = length // (2 * size)
     pieces = [range(number * piece, (number + 1) * piece) for number in (rank, 2 * size - 1 - rank)]
     parts = {}
@@ -79,7 +94,7 @@ def divide_rows(batch: Batch, config: Any, group: dist.ProcessGroup) -> tuple[Ba
         window = config.sliding_window if kind == "sliding_attention" else None
         first, second = (_mask(columns, documents, window, device) for columns in pieces)
         parts[kind] = Part(group, (pieces[0].stop, pieces[1].stop), (first, second))
-    return own, parts
+    return parts
 
 
 def _mask(queries: range, documents: torch.Tensor | None, window: int | None, device: torch.device) -> torch.Tensor:
@@ -135,6 +150,63 @@ class _AllGather(torch.autograd.Function):
         summed = torch.empty(grad.shape[1:], dtype=torch.float32, device=grad.device)
         dist.reduce_scatter_tensor(summed, grad.float().flatten(0, 1).contiguous(), group=ctx.group)
         return summed.to(grad.dtype), None
+
+
+def divide_inside(backbone: Any, group: dist.ProcessGroup) -> None:
+    """Let ``backbone``, which all processes of ``group`` give the same rows of any length, compute its own columns of
+    them and give back whole ones; with a cache, as it draws, it computes whole ones.
+
+    The processes go on with the same hidden states and come to the same loss, so that all gradients, of the backbone and
+    of what follows it, are right where they are averaged over them.
+    """
+    length = 0  # of the rows at hand, 0 where they are not divided
+
+    def divide(backbone: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        nonlocal length
+        names = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+        given = {**keywords, **dict(zip(names, arguments, strict=False))}
+        ids, mask, positions = (given.get(name) for name in names[:3])
+        length = 0
+        if given.get("past_key_values") is not None:
+            return None
+        assert ids is not None and (mask is None or mask.ndim == 2)
+        length = ids.shape[1]
+        documents = None
+        if mask is not None and (mask.long().diff(dim=1) > 0).any():  # padding that no causal mask hides
+            documents = mask.long()
+        elif mask is None and positions is not None:
+            documents = documents_of(positions)
+        if positions is None:
+            positions = backbone._default_position_ids(mask, ids, None)
+        more = -length % (2 * group.size())
+        ids, positions = F.pad(ids, (0, more)), F.pad(positions, (0, more))
+        documents = None if documents is None else F.pad(documents, (0, more), value=-1)
+        columns = own_columns(length + more, group.rank(), group.size()).to(ids.device)
+        own = {"input_ids": ids[:, columns], "position_ids": positions[:, columns], "use_cache": False}
+        parts = own_parts(backbone.config, length + more, documents, group, ids.device)
+        return (), {**given, **own, "attention_mask": parts}
+
+    def put_together(backbone: Any, arguments: tuple[Any, ...], output: Any) -> None:
+        if length:
+            output["last_hidden_state"] = _Whole.apply(output.last_hidden_state, group)[:, :length]
+
+    backbone.register_forward_pre_hook(divide, with_kwargs=True)
+    backbone.register_forward_hook(put_together)
+
+
+class _Whole(torch.autograd.Function):
+    """Own columns (batch, own seq, hidden) to whole rows (batch, seq, hidden), whose gradient all processes have alike."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return gather_columns(own, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        rank, size = ctx.group.rank(), ctx.group.size()
+        columns = own_columns(grad.shape[1], rank, size).to(grad.device)
+        return grad[:, columns] * size, None  # the average over processes is to be the sum over columns
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention_forward)

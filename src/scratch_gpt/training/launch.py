@@ -18,14 +18,15 @@ WITHOUT_LAYOUT = functools.partial(
 """For what sees data parallelism alone, where `layout.py` sets the rest up."""
 
 
-def tensor_size() -> int:
-    """How many processes of the launch share each matrix product, and so rows."""
-    return int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
+def sharing_processes() -> int:
+    """How many processes of the launch share each row: its matrix products, or its columns."""
+    tensor, context = (os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") for kind in ("TP", "CP"))
+    return int(tensor) * int(context)
 
 
 def reading_processes() -> int:
     """Over how many processes of the launch, or groups that share rows, the rows of a step are divided."""
-    return launched_processes().num_processes // tensor_size()
+    return launched_processes().num_processes // sharing_processes()
 
 
 def asks_for_deepspeed() -> bool:

@@ -59,14 +59,19 @@ class Layout:
     # ------------------------------------------------------------------------------------------------ data
 
     @property
+    def sharing(self) -> int:
+        """How many processes share each row: its matrix products, or its columns."""
+        return self.tensor_size * self.context_size
+
+    @property
     def data_size(self) -> int:
-        """Into how many parts the rows of a step are divided: processes that share matrix products or columns share rows."""
-        return self.world // (self.tensor_size * self.context_size)
+        """Into how many parts the rows of a step are divided."""
+        return self.world // self.sharing
 
     @property
     def data_rank(self) -> int:
         """Which part this process reads."""
-        return self.rank // (self.tensor_size * self.context_size)
+        return self.rank // self.sharing
 
     @property
     def random_rank(self) -> int:
@@ -79,6 +84,12 @@ class Layout:
             return batch, None
         assert self.mesh is not None
         return context_parallel.divide_rows(batch, self.unwrap(model).config, self.mesh["cp"].get_group())
+
+    def divide_inside(self, backbone: Any) -> None:
+        """Where processes share columns: let ``backbone`` be given whole rows, and give them back."""
+        if self.context_size > 1:
+            assert self.mesh is not None
+            context_parallel.divide_inside(backbone, self.mesh["cp"].get_group())
 
     def device_rows(self, rows: int, asked: int | None) -> int:
         """Rows of one forward pass of a process that reads ``rows`` a step."""
@@ -97,10 +108,10 @@ class Layout:
 
     def told_by_first(self, compute: Callable[[], Any]) -> Any:
         """What ``compute`` gives, or raises, in the first of the processes that read the same rows; the others do not call it."""
-        if self.tensor_size == 1:
+        if self.sharing == 1:
             return compute()
-        assert self.mesh is not None
-        mesh = self.mesh["tp"]
+        assert self.mesh is not None and 1 in (self.tensor_size, self.context_size)
+        mesh = self.mesh["tp" if self.tensor_size > 1 else "cp"]
         told: list[Any] = [None, None]
         if mesh.get_local_rank() == 0:
             try:
@@ -387,14 +398,15 @@ def choose_layout() -> Layout:
     return Layout(accelerator, strategy, sizes.get_device_mesh(accelerator.device.type))
 
 
-def tensor_layout(accelerator: Accelerator) -> Layout:
-    """The tensor parallel one that the configuration file asks for, over processes which to ``accelerator`` have copies."""
+def sharing_layout(accelerator: Accelerator) -> Layout:
+    """Tensor or context parallel, as the configuration file asks for, over processes which to ``accelerator`` have copies."""
     sizes = ParallelismConfig()
     mesh = sizes.get_device_mesh(accelerator.device.type)
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return Layout(accelerator, "tp", mesh)
     strategy = "hsdp" if sizes.dp_replicate_size > 1 else "fsdp2"
-    return Layout(accelerator, f"{strategy} x tp", mesh, FullyShardedDataParallelPlugin())
+    strategy += " x cp" if sizes.cp_size > 1 else " x tp"
+    return Layout(accelerator, strategy, mesh, FullyShardedDataParallelPlugin())
 
 
 def _check_plugin(accelerator: Accelerator) -> None:
