@@ -69,7 +69,7 @@ def test_a_run_learns_resumes_bit_for_bit_and_saves_plain_models(corpus, tmp_pat
 
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(arguments(plain, corpus)) == 0
-    assert losses(whole)[STEPS] < losses(whole)[1] - 0.4
+    assert losses(whole)[STEPS] < losses(whole)[1] - 0.3
     assert losses(whole) == pytest.approx(losses(plain), abs=0.1) and losses(whole) != losses(plain)
     for name in ("final", f"checkpoint-{STEPS}"):
         saved, expected = (load_file(run / name / "model.safetensors") for run in (whole, plain))
