@@ -1177,10 +1177,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         with torch.autocast(device_type, enabled=False):
             matrix = weight.to(dtype)
+            space = matrix.new_empty(min(chunk_size, hidden.shape[0]), weight.shape[0])
             for start in range(0, hidden.shape[0], chunk_size):
                 rows = slice(start, start + chunk_size)
                 chunk = hidden[rows].to(dtype)  # (chunk, hidden)
-                logits = chunk @ matrix.t()  # (chunk, vocab), and soon their gradient
+                logits = torch.mm(chunk, matrix.t(), out=space[: len(chunk)])  # (chunk, vocab), and soon their gradient
                 targets = labels[rows].unsqueeze(1)  # (chunk, 1)
                 row_scale = (targets != ignore_index) * early
                 targets = targets.masked_fill(targets == ignore_index, 0)
@@ -1193,7 +1194,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         grad_weight.addmm_(logits.t(), chunk)
                     else:
                         _add_product(grad_weight, logits.t(), chunk)
-                del logits  # or the next chunk's would be beside them
         if late is not None:
             loss *= late
 
