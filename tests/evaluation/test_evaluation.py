@@ -1,6 +1,8 @@
 """The sentence benchmarks and the harness, against scores worked out by hand."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -135,3 +137,10 @@ def test_generate_continues_the_prompt(saved_model, capsys):
     assert printed.count("It was 🙂") == 2
     assert main(["generate", "--model", str(saved_model), "--max-new-tokens", "5000"]) == 2
     assert "takes 256 in all" in capsys.readouterr().err
+
+
+def test_generate_imports_neither_adapters_nor_quantizers(saved_model):
+    code = "import sys\nfrom scratch_gpt.cli import main\nmain(sys.argv[1:])\nprint({'peft', 'bitsandbytes'} & {*sys.modules})"
+    command = [sys.executable, "-c", code, "generate", "--model", str(saved_model), "--max-new-tokens", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")

@@ -22,7 +22,7 @@ def continuations(
         UserError: prompt and new tokens do not fit into the model's context.
     """
     import torch
-    from transformers import GenerationConfig, set_seed
+    from transformers import GenerationConfig
 
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.tensor([[tokenizer.bos_token_id]])
     room = model.config.max_position_embeddings - ids.shape[1]
@@ -40,7 +40,7 @@ def continuations(
         pad_token_id=tokenizer.pad_token_id,
         **(sampling if settings.temperature > 0 else {"do_sample": False}),
     )
-    set_seed(settings.seed)
+    torch.manual_seed(settings.seed)
     model.eval()
     with torch.no_grad():
         output = model.generate(
