@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -93,6 +94,7 @@ def leave(code: int) -> NoReturn:
     tensors of the last collective needs the interpreter for it, and aborts the process if it is late.
     """
     if "RANK" in os.environ:
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
