@@ -1242,10 +1242,13 @@ def _loss_of_piece(logits, targets, row_scale, bias, softcap, vocab_size, need_g
         scores = squashed * softcap
     if vocab_size < scores.shape[1]:
         scores = scores.index_fill(1, torch.arange(vocab_size, scores.shape[1], device=scores.device), -math.inf)
-    log_probs = torch.log_softmax(scores, dim=-1)
-    loss = -(log_probs.gather(1, targets) * row_scale).sum()
+    of_targets, largest = scores.gather(1, targets), scores.amax(-1, keepdim=True)
+    probs = torch.softmax(scores, dim=-1)
+    # The largest of them is 1 / sum(exp(scores - largest)), so that no exponential is taken twice.
+    log_sum = largest - probs.amax(-1, keepdim=True).log()
+    loss = ((log_sum - of_targets) * row_scale).sum()
     if need_gradient:
-        gradient = log_probs.exp_().mul_(row_scale)
+        gradient = probs.mul_(row_scale)
         gradient.scatter_add_(1, targets, -row_scale)
         if softcap is not None:
             gradient.mul_(1 - squashed * squashed)  # d tanh
