@@ -53,6 +53,14 @@ def test_chunked_loss_and_gradients_equal_cross_entropy(chunk_size, num_items, s
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_small_loss_under_large_logits_is_exact():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(64, 1000) + 40, torch.randint(0, 1000, (64,))
+    logits[torch.arange(64), labels] += 10
+    loss = linear_cross_entropy(logits, torch.eye(1000), labels)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=5e-8)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 def test_inputs_that_need_no_gradient_get_none(frozen):
     hidden, weight, _, labels = problem()

@@ -1245,8 +1245,7 @@ def _loss_of_piece(logits, targets, row_scale, bias, softcap, vocab_size, need_g
     of_targets, largest = scores.gather(1, targets), scores.amax(-1, keepdim=True)
     probs = torch.softmax(scores, dim=-1)
     # The largest of them is 1 / sum(exp(scores - largest)), so that no exponential is taken twice.
-    log_sum = largest - probs.amax(-1, keepdim=True).log()
-    loss = ((log_sum - of_targets) * row_scale).sum()
+    loss = ((largest - of_targets - probs.amax(-1, keepdim=True).log()) * row_scale).sum()
     if need_gradient:
         gradient = probs.mul_(row_scale)
         gradient.scatter_add_(1, targets, -row_scale)
