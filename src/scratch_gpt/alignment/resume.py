@@ -12,13 +12,11 @@ import dataclasses
 import itertools
 import json
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 from safetensors.torch import load_file, save_file
@@ -30,6 +28,7 @@ from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.models.utils import add_hooks, remove_hooks
 
+from scratch_gpt.alignment.random_states import random_states, set_random_states
 from scratch_gpt.alignment.rollout import base_of
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError
@@ -493,33 +492,6 @@ def fill(model: Any, folder: Path) -> None:
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
     else:
         model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
-
-
-def random_states() -> dict[str, torch.Tensor]:
-    """Of all generators of this process, as tensors."""
-    _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    left = torch.tensor([math.nan if gauss is None else gauss, has_gauss, cached], dtype=torch.float64)
-    states = {
-        "cpu": torch.get_rng_state(),
-        "python": torch.tensor(words),
-        "numpy": torch.tensor([*map(int, keys), position]),
-        "gauss": left,
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Inverse of :func:`random_states`."""
-    gauss, has_gauss, cached = states["gauss"].tolist()
-    random.setstate((3, tuple(states["python"].tolist()), None if math.isnan(gauss) else gauss))
-    *keys, position = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, int(has_gauss), cached))
-    torch.set_rng_state(states["cpu"].clone())  # torch 2.13 crashes over a view into a larger tensor
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].clone())
 
 
 def _stacked(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
