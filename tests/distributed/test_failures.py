@@ -141,3 +141,9 @@ leave(75)
 def test_a_launched_process_ends_with_its_exit_code_whatever_the_threads_of_torch_do():
     done = finish([sys.executable, "-c", BUSY_AT_ITS_END], env=environment(RANK="0"))
     assert (done.returncode, done.stdout) == (75, "done\n"), done.stderr
+
+
+def test_a_process_that_ends_does_not_wait_for_threads_that_wait_for_it(config, shards, tmp_path):
+    run = arguments(tmp_path / "run", shards, "modern", 2)
+    launch(config, run, program=["-m", "tests.distributed.busy"], timeout=90)
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()

@@ -20,6 +20,7 @@ from scratch_gpt.config import DoctorSettings
 from scratch_gpt.console import say
 from scratch_gpt.data.workers import available_cores
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
+from scratch_gpt.training.launch import part
 from scratch_gpt.training.layout import choose_layout
 from scratch_gpt.training.optimizer import build_optimizer
 from scratch_gpt.training.pipeline import choose_pipeline
@@ -63,7 +64,7 @@ def doctor_command(settings: DoctorSettings) -> None:
     for number, line in enumerate(layout.describe(spread, precision, "")):
         say(("layout     " if number == 0 else "           ") + line)
     say("           (numbers of a tiny model, on which it was tried)")
-    layout.accelerator.end_training()
+    part(layout.accelerator)
 
 
 def _versions() -> list[str]:

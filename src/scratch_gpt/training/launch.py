@@ -4,6 +4,7 @@ import functools
 import os
 from datetime import timedelta
 
+import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env, patch_environment
 
@@ -16,6 +17,19 @@ WITHOUT_LAYOUT = functools.partial(
     patch_environment, ACCELERATE_USE_PARALLELISM_CONFIG="false", ACCELERATE_USE_FSDP="false"
 )
 """For what sees data parallelism alone, where `layout.py` sets the rest up."""
+
+_parted: list[object] = []
+
+
+def part(accelerator: Accelerator) -> None:
+    """Take leave of the other processes of the launch; the memory of their group goes with this process.
+
+    `DistributedDataParallel` has the group too. Were it the last to free it, it would wait for the group's threads with the
+    interpreter locked, which one of them may need to free the tensors of the last collective.
+    """
+    if dist.is_initialized():
+        _parted.append(dist.group.WORLD)
+    accelerator.end_training()
 
 
 def sharing_processes() -> int:

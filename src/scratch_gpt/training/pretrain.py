@@ -43,7 +43,7 @@ from scratch_gpt.training.checkpoint import (
 from scratch_gpt.training.find_batch_size import is_out_of_memory, out_of_memory_advice
 from scratch_gpt.training.float8 import check_tokens, use_float8
 from scratch_gpt.training.guard import summarise
-from scratch_gpt.training.launch import launched_processes
+from scratch_gpt.training.launch import launched_processes, part
 from scratch_gpt.training.layout import Layout, choose_layout
 from scratch_gpt.training.loop import BatchShape, Loop
 from scratch_gpt.training.metrics import read_events
@@ -285,7 +285,7 @@ class Pretraining:
             watch.at("writing the final model")
             self._save_final(layout)
             watch.leave()
-            layout.accelerator.end_training()
+            part(layout.accelerator)
 
     def describe(self) -> None:
         """What `--dry-run` says beyond the lines of every run."""
