@@ -1,4 +1,4 @@
-"""`program.py`, in which the last collective of a run still goes on while each process, busy, frees what it had."""
+"""One run, of which the last collective still goes on while each process, busy, frees what it had."""
 
 import json
 import sys
@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from scratch_gpt.cli import leave
-from tests.distributed.program import run_all
+from scratch_gpt.cli import leave, main
 
 
 def end_training(accelerator, original=Accelerator.end_training):
@@ -18,4 +17,5 @@ def end_training(accelerator, original=Accelerator.end_training):
 
 
 Accelerator.end_training = end_training
-leave(run_all(json.loads(sys.argv[1])))
+[run] = json.loads(sys.argv[1])
+leave(main(run))
