@@ -28,9 +28,10 @@ from scratch_gpt.data.mixture import Cursor, TrainingOrder
 from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream, read_manifest
 from scratch_gpt.data.tokenizer import load_tokenizer
-from scratch_gpt.training.build import build_config, build_model
+from scratch_gpt.distributed.materialize import build_model
+from scratch_gpt.model.loading import build_config
+from scratch_gpt.training.autotune import measure
 from scratch_gpt.training.metrics import read_metrics
-from scratch_gpt.training.precision import measure
 from scratch_gpt.training.pretrain import Pretraining, prepare_data, prepare_tokenizer
 
 PACKINGS = [("concat", False), ("concat", True), ("best_fit", False), ("best_fit", True)]

@@ -19,11 +19,11 @@ from collections.abc import Callable
 import torch
 
 import scratch_gpt.training.pretrain
+from scratch_gpt.compute.precision import autocast
 from scratch_gpt.config import PretrainSettings, parse_settings
 from scratch_gpt.data.loader import ReadAhead
-from scratch_gpt.training.loop import Loop
-from scratch_gpt.training.precision import autocast
 from scratch_gpt.training.stop import StopRequest
+from scratch_gpt.training.trainer import Loop
 
 PAIRS, WARM_UP = 100, 10
 

@@ -127,21 +127,21 @@ def ours(
     **training_settings: object,
 ) -> list[float]:
     """The loop of `scratch-gpt pretrain`, guard, metrics and all."""
+    from scratch_gpt.compute.activation_checkpointing import checkpoint_activations
+    from scratch_gpt.compute.compile import compile_blocks
+    from scratch_gpt.compute.malloc import keep_freed_memory
     from scratch_gpt.config import PhaseSettings, PretrainSettings, TrainingSettings
     from scratch_gpt.data.loader import TrainingData
     from scratch_gpt.data.mixture import Cursor, TrainingOrder
     from scratch_gpt.data.packing import pack
     from scratch_gpt.data.shards import TokenStream
+    from scratch_gpt.distributed.optimizer import build_optimizer
+    from scratch_gpt.distributed.setup import choose_layout
     from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
     from scratch_gpt.model.presets import GPT2_STYLE
-    from scratch_gpt.training.allocator import keep_freed_memory
     from scratch_gpt.training.checkpoint import TrainerState
-    from scratch_gpt.training.layout import choose_layout
-    from scratch_gpt.training.loop import BatchShape, Loop
     from scratch_gpt.training.metrics import read_metrics
-    from scratch_gpt.training.optimizer import build_optimizer
-    from scratch_gpt.training.precision import compile_blocks
-    from scratch_gpt.training.recompute import checkpoint_activations
+    from scratch_gpt.training.trainer import BatchShape, Loop
 
     if keep_memory:
         keep_freed_memory()
@@ -225,7 +225,7 @@ def matmul_peak(precision: str, size: int = 2048) -> float:
 
 def precisions() -> list[str]:
     """Those whose arithmetic this machine has."""
-    from scratch_gpt.training.precision import has_bf16
+    from scratch_gpt.compute.precision import has_bf16
 
     return ["fp32", "bf16"] if has_bf16(torch.device("cpu")) else ["fp32"]
 

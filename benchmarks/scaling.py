@@ -12,9 +12,9 @@ from functools import cache, cached_property
 
 from scratch_gpt.model import ScratchGPTConfig
 from scratch_gpt.model.presets import preset
-from scratch_gpt.training import footprint
-from scratch_gpt.training.footprint import BF16, FP32, Parameters, Workload
-from scratch_gpt.training.planner import FILL, GB, Layout, Memory, memory
+from scratch_gpt.planning import memory as footprint
+from scratch_gpt.planning.memory import BF16, FP32, Parameters, Workload
+from scratch_gpt.planning.plan import FILL, GB, Layout, Memory, memory
 
 MEMORY, PEAK = 80e9, 989e12
 """Bytes and dense bf16 FLOP/s of an H100 SXM (data sheet)."""

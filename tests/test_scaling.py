@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scratch_gpt.compute.precision import autocast
 from scratch_gpt.model import ScratchGPTForCausalLM
 from scratch_gpt.model.presets import preset
-from scratch_gpt.training.footprint import Workload
-from scratch_gpt.training.planner import Layout
-from scratch_gpt.training.precision import autocast
-from scratch_gpt.training.rehearsal import pretended_layout, pretended_processes
+from scratch_gpt.planning.dry_run import pretended_layout, pretended_processes
+from scratch_gpt.planning.memory import Workload
+from scratch_gpt.planning.plan import Layout
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")

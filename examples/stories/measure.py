@@ -57,11 +57,11 @@ def write(
 ) -> Written:
     """One text per prompt (messages, or text to continue), drawn with nothing but the temperature in the way."""
     import torch
+    from scratch_gpt.alignment.ppo.rollout import completion_logits, generate, token_logprobs
     from transformers import set_seed
 
-    from scratch_gpt.alignment.chat import encode_prompt, stop_tokens
-    from scratch_gpt.alignment.rollout import completion_logits, generate, token_logprobs
-    from scratch_gpt.training.build import load_model
+    from scratch_gpt.alignment.data.chat_template import encode_prompt, stop_tokens
+    from scratch_gpt.model.loading import load_model
 
     model, tokenizer = load_model(str(model_folder))
     model.eval()
@@ -107,7 +107,7 @@ def loss_on_answers(model_folder: Path | str, examples: Sequence[dict[str, Any]]
     import torch
 
     from scratch_gpt.alignment.sft import encode
-    from scratch_gpt.training.build import load_model
+    from scratch_gpt.model.loading import load_model
 
     model, tokenizer = load_model(str(model_folder))
     model.eval()
@@ -127,7 +127,7 @@ def reward_scores(reward_folder: Path | str, prompts: Sequence[Any], texts: Sequ
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from scratch_gpt.alignment.chat import encode_answer
+    from scratch_gpt.alignment.data.chat_template import encode_answer
 
     tokenizer = AutoTokenizer.from_pretrained(reward_folder)
     model = AutoModelForSequenceClassification.from_pretrained(reward_folder, num_labels=1, dtype=torch.float32).eval()
@@ -149,7 +149,7 @@ def reward_scores(reward_folder: Path | str, prompts: Sequence[Any], texts: Sequ
 
 def share(values: Sequence[float]) -> dict[str, Any]:
     """How many of the values are 1, and the 95% interval of that by Wilson's score; a half is half a success."""
-    from scratch_gpt.alignment.preference_report import Share
+    from scratch_gpt.alignment.reward_report import Share
 
     found = Share.of(sum(values), len(values))
     return {"share": found.value, "interval": [found.low, found.high], "number": found.number}

@@ -25,11 +25,11 @@ VERBS: dict[str, tuple[type, str]] = {
     "data inspect": (config.DataInspectSettings, "scratch_gpt.data.inspect:inspect_command"),
     "data import-datatrove": (config.DatatroveImportSettings, "scratch_gpt.data.datatrove:import_command"),
     "data export-datatrove": (config.DatatroveExportSettings, "scratch_gpt.data.datatrove:export_command"),
-    "doctor": (config.DoctorSettings, "scratch_gpt.training.doctor:doctor_command"),
-    "plan": (config.PlanSettings, "scratch_gpt.training.planner:plan_command"),
+    "doctor": (config.DoctorSettings, "scratch_gpt.planning.doctor:doctor_command"),
+    "plan": (config.PlanSettings, "scratch_gpt.planning.plan:plan_command"),
     "find-batch-size": (
         config.FindBatchSizeSettings,
-        "scratch_gpt.training.find_batch_size:find_batch_size_command",
+        "scratch_gpt.planning.find_batch_size:find_batch_size_command",
     ),
     "pretrain": (config.PretrainSettings, "scratch_gpt.looks:pretrain_command"),
     "sft": (config.SFTSettings, "scratch_gpt.alignment.sft:sft_command"),
@@ -38,11 +38,11 @@ VERBS: dict[str, tuple[type, str]] = {
     "kto": (config.KTOSettings, "scratch_gpt.alignment.kto:kto_command"),
     "grpo": (config.GRPOSettings, "scratch_gpt.alignment.grpo:grpo_command"),
     "rloo": (config.RLOOSettings, "scratch_gpt.alignment.grpo:rloo_command"),
-    "ppo": (config.PPOSettings, "scratch_gpt.alignment.ppo:ppo_command"),
+    "ppo": (config.PPOSettings, "scratch_gpt.alignment.ppo.command:ppo_command"),
     "evaluate": (config.EvaluateSettings, "scratch_gpt.evaluation.evaluate:evaluate_command"),
-    "generate": (config.GenerateSettings, "scratch_gpt.serving.generate:generate_command"),
-    "export": (config.ExportSettings, "scratch_gpt.publishing.export:export_command"),
-    "import": (config.ImportSettings, "scratch_gpt.publishing.export:import_command"),
+    "generate": (config.GenerateSettings, "scratch_gpt.inference.generate:generate_command"),
+    "export": (config.ExportSettings, "scratch_gpt.convert.export:export_command"),
+    "import": (config.ImportSettings, "scratch_gpt.convert.export:import_command"),
 }
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75

@@ -14,7 +14,7 @@ from scratch_gpt.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from scratch_gpt.training.observe import Looks, Scores
+    from scratch_gpt.training.monitor import Looks, Scores
 
 
 def pretrain_command(settings: PretrainSettings) -> None:
@@ -38,10 +38,10 @@ def looks_at(settings: PretrainSettings) -> "Looks | None":
             "--training.sample_every and benchmark_every need a model that can be called, and in a pipeline each process has "
             "some blocks only: leave them out, and `evaluate` the checkpoints instead"
         )
-    from scratch_gpt.evaluation.harness import find_tasks, run_named_tasks, run_tasks
-    from scratch_gpt.evaluation.sentences import questions_for
-    from scratch_gpt.serving.generate import samples
-    from scratch_gpt.training.observe import Looks
+    from scratch_gpt.evaluation.builtin_tasks import questions_for
+    from scratch_gpt.evaluation.lm_eval import find_tasks, run_named_tasks, run_tasks
+    from scratch_gpt.inference.generate import samples
+    from scratch_gpt.training.monitor import Looks
 
     named = tuple(training.benchmark_tasks)
     if training.benchmark_every is not None and named:

@@ -20,9 +20,9 @@ from scratch_gpt.console import console, duration, say, shown
 from scratch_gpt.data.shards import read_manifest, totals
 from scratch_gpt.data.sources import split_documents
 from scratch_gpt.errors import UserError
-from scratch_gpt.evaluation.sentences import sentences_of
+from scratch_gpt.evaluation.builtin_tasks import sentences_of
 from scratch_gpt.files import write_json
-from scratch_gpt.training.run import record_settings, run_directory, stored_settings
+from scratch_gpt.training.run_directory import record_settings, run_directory, stored_settings
 
 RESULTS = Path("evaluation") / "results.json"
 RESERVED_SECONDS = 45.0
@@ -68,8 +68,8 @@ def stage(number: int, title: str) -> Iterator[None]:
 
 
 def make_inputs(settings: QuickstartSettings, run_dir: Path) -> None:
-    from scratch_gpt.training.launch import launched_processes
-    from scratch_gpt.training.observe import check_observation
+    from scratch_gpt.distributed.launch import launched_processes
+    from scratch_gpt.training.monitor import check_observation
     from scratch_gpt.training.pretrain import prepare_data, prepare_tokenizer
 
     check_observation(settings.training, launched_processes().device)
@@ -90,8 +90,8 @@ def held_out_prompts(settings: QuickstartSettings) -> list[str]:
 
 
 def pretrain(settings: QuickstartSettings, run_dir: Path, prompts: list[str], started: float) -> None:
+    from scratch_gpt.inference.generate import samples
     from scratch_gpt.looks import looks_at
-    from scratch_gpt.serving.generate import samples
     from scratch_gpt.training.pretrain import Pretraining
 
     with stage(3, "pretraining"):
@@ -113,12 +113,12 @@ def pretrain(settings: QuickstartSettings, run_dir: Path, prompts: list[str], st
 def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> dict[str, Any]:
     """Look at the finished model from outside: samples, a reload elsewhere, the benchmark, the card."""
     from scratch_gpt.evaluation.evaluate import describe, evaluate
+    from scratch_gpt.inference.generate import samples
+    from scratch_gpt.model.loading import load_model
     from scratch_gpt.publishing.model_card import write_model_card
     from scratch_gpt.publishing.verify import reload_elsewhere
-    from scratch_gpt.serving.generate import samples
-    from scratch_gpt.training.build import load_model
-    from scratch_gpt.training.guard import summarise
     from scratch_gpt.training.metrics import read_events, read_metrics
+    from scratch_gpt.training.spike_guard import summarise
 
     final = run_dir / "final"
     model, tokenizer = load_model(str(final))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scratch_gpt.data.places import Dataset, Piece, cut
+from scratch_gpt.data.inputs import Dataset, Piece, cut
 from scratch_gpt.data.records import Reading, read_piece
 from scratch_gpt.data.sources import read_places
 from scratch_gpt.errors import UserError

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from scratch_gpt.cli import leave
-from scratch_gpt.training.loop import Loop
+from scratch_gpt.training.trainer import Loop
 from tests.distributed.program import run_all
 
 SLOW_DISK = "SLOW_DISK"
@@ -28,7 +28,7 @@ def strikes(loop, fault, its_step):
     return False
 
 
-def forward_backward(loop, data, original=Loop._forward_backward):
+def forward_backward(loop, data, original=Loop.forward_backward):
     if name != SLOW_DISK and strikes(loop, name, loop.state.step + 1):
         os.kill(os.getpid(), signal.Signals[name])
     return original(loop, data)
@@ -41,5 +41,5 @@ def read_steps(loop, original=Loop._read_steps):
         yield data
 
 
-Loop._forward_backward, Loop._read_steps = forward_backward, read_steps
+Loop.forward_backward, Loop._read_steps = forward_backward, read_steps
 leave(run_all(json.loads(runs)))

@@ -12,11 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from scratch_gpt.cli import leave, main
-from scratch_gpt.training.held import local
-from scratch_gpt.training.layout import Layout
-from scratch_gpt.training.loop import Loop
-from scratch_gpt.training.pipeline import PipelineLayout
-from scratch_gpt.training.saved import SavedTensors
+from scratch_gpt.distributed.dtensor import local
+from scratch_gpt.distributed.pipeline import PipelineLayout
+from scratch_gpt.distributed.safetensors_reader import SavedTensors
+from scratch_gpt.distributed.strategy import Layout
+from scratch_gpt.training.trainer import Loop
 
 reduced: set[str] = set()
 """Dtypes in which gradients were sent to the process that keeps their sum."""

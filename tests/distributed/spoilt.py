@@ -1,6 +1,6 @@
 """A guard that calls some steps bad whatever they are, in runs with `--guard.sigmas 99`: the same in every process."""
 
-from scratch_gpt.training.guard import Guard
+from scratch_gpt.training.spike_guard import Guard
 
 SPOILT = ["--guard.sigmas", "99", "--guard.max_skips", "2"]
 BAD = (4, 9, 10)

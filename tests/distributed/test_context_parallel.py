@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from scratch_gpt.data.batches import Batch
+from scratch_gpt.distributed.context_parallel import ATTENTION, check, divide_inside, divide_rows, own_columns
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
-from scratch_gpt.training.context_parallel import ATTENTION, check, divide_inside, divide_rows, own_columns
 from tests.model.conftest import SIZE, STYLES
 
 WORLD, COLUMNS = 3, 24

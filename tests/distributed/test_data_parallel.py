@@ -63,9 +63,9 @@ OVERFLOW = """
 import math, sys, torch
 from scratch_gpt.cli import leave, main
 from scratch_gpt.training import loop
-from scratch_gpt.training.loss_scale import LossScale
+from scratch_gpt.training.loss_scaler import LossScale
 
-def forward_backward(self, data, original=loop.Loop._forward_backward):
+def forward_backward(self, data, original=loop.Loop.forward_backward):
     weight = self.layout.unwrap(self.model).lm_head.weight
     last = self.layout.rank == self.layout.world - 1
     if not last or data.cursor.row // 8 != 3:
@@ -75,7 +75,7 @@ def forward_backward(self, data, original=loop.Loop._forward_backward):
     hook.remove()
     return loss
 
-loop.Loop._forward_backward = forward_backward
+loop.Loop.forward_backward = forward_backward
 loop.LossScale = lambda _, **state: LossScale(True, **state)
 leave(main(sys.argv[1:]))
 """

@@ -10,13 +10,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
+from scratch_gpt.compute.activation_checkpointing import checkpoint_activations
 from scratch_gpt.config import ParallelSettings, PretrainSettings, TrainingSettings
 from scratch_gpt.data.batches import Batch
+from scratch_gpt.distributed.pipeline import Pipeline, choose_pipeline, rows_of_micro_batch, split
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
-from scratch_gpt.training.footprint import flops_per_token
-from scratch_gpt.training.pipeline import Pipeline, choose_pipeline, rows_of_micro_batch, split
-from scratch_gpt.training.recompute import checkpoint_activations
+from scratch_gpt.model.flops import flops_per_token
 from tests.model.conftest import SIZE, STYLES
 
 LAYOUTS = {"four stages": ((4, 1), "1f1b"), "two by two": ((2, 2), "1f1b"), "interleaved": ((2, 2), "interleaved1f1b")}

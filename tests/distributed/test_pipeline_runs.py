@@ -219,9 +219,9 @@ def test_dropout_is_the_same_recomputed_and_after_a_kill(shards, tmp_path):
 TROUBLE = """
 import json, math, os, signal, sys, torch
 from scratch_gpt.cli import leave, main
-from scratch_gpt.training.loop import Loop
+from scratch_gpt.training.trainer import Loop
 
-def forward_backward(self, data, original=Loop._forward_backward):
+def forward_backward(self, data, original=Loop.forward_backward):
     loss = original(self, data)
     if self.layout.rank == 1 and data.cursor.row == 3 * 8:
         next(self.model.parameters()).grad.fill_(math.inf)
@@ -229,7 +229,7 @@ def forward_backward(self, data, original=Loop._forward_backward):
         os.kill(os.getpid(), signal.SIGTERM)
     return loss
 
-Loop._forward_backward = forward_backward
+Loop.forward_backward = forward_backward
 (run,) = json.loads(sys.argv[1])
 leave(main(run))
 """

@@ -12,10 +12,10 @@ from scratch_gpt.cli import main
 from scratch_gpt.data.sources import bundled_corpus, read_documents
 from scratch_gpt.data.tokenizer import load_tokenizer
 from scratch_gpt.errors import UserError
+from scratch_gpt.evaluation.builtin_tasks import questions, sentences_of
 from scratch_gpt.evaluation.evaluate import evaluate
-from scratch_gpt.evaluation.harness import run_tasks
-from scratch_gpt.evaluation.sentences import questions, sentences_of
-from scratch_gpt.training.build import load_model
+from scratch_gpt.evaluation.lm_eval import run_tasks
+from scratch_gpt.model.loading import load_model
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.data.tokenizer import load_tokenizer
 from scratch_gpt.errors import UserError
 from scratch_gpt.evaluation.evaluate import Evaluation
-from scratch_gpt.evaluation.harness import Score
+from scratch_gpt.evaluation.lm_eval import Score
 from scratch_gpt.publishing.model_card import write_model_card
 from scratch_gpt.publishing.verify import reload_elsewhere
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from scratch_gpt.cli import main
 from scratch_gpt.training.checkpoint import best_step, find_checkpoint
-from scratch_gpt.training.loop import Loop
 from scratch_gpt.training.metrics import read_events, read_metrics
+from scratch_gpt.training.trainer import Loop
 from tests.training.test_runs import arguments, assert_same_run, losses
 
 STEPS = 60
@@ -24,7 +24,7 @@ def poison(monkeypatch):
     """``poison({step: loss -> loss})``: the data that an undisturbed run reads at these steps does that to the loss."""
 
     def spoil(steps):
-        original = Loop._forward_backward
+        original = Loop.forward_backward
 
         def forward_backward(self, data):
             effect = steps.get(data.cursor.row // ROWS_PER_STEP)
@@ -37,7 +37,7 @@ def poison(monkeypatch):
                 parameter.grad.mul_(effect)
             return loss * effect
 
-        monkeypatch.setattr(Loop, "_forward_backward", forward_backward)
+        monkeypatch.setattr(Loop, "forward_backward", forward_backward)
 
     return spoil
 
@@ -116,7 +116,7 @@ def test_every_nth_and_the_best_checkpoint_are_kept(corpus, tmp_path, monkeypatc
     original = Loop._finish_record
 
     def finish(self, left):
-        monkeypatch.setattr("scratch_gpt.training.loop.validate", lambda *_: (Result(next(bits)), {}))
+        monkeypatch.setattr("scratch_gpt.training.trainer.validate", lambda *_: (Result(next(bits)), {}))
         original(self, left)
 
     class Result:
@@ -178,6 +178,6 @@ def test_running_out_of_memory_says_what_to_change(corpus, tmp_path, monkeypatch
     def exhausted(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setattr(Loop, "_forward_backward", exhausted)
+    monkeypatch.setattr(Loop, "forward_backward", exhausted)
     assert main([*arguments(tmp_path / "run", corpus), "--training.device_batch_size", "4"]) == 2
     assert "take --training.device_batch_size 2 (now 4" in capsys.readouterr().err

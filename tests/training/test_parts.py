@@ -12,12 +12,12 @@ from scratch_gpt.config import TrainingSettings
 from scratch_gpt.data.batches import read_rows
 from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream
+from scratch_gpt.distributed.materialize import build_model
+from scratch_gpt.distributed.optimizer import build_optimizer, describe
+from scratch_gpt.distributed.safetensors_reader import SavedTensors
+from scratch_gpt.evaluation.bits_per_byte import as_validation, score_stream
 from scratch_gpt.model.presets import preset
-from scratch_gpt.training.build import build_model
-from scratch_gpt.training.optimizer import build_optimizer, describe
-from scratch_gpt.training.saved import SavedTensors
-from scratch_gpt.training.schedule import learning_rate, rows_at
-from scratch_gpt.training.validation import as_validation, sum_of_losses
+from scratch_gpt.training.lr_schedule import learning_rate, rows_at
 
 
 def tiny_model(**fields):
@@ -164,7 +164,7 @@ def test_optimizer_state_survives_a_file(tmp_path, optimizer_name):
 
 def test_bits_per_byte_is_the_definition():
     model, stream = tiny_model().eval(), random_stream(100)
-    result = as_validation(*sum_of_losses(model, stream, 16, 50).tolist(), stream.num_bytes)
+    result = as_validation(*score_stream(model, stream, 16, 50).tolist(), stream.num_bytes)
     nats = 0.0
     for first in range(0, 100, 16):  # token by token, each predicted from the tokens of its row before it
         row = stream.read(first - 1, min(16, 100 - first) + 1)
@@ -178,8 +178,8 @@ def test_bits_per_byte_is_the_definition():
 
 def test_shares_of_a_validation_add_up():
     model, stream = tiny_model().eval(), random_stream(2000)
-    whole = sum_of_losses(model, stream, 16, 50)
-    parts = sum(sum_of_losses(model, stream, 16, 50, share, 3) for share in range(3))
+    whole = score_stream(model, stream, 16, 50)
+    parts = sum(score_stream(model, stream, 16, 50, rank=share, world_size=3) for share in range(3))
     torch.testing.assert_close(parts, whole)
     assert whole[1] == 2000
 

@@ -305,7 +305,7 @@ def test_a_directory_with_other_files_is_refused(fresh, corpus, tmp_path, capsys
 
 def test_two_processes_cannot_write_the_same_run(corpus, tmp_path, capsys):
     from scratch_gpt.config import PretrainSettings
-    from scratch_gpt.training.run import run_directory
+    from scratch_gpt.training.run_directory import run_directory
 
     with run_directory(PretrainSettings(run_dir=str(tmp_path / "run"))):
         assert main(arguments(tmp_path / "run", corpus)) == 2

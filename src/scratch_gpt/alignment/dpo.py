@@ -12,13 +12,13 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from scratch_gpt.alignment.chat import encode_answer, stop_tokens
+from scratch_gpt.alignment.data.chat_template import encode_answer, stop_tokens
+from scratch_gpt.alignment.data.dataset import learning_data, pairs
 from scratch_gpt.alignment.models import context_of, load_for_training
-from scratch_gpt.alignment.records import learning_data, pairs
-from scratch_gpt.alignment.resume import Resumable
-from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.alignment.trainer_checkpoints import Resumable
 from scratch_gpt.config import DPOSettings
-from scratch_gpt.training.build import load_model
+from scratch_gpt.model.loading import load_model
 
 
 class EncodedDPOTrainer(Resumable, DPOTrainer):

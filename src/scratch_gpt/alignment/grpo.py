@@ -8,9 +8,8 @@ others it is (Shao et al., 2024, arXiv:2402.03300; Ahmadian et al., 2024, arXiv:
 value function to learn, in contrast to PPO.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from scratch_gpt.alignment.chat import encode_prompt, stop_tokens
+from scratch_gpt.alignment.data.chat_template import encode_prompt, stop_tokens
+from scratch_gpt.alignment.data.dataset import learning_data, prompts
 from scratch_gpt.alignment.models import context_of, load_for_training, shard
-from scratch_gpt.alignment.records import learning_data, prompts
-from scratch_gpt.alignment.resume import Resumable, whole
-from scratch_gpt.alignment.scoring import (
+from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.alignment.rewards import (
     Completions,
     FunctionReward,
     RewardModel,
@@ -33,11 +32,12 @@ from scratch_gpt.alignment.scoring import (
     reward_of,
     score,
 )
-from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.alignment.sampler import Passes
+from scratch_gpt.alignment.trainer_checkpoints import Resumable, whole
 from scratch_gpt.config import DrawingSettings, GroupTrainingSettings, GRPOSettings, RLOOSettings
 from scratch_gpt.console import say
+from scratch_gpt.distributed.launch import reading_processes, sharing_processes
 from scratch_gpt.errors import UserError
-from scratch_gpt.training.launch import reading_processes, sharing_processes
 
 
 class EncodedPrompts(Resumable):
@@ -72,35 +72,6 @@ class EncodedPrompts(Resumable):
         prompts = self.rows_per_step / self.num_generations / self.num_iterations
         self.state.epoch = self.state.global_step * prompts / len(self.train_dataset)
         super().log(logs, start_time)
-
-
-class Passes(Sampler[int]):
-    """What TRL's sampler gives in one pass over the prompts, pass after pass for a whole run of ``rows``.
-
-    That sampler draws the order of each pass from one generator, which a resumed run would begin anew; here the number of the
-    pass and the seed decide it.
-
-    Raises:
-        ValueError: there are fewer prompts than one batch takes.
-    """
-
-    def __init__(self, one_pass: Any, rows: int, seed: int):
-        if not len(one_pass):
-            raise ValueError(
-                f"{one_pass.num_samples} prompts are fewer than the {one_pass.batch_size} of one batch: give more of them, or a "
-                "smaller batch_size"
-            )
-        self.one_pass, self.rows, self.seed = one_pass, rows, seed
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.islice(itertools.chain.from_iterable(map(self._ordered, itertools.count())), self.rows)
-
-    def _ordered(self, number: int) -> Iterator[int]:
-        self.one_pass.generator.manual_seed(self.seed + 1_000_003 * number)
-        yield from self.one_pass
 
 
 class EncodedGRPOTrainer(EncodedPrompts, GRPOTrainer):

@@ -6,13 +6,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
+from scratch_gpt.compute.precision import has_bf16
+from scratch_gpt.distributed.dtensor import num_shards
+from scratch_gpt.distributed.launch import launched_processes
 from scratch_gpt.errors import UserError
-from scratch_gpt.training.build import load_model
-from scratch_gpt.training.held import num_shards
-from scratch_gpt.training.launch import launched_processes
-from scratch_gpt.training.precision import has_bf16
+from scratch_gpt.model.loading import load_model
 
 
 def load_for_training(settings: Any) -> tuple[Any, Any]:
@@ -98,3 +104,8 @@ def shard(accelerator: Any, model: nn.Module, *modules: nn.Module) -> None:
 def context_of(model: Any) -> int:
     """The longest row that ``model`` reads."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1024))
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """The model itself, where PEFT wraps it; its adapters are inside and stay in force."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

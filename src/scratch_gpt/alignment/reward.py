@@ -15,12 +15,12 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from trl import RewardConfig, RewardTrainer
 
-from scratch_gpt.alignment.chat import encode_answer
+from scratch_gpt.alignment.data.chat_template import encode_answer
+from scratch_gpt.alignment.data.dataset import learning_data, pairs
 from scratch_gpt.alignment.models import context_of, load_scorer
-from scratch_gpt.alignment.preference_report import PreferenceReport, calibration_plot, report
-from scratch_gpt.alignment.records import learning_data, pairs
-from scratch_gpt.alignment.resume import Resumable
-from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.alignment.reward_report import PreferenceReport, calibration_plot, report
+from scratch_gpt.alignment.trainer_checkpoints import Resumable
 from scratch_gpt.config import RewardSettings
 from scratch_gpt.console import say
 from scratch_gpt.errors import UserError

@@ -16,12 +16,12 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from scratch_gpt.alignment.chat import encode_answer, encode_chat, require_generation_marks, stop_tokens
+from scratch_gpt.alignment.data.chat_template import encode_answer, encode_chat, require_generation_marks, stop_tokens
+from scratch_gpt.alignment.data.dataset import conversations, learning_data
 from scratch_gpt.alignment.models import context_of, load_for_training
-from scratch_gpt.alignment.records import conversations, learning_data
-from scratch_gpt.alignment.resume import Resumable
-from scratch_gpt.alignment.rollout import base_of
-from scratch_gpt.alignment.stage import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.alignment.ppo.rollout import base_of
+from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.alignment.trainer_checkpoints import Resumable
 from scratch_gpt.config import SFTSettings
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTForCausalLM
 

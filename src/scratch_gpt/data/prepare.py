@@ -37,7 +37,7 @@ from scratch_gpt.data.shards import (
 )
 from scratch_gpt.data.sources import Source, read_places, sources_of
 from scratch_gpt.data.tokenizer import end_of_text, fingerprint, load_tokenizer
-from scratch_gpt.data.units import Unit, describe, plan_units, same_as
+from scratch_gpt.data.work_units import Unit, describe, plan_units, same_as
 from scratch_gpt.data.workers import Job, available_cores, find_duplicates, tokenize, worker_processes
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, locked, write_json

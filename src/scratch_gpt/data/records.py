@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from scratch_gpt.data.places import (
+from scratch_gpt.data.inputs import (
     DOCUMENT_SEPARATOR,
     Dataset,
     Piece,

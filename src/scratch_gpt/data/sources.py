@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from scratch_gpt.config import SourceSettings, TextSettings
-from scratch_gpt.data.places import COMPRESSIONS, KINDS, Dataset, Piece, Place, load_dataset
+from scratch_gpt.data.inputs import COMPRESSIONS, KINDS, Dataset, Piece, Place, load_dataset
 from scratch_gpt.data.records import Errors, Reading, check_template, read_piece
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import sha256

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from scratch_gpt.data.clean import Contamination, evaluation_texts, first_occurrences
+from scratch_gpt.data.dedup import Contamination, evaluation_texts, first_occurrences
 from scratch_gpt.data.encoding import BackendEncoder, make_encoder
 from scratch_gpt.data.records import read_piece
 from scratch_gpt.data.shards import REMOVED, WORK, ShardWriter
 from scratch_gpt.data.sources import Source, Split, document_digest
-from scratch_gpt.data.units import Unit
+from scratch_gpt.data.work_units import Unit
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import flush, write_json
 

@@ -11,8 +11,8 @@ from scratch_gpt.config import EvaluateSettings
 from scratch_gpt.console import say
 from scratch_gpt.data.sources import bundled_corpus, find_files, read_documents
 from scratch_gpt.errors import UserError
-from scratch_gpt.evaluation.harness import Score, run_tasks
-from scratch_gpt.evaluation.sentences import questions_for
+from scratch_gpt.evaluation.builtin_tasks import questions_for
+from scratch_gpt.evaluation.lm_eval import Score, run_tasks
 from scratch_gpt.files import write_json
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def evaluate(
     """
     from scratch_gpt.data.encoding import encode
     from scratch_gpt.data.shards import TokenStream
-    from scratch_gpt.training.validation import as_validation, sum_of_losses
+    from scratch_gpt.evaluation.bits_per_byte import as_validation, score_stream
 
     texts = list(documents)
     if not texts:
@@ -56,7 +56,7 @@ def evaluate(
     stream = TokenStream.of_documents(encode(texts, backend), tokenizer.eos_token_id)
     backend.encode_special_tokens = False
     context_length = min(1024, model.config.max_position_embeddings)
-    nats, targets = sum_of_losses(model, stream, context_length, model.config.vocab_size).tolist()
+    nats, targets = score_stream(model, stream, context_length, model.config.vocab_size).tolist()
     result = as_validation(nats, targets, stream.num_bytes)
     tasks = questions_for(model, tokenizer, texts, limit, seed)
     scores = run_tasks(model, tokenizer, tasks, task_folder) if tasks else []
@@ -74,7 +74,7 @@ def evaluate_command(settings: EvaluateSettings) -> None:
     """`scratch-gpt evaluate`."""
     paths = [bundled_corpus("valid")] if settings.text is None else find_files(settings.text)
     documents = list(read_documents(paths, settings.errors))
-    from scratch_gpt.training.build import load_model
+    from scratch_gpt.model.loading import load_model
 
     model, tokenizer = load_model(settings.model)
     with tempfile.TemporaryDirectory() as folder:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scratch_gpt import __version__
+from scratch_gpt.compute.mfu import hardware
 from scratch_gpt.evaluation.evaluate import Evaluation
 from scratch_gpt.files import write_text
-from scratch_gpt.training.utilisation import hardware
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,24 +8,29 @@ that ``saver.py`` can do the second in the background.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
+from scratch_gpt.config import TrainingSettings
 from scratch_gpt.console import say
 from scratch_gpt.data.mixture import Cursor
+from scratch_gpt.distributed.launch import launched_processes
+from scratch_gpt.distributed.optimizer import Optimizers
+from scratch_gpt.distributed.safetensors_reader import SavedTensors
+from scratch_gpt.distributed.strategy import Layout
+from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, flush, new_folder, remove_folder, sha256, write_json
 from scratch_gpt.model import ScratchGPTForCausalLM
-from scratch_gpt.training.launch import launched_processes
-from scratch_gpt.training.layout import Layout
-from scratch_gpt.training.optimizer import Optimizers
-from scratch_gpt.training.saved import SavedTensors
 
 STATE = "trainer_state"
 MARKER = "complete.json"
@@ -269,3 +274,79 @@ def problem_with(folder: Path) -> str | None:
         if sha256(folder / name) != expected:
             return f"{name} is damaged (its checksum differs)"
     return None
+
+
+class Saver:
+    """Saves the checkpoints of a run, one at a time. All processes call it in the same order; the main one writes.
+
+    As a context manager it waits, at the end of its block, for what was begun.
+    """
+
+    def __init__(self, layout: Layout, run_dir: Path, model: Any, tokenizer: Any, settings: TrainingSettings):
+        self.layout, self.run_dir, self.model, self.settings = layout, run_dir, model, settings
+        self.plain_model = plain_model(layout.unwrap(model))
+        self.tokenizer = deepcopy(tokenizer)  # another thread may not use a tokenizer that is in use
+        on_gpu = layout.device.type != "cpu"
+        self.in_background = settings.async_save == "on" or (settings.async_save == "auto" and on_gpu)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._begun: list[Future[None]] = []
+
+    def save(self, optimizer: Optimizers, state: TrainerState) -> None:
+        """Write a checkpoint of this moment.
+
+        Raises:
+            UserError: it, or the one before, could not be written; see :func:`write_checkpoint`.
+        """
+        self.wait()
+        snapshot = take_snapshot(self.layout, self.model, optimizer, state, copy=self.in_background)
+        keep_last, keep_every = self.settings.keep_last, self.settings.keep_every
+        self._begin(write_checkpoint, snapshot, self.run_dir, self.plain_model, self.tokenizer, keep_last, keep_every)
+
+    def record_best(self, step: int, bits_per_byte: float) -> None:
+        """See :func:`checkpoint.record_best`; after a save that is under way."""
+        self._begin(record_best, self.run_dir, step, bits_per_byte)
+
+    @property
+    def failed(self) -> bool:
+        """Whether what was begun has come to an error, which :meth:`wait` raises; known to the main process only."""
+        return any(job.done() and job.exception() is not None for job in self._begun)
+
+    def wait(self) -> None:
+        """Until what was begun is on disk.
+
+        Raises:
+            UserError: on all processes, if the main one could not write it.
+        """
+        error = self._finish()
+        message = [None if error is None else str(error)]
+        broadcast_object_list(message)
+        if error is not None:
+            raise error
+        if message[0] is not None:
+            raise UserError(message[0])
+
+    def _begin(self, job: Callable[..., None], *arguments: Any) -> None:
+        if self.layout.is_main:
+            self._begun.append(self._thread.submit(job, *arguments))
+        if not self.in_background:
+            self.wait()
+
+    def _finish(self) -> BaseException | None:
+        """The first error of what was begun, once all of it has ended."""
+        errors = [job.exception() for job in self._begun]
+        self._begun.clear()
+        return next((error for error in errors if error is not None), None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.wait()
+            elif (problem := self._finish()) is not None:  # what ended the block is told by its own exception
+                say(f"{type(problem).__name__}: {problem}")
+        finally:
+            self._thread.shutdown()

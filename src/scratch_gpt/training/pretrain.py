@@ -11,6 +11,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
+from scratch_gpt.compute.activation_checkpointing import checkpoint_activations
+from scratch_gpt.compute.compile import compile_blocks, uncompile_blocks
+from scratch_gpt.compute.float8 import check_tokens, use_float8
+from scratch_gpt.compute.malloc import keep_freed_memory
+from scratch_gpt.compute.precision import check_precision, has_bf16
 from scratch_gpt.config import PhaseSettings, PretrainSettings
 from scratch_gpt.console import say
 from scratch_gpt.data.loader import TrainingData
@@ -20,12 +25,20 @@ from scratch_gpt.data.prepare import prepare, summary
 from scratch_gpt.data.shards import TokenStream, content_fingerprint, read_manifest
 from scratch_gpt.data.sources import split_documents
 from scratch_gpt.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
+from scratch_gpt.distributed import context_parallel
+from scratch_gpt.distributed.launch import launched_processes, part
+from scratch_gpt.distributed.materialize import build_model, empty_model, initialise
+from scratch_gpt.distributed.optimizer import build_optimizer
+from scratch_gpt.distributed.optimizer import describe as describe_groups
+from scratch_gpt.distributed.pipeline import choose_pipeline
+from scratch_gpt.distributed.safetensors_reader import load_weights
+from scratch_gpt.distributed.setup import choose_layout
+from scratch_gpt.distributed.strategy import Layout
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, new_folder
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
-from scratch_gpt.training import context_parallel
-from scratch_gpt.training.allocator import keep_freed_memory
-from scratch_gpt.training.build import build_config, build_model, empty_model, initialise
+from scratch_gpt.model.loading import build_config
+from scratch_gpt.training.autotune import Arithmetic, choose_arithmetic
 from scratch_gpt.training.checkpoint import (
     STATE,
     TrainerState,
@@ -40,29 +53,13 @@ from scratch_gpt.training.checkpoint import (
     saved_weights,
     weight_tensors,
 )
-from scratch_gpt.training.find_batch_size import is_out_of_memory, out_of_memory_advice
-from scratch_gpt.training.float8 import check_tokens, use_float8
-from scratch_gpt.training.guard import summarise
-from scratch_gpt.training.launch import launched_processes, part
-from scratch_gpt.training.layout import Layout, choose_layout
-from scratch_gpt.training.loop import BatchShape, Loop
+from scratch_gpt.training.lr_schedule import learning_rate
 from scratch_gpt.training.metrics import read_events
-from scratch_gpt.training.observe import Looks, check_observation
-from scratch_gpt.training.optimizer import build_optimizer
-from scratch_gpt.training.optimizer import describe as describe_groups
-from scratch_gpt.training.pipeline import choose_pipeline
-from scratch_gpt.training.precision import (
-    Arithmetic,
-    check_precision,
-    choose_arithmetic,
-    compile_blocks,
-    has_bf16,
-    uncompile_blocks,
-)
-from scratch_gpt.training.recompute import checkpoint_activations
-from scratch_gpt.training.run import has_trained, record_settings, run_directory, stored_settings
-from scratch_gpt.training.saved import load_weights
-from scratch_gpt.training.schedule import learning_rate
+from scratch_gpt.training.monitor import Looks, check_observation
+from scratch_gpt.training.out_of_memory import is_out_of_memory, out_of_memory_advice
+from scratch_gpt.training.run_directory import has_trained, record_settings, run_directory, stored_settings
+from scratch_gpt.training.spike_guard import summarise
+from scratch_gpt.training.trainer import BatchShape, Loop
 
 
 def pretrain_command(settings: PretrainSettings, looks: Looks | None = None) -> None:

@@ -1,0 +1,1 @@
+"""Rows of alignment data in one form."""

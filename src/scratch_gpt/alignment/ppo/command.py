@@ -1,0 +1,167 @@
+"""PPO from the command line: a model, prompts and a reward to a policy.
+
+    scratch-gpt ppo --model runs/sft/final --reward-model runs/reward/final --data prompts.jsonl --run-dir runs/ppo
+    accelerate launch --num_processes 8 -m scratch_gpt ppo --config ppo.yaml
+
+The learning itself is in ``ppo_trainer.py``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from scratch_gpt.alignment.data.chat_template import encode_prompt
+from scratch_gpt.alignment.data.dataset import learning_data, prompts
+from scratch_gpt.alignment.models import context_of
+from scratch_gpt.alignment.ppo.config import PPOConfig
+from scratch_gpt.alignment.ppo.trainer import PPOTrainer
+from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage
+from scratch_gpt.alignment.rewards import check_reward, reward_function, reward_of
+from scratch_gpt.config import PPOSettings
+from scratch_gpt.console import say
+from scratch_gpt.distributed.launch import launched_processes, reading_processes
+from scratch_gpt.errors import UserError
+from scratch_gpt.model.loading import load_model
+from scratch_gpt.training.metrics import read_metrics
+
+PASSED_ON = (
+    "learning_rate",
+    "value_learning_rate",
+    "warmup_steps",
+    "max_grad_norm",
+    "activation_checkpointing",
+    "max_prompt_length",
+    "max_completion_length",
+    "temperature",
+    "stop_tokens",
+    "kl_coef",
+    "kl_estimator",
+    "adaptive_kl_target",
+    "adaptive_kl_horizon",
+    "gamma",
+    "lam",
+    "cliprange",
+    "cliprange_value",
+    "vf_coef",
+    "whiten_rewards",
+    "score_normalization",
+    "score_clip",
+    "missing_eos_penalty",
+    "target_kl",
+)
+"""Settings that PPOConfig has by the same name."""
+
+
+def ppo_command(settings: PPOSettings) -> None:
+    """`scratch-gpt ppo`."""
+    run_stage(settings, "ppo", build, check)
+
+
+def check(settings: PPOSettings) -> None:
+    """Raises one UserError with all that is wrong and can be known before models are loaded."""
+    problems = check_reward(settings)
+    per_rollout = settings.ppo.epochs * settings.ppo.mini_batches
+    if settings.max_steps % per_rollout:
+        nearest = max(1, round(settings.max_steps / per_rollout)) * per_rollout
+        problems.append(
+            f"--max-steps is {settings.max_steps}; a rollout takes {per_rollout} steps (ppo.epochs x ppo.mini_batches), so "
+            f"give a multiple of that, such as {nearest}"
+        )
+    world = reading_processes()
+    rows, remainder = divmod(settings.ppo.mini_batch_size, world * (settings.ppo.device_batch_size or 1))
+    if remainder or not rows:
+        problems.append(
+            f"--ppo.mini_batch_size is {settings.ppo.mini_batch_size}; it must be a multiple of "
+            f"{settings.ppo.device_batch_size or 1} (device_batch_size) x {world} (processes that read rows of their own)"
+        )
+    if settings.load_in_4bit:
+        problems.append("--load-in-4bit: PPO is trained in full precision; give --lora-rank alone")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def build(settings: PPOSettings, run_dir: Path) -> Stage:
+    """Models, data and trainer put together."""
+    model, tokenizer = load_model(settings.model)
+    ppo = settings.ppo
+    longest = context_of(model) - ppo.max_completion_length
+    if longest < 1:
+        raise UserError(
+            f"--ppo.max_completion_length is {ppo.max_completion_length}, the model's whole context {context_of(model)} tokens"
+        )
+    longest = min(ppo.max_prompt_length or longest, longest)
+    data = learning_data(settings, prompts, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest)
+    data.facts["reward"] = f"`{reward_of(settings)}`"
+    per_process = ppo.mini_batch_size // reading_processes()
+    device_batch_size = ppo.device_batch_size or per_process
+    trainer = PPOTrainer(
+        model,
+        settings.reward_model or reward_function(reward_of(settings)),
+        PPOConfig(
+            output_dir=str(run_dir),
+            per_device_train_batch_size=device_batch_size,
+            gradient_accumulation_steps=per_process // device_batch_size,
+            num_mini_batches=ppo.mini_batches,
+            num_ppo_epochs=ppo.epochs,
+            max_steps=settings.max_steps,
+            eval_strategy="steps",
+            eval_steps=ppo.eval_every,
+            save_steps=ppo.save_every,
+            save_total_limit=ppo.keep_last,
+            bf16=ppo.precision == "bf16",
+            seed=settings.seed,
+            report_to=settings.trackers,
+            disable_tqdm=True,
+            use_cpu=launched_processes().device.type == "cpu",
+            **{name: getattr(ppo, name) for name in PASSED_ON},
+        ),
+        train_dataset=Dataset.from_list(data.train),
+        eval_dataset=Dataset.from_list(data.validation),
+        processing_class=tokenizer,
+        peft_config=lora(settings, "CAUSAL_LM"),
+    )
+    trainer.model.policy.generation_config.eos_token_id = trainer.stop_ids
+    describe_model(settings, trainer.model.policy)
+    say(f"reward     {reward_of(settings)}")
+    rollout = ppo.mini_batch_size * ppo.mini_batches
+    say(f"rollouts   {settings.max_steps // trainer.args.steps_per_rollout:,} of {rollout:,} completions")
+    return Stage(
+        trainer,
+        describe,
+        steps_per_rollout=trainer.args.steps_per_rollout,
+        report=lambda: ({}, in_words(read_metrics(run_dir / "metrics.jsonl"))),
+        facts=data.facts,
+    )
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """Score beside what it may have cost: divergence, length, completions that do not end."""
+    kind = "eval_" if "eval_objective/scores" in logs else ""
+    return (
+        f"{'validation ' if kind else ''}score {logs[f'{kind}objective/scores']:.3f}  "
+        f"KL {logs[f'{kind}objective/kl']:.2f} nats  "
+        f"length {logs[f'{kind}completions/mean_length']:.1f}  ended {logs[f'{kind}completions/eos_share']:.0%}"
+    )
+
+
+def in_words(records: list[dict[str, Any]]) -> str:
+    """For the card: the first and the last entry of the metrics."""
+    training = [record for record in records if "loss" in record]
+    lines = ["| | first rollouts | last rollouts |", "|---|---|---|"]
+    shown = {
+        "score": "objective/scores",
+        "KL divergence from the start (nats per completion)": "objective/kl",
+        "length (tokens)": "completions/mean_length",
+        "share that ended by itself": "completions/eos_share",
+        "entropy (nats per token)": "policy/entropy",
+    }
+    for title, name in shown.items():
+        lines.append(f"| {title} | {training[0][name]:.3f} | {training[-1][name]:.3f} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "The score is what was trained for: whether the texts are good by any other measure it does not show.",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""How one device computes: precision, compilation, memory and its peak speed."""

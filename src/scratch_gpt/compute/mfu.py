@@ -1,0 +1,128 @@
+"""Model FLOPs utilisation (MFU): the FLOP/s that the model needs, over the peak of the devices.
+
+Chowdhery et al., 2022, arXiv:2204.02311, appendix B: what activation checkpointing computes again does not count. A CPU's
+peak is measured, for it depends on the threads and on the machine's neighbours; a GPU's is looked up.
+"""
+
+import functools
+import math
+import os
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from scratch_gpt.model import ScratchGPTConfig
+from scratch_gpt.model.flops import flops_per_token
+
+TERA = 1e12
+
+# Dense peaks in TFLOP/s as NVIDIA gives them (where a data sheet shows them with sparsity, half of that):
+# name as the driver gives it, bf16 and fp16 on tensor cores with float32 accumulation, fp8 likewise, float32 without TF32.
+GPU_PEAKS: list[tuple[str, float, float | None, float]] = [
+    # B200: data sheet "NVIDIA HGX B200", per GPU
+    (r"B200", 2250, 4500, 75),
+    # H200 and GH200 have the GH100 chip of the H100 SXM: data sheets "H200 Tensor Core GPU", "GH200 Grace Hopper"
+    (r"H200", 989, 1979, 67),
+    (r"H200 NVL", 835.5, 1670.5, 60),
+    (r"GH200( \d+GB)?", 989, 1979, 67),
+    # H100: data sheet "NVIDIA H100 Tensor Core GPU"; the SXM module names its memory, the cards their form
+    (r"H100( SXM5)? \d+GB HBM3e?", 989, 1979, 67),
+    (r"H100 PCIe", 756.5, 1513, 51),
+    (r"H100 NVL", 835.5, 1670.5, 60),
+    # A100: data sheet "NVIDIA A100 Tensor Core GPU", the same for SXM and PCIe, 40 and 80 GB
+    (r"A100-(SXM4|SXM|PCIE)-\d+GB|A100 80GB PCIe", 312, None, 19.5),
+    # Ada: data sheets "NVIDIA L4", "NVIDIA L40", "NVIDIA L40S"
+    (r"L4", 121, 242.5, 30.3),
+    (r"L40", 181, 362, 90.5),
+    (r"L40S", 362, 733, 91.6),
+    # Ampere: data sheets "NVIDIA A10", "NVIDIA A40"
+    (r"A10", 125, None, 31.2),
+    (r"A40", 149.7, None, 37.4),
+    # GeForce accumulates in float32 at half the rate: whitepapers of GA102, Ada and RTX Blackwell, appendix A each
+    (r"GeForce RTX 3090", 71, None, 35.6),
+    (r"GeForce RTX 3090 Ti", 80, None, 40),
+    (r"GeForce RTX 4090", 165.2, 330.3, 82.6),
+    (r"GeForce RTX 5090", 209.5, 419, 104.8),
+    # no bf16 before Ampere: data sheets "NVIDIA V100", "NVIDIA T4"
+    (r"V100-SXM[23]-\d+GB(-LS)?", 125, None, 15.7),
+    (r"V100-PCIE-\d+GB", 112, None, 14),
+    (r"V100S-PCIE-\d+GB", 130, None, 16.4),
+    (r"T4", 65, None, 8.1),
+]
+SIDES = (1024, 2048)
+"""Of the square matrices whose products are timed: which of them is faster depends on the machine."""
+SECONDS = 0.15
+"""How long each is timed; where one product takes longer, as emulated ones do, the larger matrices are left out."""
+
+
+class ModelFlops:
+    """All processes make one at the same moment: those of one machine share its cores."""
+
+    def __init__(self, accelerator: Accelerator, config: ScratchGPTConfig, context_length: int, precision: str):
+        self.per_token = flops_per_token(config, context_length).total
+        self.peak: float | None = None
+        """FLOP/s of all processes, or None where it is not known."""
+        accelerator.wait_for_everyone()
+        own = measured_peak(precision) if accelerator.device.type == "cpu" else gpu_peak(accelerator.device, precision)
+        total = accelerator.reduce(torch.tensor(own or float("nan"), device=accelerator.device), "sum").item()
+        if not math.isnan(total):  # one peak that is not known makes the sum unknown
+            self.peak = total
+
+    def utilisation(self, tokens_per_second: float) -> float | None:
+        return None if self.peak is None else round(self.per_token * tokens_per_second / self.peak, 4)
+
+
+def gpu_peak(device: torch.device, precision: str) -> float | None:
+    return data_sheet_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+def data_sheet_peak(name: str, precision: str) -> float | None:
+    """FLOP/s of the GPU that the driver calls ``name``; None for one that is not in the table, such as a MIG slice."""
+    for pattern, half, fp8, fp32 in GPU_PEAKS:
+        if re.fullmatch(rf"(NVIDIA |Tesla )?({pattern})", name):
+            peak = {"fp32": fp32, "fp8": fp8}.get(precision, half)
+            return None if peak is None else peak * TERA
+    return None
+
+
+def measured_peak(precision: str) -> float:
+    """FLOP/s of matrix products on this process's threads, measured once: the median over a moment, of the faster size."""
+    return _measured_peak(torch.float32 if precision == "fp32" else torch.bfloat16, torch.get_num_threads())
+
+
+@functools.cache
+def _measured_peak(dtype: torch.dtype, threads: int) -> float:
+    speeds: list[float] = []
+    for side in SIDES:
+        speeds.append(_product_speed(side, dtype))
+        if 2 * side**3 / speeds[-1] > SECONDS:
+            break
+    return max(speeds)
+
+
+def _product_speed(side: int, dtype: torch.dtype) -> float:
+    one, other, product = (torch.ones(side, side, dtype=dtype) for _ in range(3))
+    torch.mm(one, other, out=product)
+    seconds: list[float] = []
+    while sum(seconds) < SECONDS:
+        start = time.perf_counter()
+        torch.mm(one, other, out=product)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(seconds)
+
+
+def hardware() -> str:
+    """What the training ran on, as far as the system says."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return f"{os.cpu_count()} CPU cores ({name})"

@@ -1,0 +1,1 @@
+"""Other model formats, in and out."""

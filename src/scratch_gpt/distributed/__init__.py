@@ -1,0 +1,1 @@
+"""How one model and its optimizer are placed on several processes."""

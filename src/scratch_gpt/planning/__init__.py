@@ -1,0 +1,1 @@
+"""Before a run: what it needs, and whether it fits."""

@@ -1,0 +1,145 @@
+"""What a process reads of saved tensors, as one of several that do not exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from scratch_gpt.config import TrainingSettings
+from scratch_gpt.distributed.dtensor import local, part_of
+from scratch_gpt.distributed.materialize import empty_model
+from scratch_gpt.distributed.optimizer import build_optimizer
+from scratch_gpt.distributed.safetensors_reader import SavedTensors, load_weights
+from scratch_gpt.errors import UserError
+from scratch_gpt.model.presets import preset
+from scratch_gpt.planning.dry_run import pretended_layout
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SIZES = {"vocab_size": 101, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+LAYOUTS = [  # each mesh once: torch remembers which place in it this process has
+    ({"dp_shard": 3}, 2),
+    ({"dp_shard": 61}, 0),
+    ({"dp_shard": 67}, 30),  # more than some tensors have rows
+    ({"dp_replicate": 2, "dp_shard": 3}, 5),
+    ({"tp": 2}, 1),
+    ({"dp_shard": 3, "tp": 2}, 3),
+]
+
+
+def save(config, optimizer, folder):
+    """Random weights and optimizer state of a whole model."""
+    shapes = {name: parameter.shape for name, parameter in empty_model(config).named_parameters()}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    state = {}
+    for name, shape in shapes.items():
+        in_a_block = ".h." in name and len(shape) == 2
+        if optimizer == "muon" and in_a_block:
+            state[f"{name}.momentum_buffer"] = torch.randn(shape)
+        else:
+            state |= {f"{name}.{key}": torch.randn(shape) for key in ("exp_avg", "exp_avg_sq")}
+            state[f"{name}.step"] = torch.tensor(7.0)
+    save_file(weights, folder / "model.safetensors")
+    save_file(state, folder / "optimizer.safetensors")
+
+
+def load(config, optimizer, dimensions, rank, folder):
+    """Model and optimizer of one process, filled from ``folder``."""
+    world = torch.Size(dimensions.values()).numel()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        layout = pretended_layout(dimensions, "cpu")
+        model = empty_model(config)
+        layout.spread(model, "fp32")
+        load_weights(model, SavedTensors(folder, "model*.safetensors"))
+        optimizers = build_optimizer(model, TrainingSettings(optimizer=optimizer))
+        optimizers.load_state_tensors(SavedTensors(folder, "optimizer.safetensors"))
+    finally:
+        dist.destroy_process_group()
+    return model, optimizers
+
+
+@pytest.mark.parametrize(("dimensions", "rank"), LAYOUTS, ids=str)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_process_reads_its_parts_as_torch_divides_whole_tensors(dimensions, rank, optimizer, tmp_path):
+    config = preset("modern-30m", **SIZES, num_key_value_heads=2, intermediate_size=54)
+    save(config, optimizer, tmp_path)
+    whole = load_file(tmp_path / "model.safetensors") | load_file(tmp_path / "optimizer.safetensors")
+    model, optimizers = load(config, optimizer, dimensions, rank, tmp_path)
+    loaded = dict(model.named_parameters()) | optimizers.state_tensors()
+    assert loaded.keys() == whole.keys()
+    for name, tensor in loaded.items():
+        if name.endswith(".step"):
+            assert tensor == 7
+            continue
+        like = model.get_parameter(re.sub(r"\.(exp_avg(_sq)?|momentum_buffer)$", "", name))
+        assert type(tensor.detach()) is type(like.detach()) and local(tensor).shape == local(like).shape
+        assert torch.equal(local(tensor), local(part_of(whole[name], like))), name
+
+
+def save_zeros(shapes, file):
+    """A file with tensors of zeros, which take no disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * shape.numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + end)
+
+
+def resident(field):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="what is held is Linux's to tell")
+@pytest.mark.parametrize("dimensions", [{"dp_shard": 59}, {"dp_shard": 9, "tp": 8}], ids=str)
+def test_a_process_never_holds_more_than_its_parts_and_one_tensor(dimensions, tmp_path, monkeypatch):
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 4096}
+    config = preset("modern-30m", vocab_size=8192, **sizes, num_hidden_layers=4)
+    shapes = {name: parameter.shape for name, parameter in empty_model(config).named_parameters()}
+    save_zeros(shapes, tmp_path / "model.safetensors")
+    state = {f"{name}.{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
+    save_zeros(state | {f"{name}.step": torch.Size([]) for name in shapes}, tmp_path / "optimizer.safetensors")
+    peak = [0]
+
+    def read(saved, name, like, original=SavedTensors.read):
+        part = original(saved, name, like)
+        peak.append(resident("RssAnon"))
+        return part
+
+    monkeypatch.setattr(SavedTensors, "read", read)
+    before, mapped = resident("RssAnon"), resident("RssFile")
+    model, _ = load(config, "adamw", dimensions, 1, tmp_path)
+    numbers = [shape.numel() for shape in shapes.values()]
+    own = 12 * sum(local(parameter).numel() for parameter in model.parameters())  # weights and two moments
+    assert 12 * sum(numbers) > 50 * own
+    assert max(peak) - before < own + 4 * max(numbers)
+    assert resident("RssAnon") + resident("RssFile") - before - mapped < own + 4 * max(
+        numbers
+    )  # and the files are let go
+
+
+def test_what_is_missing_or_of_another_shape_is_named(tmp_path):
+    save_file({"one": torch.ones(2, 3)}, tmp_path / "model.safetensors")
+    saved = SavedTensors(tmp_path, "model*.safetensors")
+    with pytest.raises(UserError, match=r"holds no two: is it a model of this package"):
+        saved.read("two", torch.empty(2, 3))
+    with pytest.raises(UserError, match=r"one in .* has shape \(2, 3\), the model's is \(3, 2\)"):
+        saved.read("one", torch.empty(3, 2))
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (20,), (4, 5, 2)], ids=str)
+def test_a_range_is_that_of_the_flattened_tensor(shape, tmp_path):
+    whole = torch.randn(shape)
+    save_file({"one": whole}, tmp_path / "model.safetensors")
+    saved = SavedTensors(tmp_path, "model*.safetensors")
+    for start, end in [(0, whole.numel()), (4, 11), (5, 6), (6, 20), (9, 9), (whole.numel(), whole.numel())]:
+        assert torch.equal(saved.read_range("one", whole, start, end), whole.flatten()[start:end])
