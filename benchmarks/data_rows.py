@@ -24,7 +24,7 @@ import torch
 from scratch_gpt.config import ModelSettings, PhaseSettings, PretrainSettings, TokenizerSettings, TrainingSettings
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.data.loader import TrainingData
-from scratch_gpt.data.mixture import Cursor, TrainingOrder
+from scratch_gpt.data.mixture import DataOrder, DataPosition
 from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream, read_manifest
 from scratch_gpt.data.tokenizer import load_tokenizer
@@ -51,14 +51,14 @@ def documents_cut(data: TrainingData, context_length: int) -> float:
 
 
 def training_data(stream: TokenStream, packing: str, document_mask: bool, context_length: int) -> TrainingData:
-    order = TrainingOrder(
+    order = DataOrder(
         {"text": pack(stream, packing, context_length, document_mask, 0, "text")}, [PhaseSettings("only")]
     )
     return TrainingData({"text": stream}, order, context_length, document_mask, vocab_size=2**16)
 
 
 def rows_per_second(data: TrainingData, rows: int, rows_per_step: int = 8) -> float:
-    cursor = data.order.at_step(Cursor(), 0, 1)
+    cursor = data.order.at_step(DataPosition(), 0, 1)
     start = time.perf_counter()
     while cursor.row < rows:
         cursor = data.read_step(cursor, rows_per_step, 1).cursor
@@ -67,7 +67,7 @@ def rows_per_second(data: TrainingData, rows: int, rows_per_step: int = 8) -> fl
 
 def mask_cost(data: TrainingData, model: torch.nn.Module, rows: int, precision: str, repeats: int) -> list[float]:
     """Seconds with the mask over seconds without, of the same rows: one ratio per pair of turns."""
-    [masked] = data.read_step(data.order.at_step(Cursor(), 0, 1), rows, 1).batches
+    [masked] = data.read_step(data.order.at_step(DataPosition(), 0, 1), rows, 1).batches
     plain = Batch(masked.input_ids, masked.labels)
     ratios = []
     for _ in range(repeats):

@@ -21,17 +21,17 @@ import torch
 import scratch_gpt.training.pretrain
 from scratch_gpt.compute.precision import autocast
 from scratch_gpt.config import PretrainSettings, parse_settings
-from scratch_gpt.data.loader import ReadAhead
+from scratch_gpt.data.loader import Prefetcher
 from scratch_gpt.training.stop import StopRequest
-from scratch_gpt.training.trainer import Loop
+from scratch_gpt.training.trainer import Trainer
 
 PAIRS, WARM_UP = 100, 10
 
 
-class MeasuredLoop(Loop):
+class MeasuredLoop(Trainer):
     def run(self) -> None:
-        device = self.layout.device.type
-        with self.observer, self.saver, StopRequest() as stop, ReadAhead(self._read_steps()) as reader:
+        device = self.strategy.device.type
+        with self.observer, self.saver, StopRequest() as stop, Prefetcher(self._read_steps()) as reader:
             data = next(reader)
 
             def bare(clip: bool) -> None:
@@ -54,9 +54,9 @@ class MeasuredLoop(Loop):
                 (timed(lambda: bare(False)), timed(lambda: self._train_step(reader, stop)), timed(lambda: bare(True)))
                 for _ in range(WARM_UP + PAIRS)
             ][WARM_UP:]
-        plain, loop, clipping = (statistics.median(times) for times in zip(*rounds, strict=True))
+        plain, trainer, clipping = (statistics.median(times) for times in zip(*rounds, strict=True))
         print(
-            f"\nbare step {1e3 * plain:.2f} ms, with clipping {1e3 * clipping:.2f} ms, loop {1e3 * loop:.2f} ms (medians)"
+            f"\nbare step {1e3 * plain:.2f} ms, with clipping {1e3 * clipping:.2f} ms, loop {1e3 * trainer:.2f} ms (medians)"
         )
         ratios = statistics.median(one[1] / one[0] for one in rounds), statistics.median(o[1] / o[2] for o in rounds)
         print(f"loop / bare {ratios[0]:.4f}, loop / bare with clipping {ratios[1]:.4f} (medians of {PAIRS} pairs)")

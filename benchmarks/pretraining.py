@@ -127,21 +127,21 @@ def ours(
     **training_settings: object,
 ) -> list[float]:
     """The loop of `scratch-gpt pretrain`, guard, metrics and all."""
-    from scratch_gpt.compute.activation_checkpointing import checkpoint_activations
+    from scratch_gpt.compute.activation_checkpointing import enable_activation_checkpointing
     from scratch_gpt.compute.compile import compile_blocks
     from scratch_gpt.compute.malloc import keep_freed_memory
     from scratch_gpt.config import PhaseSettings, PretrainSettings, TrainingSettings
     from scratch_gpt.data.loader import TrainingData
-    from scratch_gpt.data.mixture import Cursor, TrainingOrder
+    from scratch_gpt.data.mixture import DataOrder, DataPosition
     from scratch_gpt.data.packing import pack
     from scratch_gpt.data.shards import TokenStream
     from scratch_gpt.distributed.optimizer import build_optimizer
-    from scratch_gpt.distributed.setup import choose_layout
+    from scratch_gpt.distributed.setup import build_strategy
     from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
     from scratch_gpt.model.presets import GPT2_STYLE
-    from scratch_gpt.training.checkpoint import TrainerState
+    from scratch_gpt.training.checkpoint import TrainingState
     from scratch_gpt.training.metrics import read_metrics
-    from scratch_gpt.training.trainer import BatchShape, Loop
+    from scratch_gpt.training.trainer import BatchSizes, Trainer
 
     if keep_memory:
         keep_freed_memory()
@@ -157,40 +157,40 @@ def ours(
     steps = WARM_UP + STEPS
     rare = {"eval_every": 10**9, "save_every": 10**9}
     training = TrainingSettings(learning_rate=RATE, trackers=[], **rare, **training_settings)  # type: ignore[arg-type]
-    checkpoint_activations(model, training)
+    enable_activation_checkpointing(model, training)
     packing = pack(stream, "concat", context, False, 0, "random")
     data = TrainingData(
-        {"random": stream}, TrainingOrder({"random": packing}, [PhaseSettings("pretrain")]), context, False, vocabulary
+        {"random": stream}, DataOrder({"random": packing}, [PhaseSettings("pretrain")]), context, False, vocabulary
     )
-    layout = choose_layout()
-    state = TrainerState(0, 0, "", Cursor(), precision, compiled)
+    strategy = build_strategy()
+    state = TrainingState(0, 0, "", DataPosition(), precision, compiled)
     with tempfile.TemporaryDirectory() as folder:
-        loop = Loop(
+        trainer = Trainer(
             PretrainSettings(run_dir=folder, max_steps=steps + 1, training=training),
             Path(folder),
-            layout,
-            layout.spread(model, precision),
+            strategy,
+            strategy.parallelize(model, precision),
             None,
             build_optimizer(model, training),
             data,
             {},
-            BatchShape(rows, rows, 1),
+            BatchSizes(rows, rows, 1),
             state,
         )
         # stopped one step before the last, which would validate and save
-        loop._finish_record = finish(loop, steps)  # type: ignore[method-assign]
+        trainer._finish_record = finish(trainer, steps)  # type: ignore[method-assign]
         try:
-            loop.run()
+            trainer.run()
         except StopIteration:
             pass
         records = read_metrics(Path(folder) / "metrics.jsonl")
     return [rows * context / record["tokens_per_second"] for record in records[WARM_UP:]]
 
 
-def finish(loop: object, steps: int) -> Callable[..., None]:
+def finish(trainer: object, steps: int) -> Callable[..., None]:
     def record(left: str) -> None:
-        loop.metrics.write(loop.state.record)  # type: ignore[attr-defined]
-        if loop.state.step == steps:  # type: ignore[attr-defined]
+        trainer.metrics.write(trainer.state.record)  # type: ignore[attr-defined]
+        if trainer.state.step == steps:  # type: ignore[attr-defined]
             raise StopIteration
 
     return record

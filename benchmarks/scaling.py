@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from scratch_gpt.model import ScratchGPTConfig
+from scratch_gpt.model.flops import flops_per_token
 from scratch_gpt.model.presets import preset
 from scratch_gpt.planning import memory as footprint
 from scratch_gpt.planning.memory import BF16, FP32, Parameters, Workload
@@ -50,7 +51,7 @@ class Model:
 
     @cached_property
     def flops(self) -> footprint.Flops:
-        return footprint.flops_per_token(self.config, self.context)
+        return flops_per_token(self.config, self.context)
 
 
 MODELS = {
@@ -148,7 +149,7 @@ class Step:
 
 def efficiency() -> float:
     """Share of the peak of torchtitan's Llama 3.1 8B on one machine: 6,667 tokens/s on each of 8 H100s."""
-    return 6667 * footprint.flops_per_token(LLAMA_8B, 8192).total / PEAK
+    return 6667 * flops_per_token(LLAMA_8B, 8192).total / PEAK
 
 
 def step(model: Model, layout: Layout, load: Workload, passes: int, joined: bool = False) -> Step:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scratch_gpt.cli import VERBS, main
+from scratch_gpt.cli import COMMANDS, main
 from scratch_gpt.config import PretrainSettings, QuickstartSettings, flatten, parse_settings, save_settings
 from scratch_gpt.errors import UserError
 
@@ -14,7 +14,7 @@ def parse(*arguments):
     return parse_settings(PretrainSettings, arguments, "scratch-gpt pretrain")
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS])
+@pytest.mark.parametrize("verb", ["", *COMMANDS])
 def test_help_imports_neither_torch_nor_transformers(verb):
     command = Path(sys.executable).with_name("scratch-gpt")
     for start in ([str(command)], ["-m", "scratch_gpt"]):
@@ -103,7 +103,7 @@ def test_a_mistake_exits_with_2_and_no_traceback(arguments, message, capsys, tmp
 def test_overview_names_every_verb(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
-    assert all(verb in printed for verb in VERBS)
+    assert all(verb in printed for verb in COMMANDS)
 
 
 @pytest.mark.parametrize("order", ["scratch_gpt transformers", "transformers scratch_gpt"])

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scratch_gpt.compute.precision import autocast
 from scratch_gpt.model import ScratchGPTForCausalLM
 from scratch_gpt.model.presets import preset
-from scratch_gpt.planning.dry_run import pretended_layout, pretended_processes
+from scratch_gpt.planning.dry_run import fake_process_group, fake_strategy
 from scratch_gpt.planning.memory import Workload
 from scratch_gpt.planning.plan import Layout
 
@@ -59,12 +59,12 @@ class Collectives(TorchDispatchMode):
 
 
 def really_sent(config, dimensions, group, load):
-    with pretended_processes(torch.Size(dimensions.values()).numel()):
-        layout = pretended_layout(dimensions, "cpu")
+    with fake_process_group(torch.Size(dimensions.values()).numel()):
+        layout = fake_strategy(dimensions, "cpu")
         model = ScratchGPTForCausalLM(config).train()
         if load.checkpointing:
             model.gradient_checkpointing_enable()
-        layout.spread(model, load.precision)
+        layout.parallelize(model, load.precision)
         tokens = torch.zeros(load.rows, load.context, dtype=torch.long)
         with Collectives(group) as collectives:
             with autocast("cpu", load.precision):

@@ -57,10 +57,10 @@ def write(
 ) -> Written:
     """One text per prompt (messages, or text to continue), drawn with nothing but the temperature in the way."""
     import torch
-    from scratch_gpt.alignment.ppo.rollout import completion_logits, generate, token_logprobs
     from transformers import set_seed
 
     from scratch_gpt.alignment.data.chat_template import encode_prompt, stop_tokens
+    from scratch_gpt.alignment.ppo.rollout import completion_logits, generate, token_logprobs
     from scratch_gpt.model.loading import load_model
 
     model, tokenizer = load_model(str(model_folder))
@@ -149,9 +149,9 @@ def reward_scores(reward_folder: Path | str, prompts: Sequence[Any], texts: Sequ
 
 def share(values: Sequence[float]) -> dict[str, Any]:
     """How many of the values are 1, and the 95% interval of that by Wilson's score; a half is half a success."""
-    from scratch_gpt.alignment.reward_report import Share
+    from scratch_gpt.alignment.reward_report import Proportion
 
-    found = Share.of(sum(values), len(values))
+    found = Proportion.of(sum(values), len(values))
     return {"share": found.value, "interval": [found.low, found.high], "number": found.number}
 
 

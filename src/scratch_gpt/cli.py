@@ -17,7 +17,7 @@ from scratch_gpt import __version__, config
 from scratch_gpt.errors import StoppedOnRequest, UserError
 
 # verb: (its settings, the function that runs it as "module:function")
-VERBS: dict[str, tuple[type, str]] = {
+COMMANDS: dict[str, tuple[type, str]] = {
     "quickstart": (config.QuickstartSettings, "scratch_gpt.quickstart:quickstart"),
     "tokenizer train": (config.TokenizerTrainSettings, "scratch_gpt.data.tokenizer:train_command"),
     "tokenizer report": (config.TokenizerReportSettings, "scratch_gpt.data.tokenizer_report:report_command"),
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scratch-gpt {__version__}")
         return 0
     try:
-        verb = find_verb(words)
-        settings_class, target = VERBS[verb]
+        verb = find_command(words)
+        settings_class, target = COMMANDS[verb]
         settings: object = config.parse_settings(settings_class, words[len(verb.split()) :], f"scratch-gpt {verb}")
         # Nothing here calls home, and progress bars of libraries would tear our own apart.
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -102,20 +102,20 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def find_verb(words: Sequence[str]) -> str:
+def find_command(words: Sequence[str]) -> str:
     """The one- or two-word verb at the head of ``words``; `scratch-gpt data` alone lists what follows it."""
     for length in (2, 1):
         verb = " ".join(words[:length])
-        if verb in VERBS:
+        if verb in COMMANDS:
             return verb
-    beginning = [verb for verb in VERBS if verb.split()[0] == words[0]]
+    beginning = [verb for verb in COMMANDS if verb.split()[0] == words[0]]
     if beginning:
         raise UserError(f"'{words[0]}' needs a second word: " + ", ".join(f"scratch-gpt {verb}" for verb in beginning))
-    return config.nearest_or_refuse(words[0], list(VERBS))
+    return config.nearest_or_refuse(words[0], list(COMMANDS))
 
 
 def overview() -> str:
     lines = ["usage: scratch-gpt VERB [--config FILE.yaml] [--setting value ...]", "", "verbs:"]
-    lines += [f"  {verb:<22} {(settings.__doc__ or '').strip()}" for verb, (settings, _) in VERBS.items()]
+    lines += [f"  {verb:<22} {(settings.__doc__ or '').strip()}" for verb, (settings, _) in COMMANDS.items()]
     lines += ["", "scratch-gpt VERB --help lists the settings of a verb."]
     return "\n".join(lines)

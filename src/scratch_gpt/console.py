@@ -12,7 +12,7 @@ console = Console(highlight=False, soft_wrap=True)
 LINE_SECONDS = 60.0
 
 
-def say(text: str = "") -> None:
+def print0(text: str = "") -> None:
     """One line, on the main process of a launch only, shown as it is (brackets are no markup)."""
     if on_main_process():
         console.print(text, markup=False)
@@ -45,16 +45,16 @@ class ProgressLine:
         self.progress.update(self.task, completed=completed, status=status)
         if self.progress.disable and time.monotonic() - self.last_line >= LINE_SECONDS:
             left = self.progress.tasks[self.task].time_remaining
-            say(f"  {status}" + ("" if left is None else f"  {duration(left)} left"))
+            print0(f"  {status}" + ("" if left is None else f"  {format_duration(left)} left"))
             self.last_line = time.monotonic()
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """On one line, with what no terminal can show replaced."""
     return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """75 -> 1:15, 4000 -> 1:06:40."""
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

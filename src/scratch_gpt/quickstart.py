@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scratch_gpt.config import QuickstartSettings
-from scratch_gpt.console import console, duration, say, shown
+from scratch_gpt.console import console, format_duration, print0, printable
 from scratch_gpt.data.shards import read_manifest, totals
 from scratch_gpt.data.sources import split_documents
 from scratch_gpt.errors import UserError
@@ -40,13 +40,13 @@ def quickstart(settings: QuickstartSettings) -> None:
     with run_directory(settings) as run_dir:
         stored_steps = stored_settings(run_dir).get("max_steps")
         if (run_dir / RESULTS).is_file() and settings.max_steps in (None, stored_steps):
-            say(f"{run_dir} is finished; --fresh starts over.")
+            print0(f"{run_dir} is finished; --fresh starts over.")
             closing_lines(run_dir, json.loads((run_dir / RESULTS).read_text(encoding="utf-8")))
             return
         (run_dir / RESULTS).unlink(missing_ok=True)
         settings.max_steps = settings.max_steps or stored_steps
         record_settings(run_dir, settings)
-        say(f"quickstart in {run_dir}: about {settings.minutes:g} minutes. Ctrl-C saves; the same command goes on.")
+        print0(f"quickstart in {run_dir}: about {settings.minutes:g} minutes. Ctrl-C saves; the same command goes on.")
 
         make_inputs(settings, run_dir)
         prompts = held_out_prompts(settings)
@@ -55,24 +55,24 @@ def quickstart(settings: QuickstartSettings) -> None:
         results["seconds"] = time.perf_counter() - started
         (run_dir / RESULTS).parent.mkdir(exist_ok=True)
         write_json(run_dir / RESULTS, results)
-        say(f"\nfinished in {duration(results['seconds'])}")
+        print0(f"\nfinished in {format_duration(results['seconds'])}")
         closing_lines(run_dir, results)
 
 
 @contextmanager
 def stage(number: int, title: str) -> Iterator[None]:
     """A heading that stays, and a moving sign that the work goes on."""
-    say(f"\n[{number}/{STAGES}] {title}")
+    print0(f"\n[{number}/{STAGES}] {title}")
     with console.status(title):
         yield
 
 
 def make_inputs(settings: QuickstartSettings, run_dir: Path) -> None:
-    from scratch_gpt.distributed.launch import launched_processes
-    from scratch_gpt.training.monitor import check_observation
+    from scratch_gpt.distributed.launch import launch_state
+    from scratch_gpt.training.monitor import check_monitoring
     from scratch_gpt.training.pretrain import prepare_data, prepare_tokenizer
 
-    check_observation(settings.training, launched_processes().device)
+    check_monitoring(settings.training, launch_state().device)
     with stage(1, "tokenizer: byte-level BPE learnt from the corpus"):
         prepare_tokenizer(settings, run_dir)
     with stage(2, "data: the corpus as token shards, some of it held out"):
@@ -102,11 +102,11 @@ def pretrain(settings: QuickstartSettings, run_dir: Path, prompts: list[str], st
             settings.max_steps = run.steps_in(seconds_left)
             record_settings(run_dir, settings)
         if run.checkpoint is None:
-            say("\nbefore training it continues like this:")
+            print0("\nbefore training it continues like this:")
             for text in samples(run.model, run.tokenizer, prompts, settings.seed):
-                say(f"  > {shown(text)}")
+                print0(f"  > {printable(text)}")
             run.model.train()
-            say()
+            print0()
     run.run()
 
 
@@ -118,7 +118,7 @@ def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> 
     from scratch_gpt.publishing.model_card import write_model_card
     from scratch_gpt.publishing.verify import reload_elsewhere
     from scratch_gpt.training.metrics import read_events, read_metrics
-    from scratch_gpt.training.spike_guard import summarise
+    from scratch_gpt.training.spike_guard import summarize_events
 
     final = run_dir / "final"
     model, tokenizer = load_model(str(final))
@@ -128,22 +128,22 @@ def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> 
     with stage(4, "samples: the same beginnings, continued by the trained model"):
         texts_written = samples(model, tokenizer, prompts, settings.seed)
         for text in texts_written:
-            say(f"  > {shown(text)}")
+            print0(f"  > {printable(text)}")
 
     with stage(5, f"reload: {final} in a new process that cannot import scratch_gpt"):
         difference = reload_elsewhere(final, model, tokenizer, " ".join(texts[0].split()[:60]))
         if difference != 0.0:
             raise RuntimeError(f"the logits differ by {difference} after the reload: the saved model is not the model")
-        say("AutoModelForCausalLM and AutoTokenizer loaded it there, and its logits are equal, bit for bit")
+        print0("AutoModelForCausalLM and AutoTokenizer loaded it there, and its logits are equal, bit for bit")
 
     with stage(6, "benchmark: the lm-eval harness on questions made from the held-out text"):
         evaluation = evaluate(
             model, tokenizer, texts, task_folder=run_dir / "evaluation" / "tasks", limit=QUESTIONS, seed=settings.seed
         )
         for score in evaluation.scores:
-            say(describe(score))
+            print0(describe(score))
         if not evaluation.scores:
-            say("the held-out text is too short to make questions from")
+            print0("the held-out text is too short to make questions from")
         manifest = read_manifest(run_dir / "data" if settings.data_path is None else Path(settings.data_path))
         records = read_metrics(run_dir / "metrics.jsonl")
         training_seconds = sum(
@@ -167,12 +167,12 @@ def examine(settings: QuickstartSettings, run_dir: Path, prompts: list[str]) -> 
                 "tokens_seen": records[-1]["tokens"],
                 "steps": records[-1]["step"],
                 "precision": state["precision"],
-                "training_time": duration(training_seconds) + " minutes",
+                "training_time": format_duration(training_seconds) + " minutes",
                 "seed": settings.seed,
-                "guard": summarise(read_events(run_dir / "metrics.jsonl")) or "had nothing to do",
+                "guard": summarize_events(read_events(run_dir / "metrics.jsonl")) or "had nothing to do",
             },
         )
-        say(f"model card {final}/README.md")
+        print0(f"model card {final}/README.md")
     return {
         **evaluation.as_dict(),
         "held_out": how,
@@ -190,13 +190,13 @@ def closing_lines(run_dir: Path, results: dict[str, Any]) -> None:
     scores = ", ".join(
         f"{score['task']} {score['value']:.0%} (chance {score['chance']:.0%})" for score in results["scores"]
     )
-    say(
+    print0(
         f"  {results['num_parameters']:,} parameters, {results['tokens_seen']:,} tokens seen in "
-        f"{duration(results['training_seconds'])} of training\n"
+        f"{format_duration(results['training_seconds'])} of training\n"
         f"  {results['bits_per_byte']:.3f} bits per byte on held-out text" + (f"; {scores}" if scores else "")
     )
-    say(f"\nmodel and card {final}\nmetrics        {run_dir}/metrics.jsonl\nbenchmark      {run_dir / RESULTS}")
-    say(
+    print0(f"\nmodel and card {final}\nmetrics        {run_dir}/metrics.jsonl\nbenchmark      {run_dir / RESULTS}")
+    print0(
         "\nnext:\n"
         f'  {command} generate --model {final} --prompt "It was"\n'
         f"  {command} pretrain --run-dir runs/mine --corpus YOUR_TEXT.txt --max-steps 2000\n"

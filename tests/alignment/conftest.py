@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from scratch_gpt.alignment.ppo.config import PPOConfig
-from scratch_gpt.alignment.ppo.trainer import PPOTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from scratch_gpt.alignment.ppo.config import PPOConfig
+from scratch_gpt.alignment.ppo.trainer import PPOTrainer
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
 
 torch.set_num_threads(1)

@@ -18,9 +18,9 @@ from scratch_gpt.alignment import grpo
 from scratch_gpt.alignment.ppo import rollout
 from scratch_gpt.alignment.ppo import trainer as ppo_trainer
 from scratch_gpt.alignment.rewards import RewardModel
-from scratch_gpt.alignment.trainer_checkpoints import Resumable
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.cli import leave, main
-from scratch_gpt.distributed.dtensor import local, num_shards, whole_shape
+from scratch_gpt.distributed.dtensor import full_shape, num_shards, to_local
 from scratch_gpt.training.metrics import read_metrics
 from tests.alignment.test_recipes import pairs, words  # noqa: F401 (a fixture)
 from tests.distributed.launch import alone, configuration, launch
@@ -30,7 +30,7 @@ needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install 'scratch-gpt[deepspeed]'"
 )
 PPO = ["ppo", "--model", "base", "--data", "pairs.jsonl", "--validation-data", "held_pairs.jsonl", "--max-steps", 12]
-PPO += ["--reward-model", "judge", "--ppo.epochs", 2, "--ppo.mini_batches", 1, "--ppo.mini_batch_size", 8]
+PPO += ["--reward-model", "judge", "--ppo.num_ppo_epochs", 2, "--ppo.num_mini_batches", 1, "--ppo.mini_batch_size", 8]
 PPO += ["--ppo.learning_rate", "3e-3", "--ppo.save_every", 6, "--ppo.eval_every", 12, "--ppo.max_completion_length", 8]
 PPO = [str(word) for word in PPO]
 DRAWING = {
@@ -60,7 +60,7 @@ def parts(models):
     parameters = [parameter for model in models for parameter in model.parameters()]
     return {
         "sharded": sum(num_shards(p) > 1 for p in parameters) / max(1, len(parameters)),
-        "held": sum(local(p).numel() for p in parameters) / max(1, sum(whole_shape(p).numel() for p in parameters)),
+        "held": sum(to_local(p).numel() for p in parameters) / max(1, sum(full_shape(p).numel() for p in parameters)),
     }
 
 
@@ -69,14 +69,14 @@ def zero(trainer):
     if trainer.zero is None:
         return None
     optimizers = trainer.zero.optimizers
-    number = sum(whole_shape(p).numel() for p in optimizers.parameters.values())
+    number = sum(full_shape(p).numel() for p in optimizers.parameters.values())
     return {"stage": optimizers.stage, "held": optimizers.held / number, "offloaded": optimizers.offloaded}
 
 
-def train(trainer, *arguments, original=Resumable.train, **keywords):
+def train(trainer, *arguments, original=ResumableTrainerMixin.train, **keywords):
     """Note beside the metrics what was in force when the training ended."""
     DRAWN.clear()
-    columns = columns_of(rollout.base_of(trainer.trained[0]).base_model)
+    columns = columns_of(rollout.unwrap_peft(trainer.trained[0]).base_model)
     result = original(trainer, *arguments, **keywords)
     of_trl = [cell.cell_contents for function in getattr(trainer, "reward_funcs", []) for cell in function.__closure__]
     rewards = [reward for reward in getattr(trainer, "rewards", of_trl) if isinstance(reward, RewardModel)]
@@ -135,7 +135,7 @@ def written_by_ppo(model, prompt_ids, *, stop_ids, pad_id, **_):
     prompts = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids])
     real = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
     mask, ended = rollout.completion_mask(completions, stop_ids)
-    return rollout.Batch(torch.cat([prompts, completions], 1), torch.cat([real, mask], 1), mask, ended)
+    return rollout.RolloutBatch(torch.cat([prompts, completions], 1), torch.cat([real, mask], 1), mask, ended)
 
 
 def written_by_trl(trainer, prompt_ids, *arguments):
@@ -175,30 +175,34 @@ def assert_columns(facts, parts):
     assert all(own == (row if parts == 1 else -(-row // (2 * parts)) * 2) for row, own in facts["columns"])
 
 
-def in_processes(layout, *runs, processes=2, sizes=None, **environment):
+def in_processes(strategy, *runs, processes=2, sizes=None, **environment):
     done = launch(
-        configuration(layout, Path(), processes, **(sizes or {})), *runs, program=PROGRAM, folder=Path(), **environment
+        configuration(strategy, Path(), processes, **(sizes or {})),
+        *runs,
+        program=PROGRAM,
+        folder=Path(),
+        **environment,
     )
     return done.stdout
 
 
-def under(run, layout):
-    return [word if run[at - 1] != "--run-dir" else f"{word}-{layout}" for at, word in enumerate(run)]
+def under(run, strategy):
+    return [word if run[at - 1] != "--run-dir" else f"{word}-{strategy}" for at, word in enumerate(run)]
 
 
-def assert_in_force(layout, run):
+def assert_in_force(strategy, run):
     directory = run[run.index("--run-dir") + 1]
-    facts = [json.loads(Path(f"{directory}-{layout}/facts-{rank}.json").read_text()) for rank in range(2)]
+    facts = [json.loads(Path(f"{directory}-{strategy}/facts-{rank}.json").read_text()) for rank in range(2)]
     for of_one in facts:
         models = [of_one, of_one["frozen"]] if of_one["frozen"] else [of_one]
         assert not any(of_one["training"])
-        if layout.startswith("zero"):
-            stage = int(layout[4])
+        if strategy.startswith("zero"):
+            stage = int(strategy[4])
             assert of_one["zero"]["stage"] == stage and of_one["zero"]["held"] < 0.6
-            assert of_one["zero"]["offloaded"] == layout.endswith("offload")
+            assert of_one["zero"]["offloaded"] == strategy.endswith("offload")
             assert all(model["sharded"] == (stage == 3) for model in models), directory
             assert stage < 3 or all(model["held"] < 0.6 for model in models), directory
-        elif layout != "ddp_cpu":
+        elif strategy != "ddp_cpu":
             assert all(model["sharded"] == 1 and model["held"] < 0.6 for model in models), directory
         else:
             assert of_one["parallel"] and all(model["sharded"] == 0 for model in models), directory
@@ -206,27 +210,27 @@ def assert_in_force(layout, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ddp_cpu", "fsdp2"])
-def test_two_processes_learn_what_one_learns_and_leave_the_same_model(pairs, layout, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("strategy", ["ddp_cpu", "fsdp2"])
+def test_two_processes_learn_what_one_learns_and_leave_the_same_model(pairs, strategy, monkeypatch):  # noqa: F811
     """Those that draw completions are given them here."""
     write_completions(monkeypatch.setattr)
     runs = [*RUNS.values(), *DRAWING.values()]
     alone(*runs)
     rough = [*PPO, "--run-dir", "rough", "--ppo.precision", "bf16", "--ppo.activation_checkpointing", "true"]
-    in_processes(layout, *(under(run, layout) for run in [*runs, rough]), COMPLETIONS="written")
+    in_processes(strategy, *(under(run, strategy) for run in [*runs, rough]), COMPLETIONS="written")
     for run in runs:
         directory = run[run.index("--run-dir") + 1]
-        assert_same(directory, f"{directory}-{layout}")
-        assert_in_force(layout, run)
-    assert curve(f"rough-{layout}", "loss") == pytest.approx(curve("ppo", "loss"), abs=5e-3)
-    assert curve(f"rough-{layout}", "loss") != pytest.approx(curve("ppo", "loss"), abs=1e-5)
-    assert_in_force(layout, rough)
+        assert_same(directory, f"{directory}-{strategy}")
+        assert_in_force(strategy, run)
+    assert curve(f"rough-{strategy}", "loss") == pytest.approx(curve("ppo", "loss"), abs=5e-3)
+    assert curve(f"rough-{strategy}", "loss") != pytest.approx(curve("ppo", "loss"), abs=1e-5)
+    assert_in_force(strategy, rough)
 
 
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize(
-    "layout, names",
+    "strategy, names",
     [
         ("zero1", ["sft", "reward-lora", "dpo", "grpo", "ppo"]),
         ("zero2", [*RUNS, *DRAWING]),
@@ -234,26 +238,26 @@ def test_two_processes_learn_what_one_learns_and_leave_the_same_model(pairs, lay
         ("zero3_offload", ["sft", "lora", "dpo", "reward", "ppo", "rloo"]),
     ],
 )
-def test_zero_learns_what_one_process_learns_and_each_goes_on_with_the_other(pairs, layout, names, monkeypatch):  # noqa: F811
+def test_zero_learns_what_one_process_learns_and_each_goes_on_with_the_other(pairs, strategy, names, monkeypatch):  # noqa: F811
     write_completions(monkeypatch.setattr)
     runs = [{**RUNS, **DRAWING}[name] for name in names]
     alone(*runs)
     further = words("sft", save_every=3, run_dir="further")
-    half_done("sft", f"further-{layout}")
+    half_done("sft", f"further-{strategy}")
     rough = words("sft", precision="bf16", activation_checkpointing="true", run_dir="rough")
     started = [*runs, further, rough]
-    said = in_processes(layout, *(under(run, layout) for run in started), COMPLETIONS="written")
-    assert said.count(f"layout     {layout.split('_')[0]} on 2 process(es)") == len(started)
+    said = in_processes(strategy, *(under(run, strategy) for run in started), COMPLETIONS="written")
+    assert said.count(f"layout     {strategy.split('_')[0]} on 2 process(es)") == len(started)
     assert "resumed    checkpoint-3" in said
     for run in started:
-        assert_in_force(layout, run)
+        assert_in_force(strategy, run)
     for run in runs:
         directory = run[run.index("--run-dir") + 1]
-        assert_same(directory, f"{directory}-{layout}")
-    assert_same("sft", f"further-{layout}")
-    assert curve(f"rough-{layout}", "loss") == pytest.approx(curve("sft", "loss"), abs=5e-3)
-    assert curve(f"rough-{layout}", "loss") != pytest.approx(curve("sft", "loss"), abs=1e-5)
-    half_done(f"sft-{layout}", "back")
+        assert_same(directory, f"{directory}-{strategy}")
+    assert_same("sft", f"further-{strategy}")
+    assert curve(f"rough-{strategy}", "loss") == pytest.approx(curve("sft", "loss"), abs=5e-3)
+    assert curve(f"rough-{strategy}", "loss") != pytest.approx(curve("sft", "loss"), abs=1e-5)
+    half_done(f"sft-{strategy}", "back")
     alone(words("sft", save_every=3, run_dir="back"))
     assert_same("sft", "back")
 
@@ -267,15 +271,15 @@ def half_done(run_dir, other, first=3, last=6):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
-def test_sharded_models_draw_what_copies_draw(pairs, layout):  # noqa: F811
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_sharded_models_draw_what_copies_draw(pairs, strategy):  # noqa: F811
     """Also where one process has come to the end of its completions before the other."""
-    for one in ("ddp_cpu", layout):
+    for one in ("ddp_cpu", strategy):
         in_processes(one, *(under(run, one) for run in DRAWING.values()), COMPLETIONS="short")
     for run in DRAWING.values():
         directory = run[run.index("--run-dir") + 1]
-        assert_same(f"{directory}-ddp_cpu", f"{directory}-{layout}")
-        first, second = (facts["drawn"] for facts in assert_in_force(layout, run))
+        assert_same(f"{directory}-ddp_cpu", f"{directory}-{strategy}")
+        first, second = (facts["drawn"] for facts in assert_in_force(strategy, run))
         assert len(first) == len(second) and first != second
         assert first == assert_in_force("ddp_cpu", run)[0]["drawn"]
 
@@ -289,8 +293,8 @@ SHARING = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "processes", "sizes", "strategy"), SHARING)
-def test_processes_that_share_rows_learn_what_one_learns(pairs, layout, processes, sizes, strategy):  # noqa: F811
+@pytest.mark.parametrize(("layout", "processes", "sizes", "description"), SHARING)
+def test_processes_that_share_rows_learn_what_one_learns(pairs, layout, processes, sizes, description):  # noqa: F811
     more = [["--sft.device_batch_size", 2], ["--sft.precision", "bf16", "--sft.activation_checkpointing", "true"]]
     runs = [words(verb, save_every=3) for verb in ("sft", "reward", "dpo", "kto")]
     accumulated, rough = (words("sft", *some, save_every=3, run_dir=f"sft{at}") for at, some in enumerate(more))
@@ -301,7 +305,7 @@ def test_processes_that_share_rows_learn_what_one_learns(pairs, layout, processe
     half_done("sft", f"further-{layout}")
     started = [*runs, further, rough]
     said = in_processes(layout, *(under(run, layout) for run in started), processes=processes, sizes=sizes)
-    assert said.count(f"layout     {strategy}") == len(started)
+    assert said.count(f"layout     {description}") == len(started)
     assert "resumed    checkpoint-3" in said
     for run in started:
         directory = run[run.index("--run-dir") + 1]
@@ -320,8 +324,8 @@ def test_processes_that_share_rows_learn_what_one_learns(pairs, layout, processe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "processes", "sizes", "strategy"), SHARING)
-def test_processes_that_share_rows_draw_the_same(pairs, layout, processes, sizes, strategy):  # noqa: F811
+@pytest.mark.parametrize(("layout", "processes", "sizes", "description"), SHARING)
+def test_processes_that_share_rows_draw_the_same(pairs, layout, processes, sizes, description):  # noqa: F811
     """Like one process, or two copies: what they draw and what they learn of it; the user's function is asked once."""
     Path("asked.py").write_text(
         "import os, rewards_of_test\n"
@@ -352,7 +356,7 @@ def test_processes_that_share_rows_draw_the_same(pairs, layout, processes, sizes
         COMPLETIONS="short",
         NAME=layout,
     )
-    assert said.count(f"layout     {strategy}") == len(started)
+    assert said.count(f"layout     {description}") == len(started)
     assert "resumed    checkpoint-6" in said
     for run in started:
         directory = run[run.index("--run-dir") + 1]
@@ -392,15 +396,15 @@ def test_a_run_goes_on_in_another_layout(pairs, monkeypatch):  # noqa: F811
     write_completions(monkeypatch.setattr)
     runs = {"sft": (RUNS["sft"], 3, 6), "ppo": (DRAWING["ppo"], 6, 12)}  # and the steps of their checkpoints
     alone(*(run for run, _, _ in runs.values()))
-    for layout in ("fsdp2", "ddp_cpu"):
+    for strategy in ("fsdp2", "ddp_cpu"):
         for name, (_, _, last) in runs.items():
-            shutil.copytree(name, f"{name}-{layout}")
+            shutil.copytree(name, f"{name}-{strategy}")
             for gone in (f"checkpoint-{last}", "final"):
-                shutil.rmtree(f"{name}-{layout}/{gone}")
-        said = in_processes(layout, *(under(run, layout) for run, _, _ in runs.values()), COMPLETIONS="written")
+                shutil.rmtree(f"{name}-{strategy}/{gone}")
+        said = in_processes(strategy, *(under(run, strategy) for run, _, _ in runs.values()), COMPLETIONS="written")
         for name, (_, first, _) in runs.items():
             assert f"checkpoint-{first}" in said
-            assert_same(name, f"{name}-{layout}")
+            assert_same(name, f"{name}-{strategy}")
     for name, (run, _, last) in runs.items():
         for gone in (f"checkpoint-{last}", "final"):
             shutil.rmtree(f"{name}-fsdp2/{gone}")
@@ -409,7 +413,7 @@ def test_a_run_goes_on_in_another_layout(pairs, monkeypatch):  # noqa: F811
 
 
 if __name__ == "__main__":
-    Resumable.train, GenerationMixin.generate = train, generate
+    ResumableTrainerMixin.train, GenerationMixin.generate = train, generate
     if os.environ.get("COMPLETIONS") == "written":
         write_completions(setattr)
     elif os.environ.get("COMPLETIONS") == "short":  # each token is the last with a chance of one in two

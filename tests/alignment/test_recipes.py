@@ -25,9 +25,9 @@ from scratch_gpt.alignment import grpo, sft
 from scratch_gpt.alignment import recipe as stage
 from scratch_gpt.alignment.data.chat_template import encode_answer
 from scratch_gpt.alignment.data.dataset import conversations
-from scratch_gpt.alignment.sampler import Passes
+from scratch_gpt.alignment.sampler import RepeatingSampler
 from scratch_gpt.alignment.sft import encode
-from scratch_gpt.alignment.trainer_checkpoints import Resumable
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.cli import main
 from scratch_gpt.config import SFTSettings
 from scratch_gpt.errors import UserError
@@ -272,14 +272,14 @@ def test_prompts_go_on_in_a_later_pass_as_if_nothing_had_been(pairs, verb, done)
 def test_each_pass_takes_all_prompts_in_an_order_of_its_own():
     one_pass = RepeatSampler(range(10), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=5)
     trls = list(one_pass)
-    passes = Passes(one_pass, 3 * len(trls) - 1, 5)
+    passes = RepeatingSampler(one_pass, 3 * len(trls) - 1, 5)
     rows = list(passes)
     assert rows == list(passes) and len(rows) == len(passes)
     each = [rows[start : start + len(trls)] for start in range(0, len(rows), len(trls))]
     assert each[0] == trls and each[0] != each[1] != each[2]
     assert all(len(set(some)) == 9 for some in each[:2])
     with pytest.raises(ValueError, match="2 prompts are fewer than the 3 of one batch"):
-        Passes(RepeatSampler(range(2), mini_repeat_count=2, batch_size=3, seed=5), 12, 5)
+        RepeatingSampler(RepeatSampler(range(2), mini_repeat_count=2, batch_size=3, seed=5), 12, 5)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -413,7 +413,7 @@ def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatc
 def test_processes_that_share_rows_divide_no_model_of_others():
     of_another = SimpleNamespace(result=torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="tp divides .* this is a Linear: make it one by `scratch-gpt import`"):
-        Resumable.share_rows(of_another, SimpleNamespace(strategy="tp"))
+        ResumableTrainerMixin.use_model_parallel(of_another, SimpleNamespace(strategy="tp"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_its_checkpoints_stay(pairs, capsys):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from scratch_gpt.alignment.reward_report import Share, calibration_plot, report
+from scratch_gpt.alignment.reward_report import Proportion, calibration_plot, report
 
 
 @pytest.mark.parametrize(("successes", "number"), [(0, 5), (1, 7), (50, 100), (93, 100), (7, 7)])
 def test_intervals_are_those_of_scipy(successes, number):
     expected = binomtest(successes, number).proportion_ci(method="wilson")
-    share = Share.of(successes, number)
+    share = Proportion.of(successes, number)
     assert (share.low, share.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 

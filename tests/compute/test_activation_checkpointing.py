@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
-from scratch_gpt.compute.activation_checkpointing import _policy, checkpoint_activations
+from scratch_gpt.compute.activation_checkpointing import _policy, enable_activation_checkpointing
 from scratch_gpt.config import TrainingSettings
 from tests.training.test_parts import tiny_model
 
@@ -19,7 +19,7 @@ def step(style, compiled=False, **settings):
     model = tiny_model(
         num_hidden_layers=4, attention_dropout=0.1, hidden_dropout=0.1, embedding_dropout=0.1, **STYLES[style]
     ).train()
-    checkpoint_activations(model, TrainingSettings(**settings))
+    enable_activation_checkpointing(model, TrainingSettings(**settings))
     if compiled:
         for block in model.transformer.h:
             block.compile()

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scratch_gpt import console
 from scratch_gpt.cli import main
 from scratch_gpt.compute import mfu as utilisation
-from scratch_gpt.compute.mfu import GPU_PEAKS, ModelFlops, data_sheet_peak, measured_peak
+from scratch_gpt.compute.mfu import GPU_PEAKS, MFUMeter, data_sheet_peak, measured_peak
 from scratch_gpt.model.presets import preset
 from scratch_gpt.training.metrics import read_metrics, speed
 from tests.training.test_runs import arguments
@@ -84,9 +84,9 @@ def test_the_peaks_of_all_processes_add_up(monkeypatch):
             return tensor + 3e9
 
     monkeypatch.setattr(utilisation, "measured_peak", lambda precision: 1e9)
-    flops = ModelFlops(Two(cpu=True), preset("modern-2m"), 256, "bf16")
+    flops = MFUMeter(Two(cpu=True), preset("modern-2m"), 256, "bf16")
     assert flops.peak == pytest.approx(4e9)
-    assert flops.utilisation(flops.peak / flops.per_token) == 1.0
+    assert flops.mfu(flops.peak / flops.per_token) == 1.0
 
 
 def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch, capsys):

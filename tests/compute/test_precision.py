@@ -17,9 +17,9 @@ from scratch_gpt.config import TrainingSettings
 from scratch_gpt.data.batches import read_rows
 from scratch_gpt.data.packing import pack
 from scratch_gpt.errors import UserError
-from scratch_gpt.planning.dry_run import pretended_layout, pretended_processes
+from scratch_gpt.planning.dry_run import fake_process_group, fake_strategy
 from scratch_gpt.training import pretrain
-from scratch_gpt.training.autotune import Arithmetic, _candidates, choose_arithmetic
+from scratch_gpt.training.autotune import PrecisionChoice, _candidates, autotune
 from tests.training.test_parts import random_stream, tiny_model
 from tests.training.test_runs import arguments
 
@@ -107,8 +107,8 @@ def test_a_cpu_takes_the_others_and_measures_those_it_has_instructions_for(
     assert _candidates(CPU) == (["fp32"] if emulates else ["bf16", "fp32"])
     assert main([*arguments(tmp_path / "run", corpus, "--training.precision", "auto"), "--dry-run"]) == 0
     assert ("fp32, eager: bf16 is emulated here" in capsys.readouterr().out) == emulates
-    with pretended_processes(2):
-        monkeypatch.setattr(pretrain, "choose_layout", lambda: pretended_layout({"dp_shard": 2}, "cpu"))
+    with fake_process_group(2):
+        monkeypatch.setattr(pretrain, "build_strategy", lambda: fake_strategy({"dp_shard": 2}, "cpu"))
         assert main([*arguments(tmp_path / "sharded", corpus, "--training.precision", "auto"), "--dry-run"]) == 0
     assert f"{'fp32' if emulates else 'bf16'}, eager: not measured" in capsys.readouterr().out
 
@@ -127,7 +127,7 @@ def test_a_named_precision_is_not_measured_against_another():
     packing = pack(stream, "concat", 16, False, 0)
     batch = read_rows([(stream, packing.row(index)) for index in range(4)], 16, False)
     settings = TrainingSettings(precision="fp16", compile="off")
-    choice = choose_arithmetic(tiny_model().train(), batch, 1, settings, 10)
+    choice = autotune(tiny_model().train(), batch, 1, settings, 10)
     assert (choice.precision, choice.reason) == ("fp16", "as asked")
 
 
@@ -147,13 +147,13 @@ def test_what_the_main_process_found_faster_all_do(here, corpus, tmp_path, monke
     def measure(model, *arguments):
         if here:
             compile_blocks(model)
-        return Arithmetic("fp32", here, 0.1, "measured here")
+        return PrecisionChoice("fp32", here, 0.1, "measured here")
 
     def look(pretraining):
         compiled.extend(block._compiled_call_impl is not None for block in pretraining.model.transformer.h)
 
     def broadcast(objects):
-        objects[0] = Arithmetic("fp32", not here, 0.1, "measured there")
+        objects[0] = PrecisionChoice("fp32", not here, 0.1, "measured there")
 
     monkeypatch.setattr(pretrain, "choose_arithmetic", measure)
     monkeypatch.setattr(pretrain, "broadcast_object_list", broadcast)
@@ -177,8 +177,8 @@ def test_compiled_blocks_are_refused_where_tensor_parallelism_divides_them(corpu
     go_on = [*arguments(tmp_path / "run", corpus), "--dry-run"]
     assert main(go_on) == 0 and all(compiled)
     compiled.clear()
-    with pretended_processes(2):
-        monkeypatch.setattr(pretrain, "choose_layout", lambda: pretended_layout({"tp": 2}, "cpu"))
+    with fake_process_group(2):
+        monkeypatch.setattr(pretrain, "build_strategy", lambda: fake_strategy({"tp": 2}, "cpu"))
         assert main(go_on) == 0 and compiled and not any(compiled)
         assert "but for its compiled blocks, which do not go with" in capsys.readouterr().out
         assert main([*arguments(tmp_path / "new", corpus), "--dry-run", "--training.compile", "on"]) == 2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scratch_gpt.config import PhaseSettings
 from scratch_gpt.data.batches import IGNORE_INDEX, evaluation_batches, read_rows
 from scratch_gpt.data.loader import TrainingData
-from scratch_gpt.data.mixture import Cursor, TrainingOrder
+from scratch_gpt.data.mixture import DataOrder, DataPosition
 from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.errors import UserError
@@ -31,7 +31,7 @@ def stream_of(lengths, shards=1, first_token=0):
 
 def training_data(streams, context, packing="concat", document_mask=False, seed=0, phases=None, vocab_size=10**9):
     packings = {name: pack(stream, packing, context, document_mask, seed, name) for name, stream in streams.items()}
-    order = TrainingOrder(packings, phases or [PhaseSettings("pretrain")])
+    order = DataOrder(packings, phases or [PhaseSettings("pretrain")])
     return TrainingData(streams, order, context, document_mask, vocab_size)
 
 
@@ -41,7 +41,7 @@ def targets(batch):
 
 def read_run(data, steps, world=1, micro_batches=1, cursor=None):
     """The targets of a run in the order of its rows, ``steps`` being (rows of the step, ...), and its cursor."""
-    cursor, rows = cursor or Cursor(), []
+    cursor, rows = cursor or DataPosition(), []
     for step, size in enumerate(steps):
         cursor = data.order.at_step(cursor, step, len(steps))
         parts = [data.read_step(cursor, size, micro_batches, process, world) for process in range(world)]
@@ -77,8 +77,8 @@ def test_every_token_of_every_document_is_a_target_once_per_epoch(
     stream = stream_of(lengths, shards)
     data = training_data({"text": stream}, context, *packing, seed=seed)
     rows = data.order.packings["text"].rows_per_epoch
-    start = data.order.at_step(Cursor(), 0, 1)
-    start = Cursor(epoch * rows, start.phase, 0, start.taken)
+    start = data.order.at_step(DataPosition(), 0, 1)
+    start = DataPosition(epoch * rows, start.phase, 0, start.taken)
 
     reference, end = read_run(data, [1] * rows, cursor=start)  # one process, a row a step
     assert Counter(token for row in reference for token in row) == Counter(range(len(stream)))
@@ -100,7 +100,7 @@ def test_inputs_precede_their_targets_and_positions_count_from_the_document(leng
     """The input of a target is the token before it, that of a document's first target the end of another document."""
     stream, starts = stream_of(lengths), set(np.cumsum([0, *lengths]).tolist())
     data = training_data({"text": stream}, context, *packing)
-    cursor = data.order.at_step(Cursor(), 0, 1)
+    cursor = data.order.at_step(DataPosition(), 0, 1)
     rows = data.order.packings["text"].rows_per_epoch
     assert all(count > 0 for index in range(rows) for _, count in data.order.packings["text"].row(index))
     [batch] = data.read_step(cursor, rows, 1).batches
@@ -128,7 +128,7 @@ def test_a_masked_row_gives_the_loss_of_its_documents_apart():
     model = tiny_model().train()
     data = training_data({"text": stream}, 16, "best_fit", True)
     rows = data.order.packings["text"].rows_per_epoch
-    [batch] = data.read_step(data.order.at_step(Cursor(), 0, 1), rows, 1).batches
+    [batch] = data.read_step(data.order.at_step(DataPosition(), 0, 1), rows, 1).batches
     packed = model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels, shift_labels=batch.labels
     ).loss
@@ -168,12 +168,12 @@ def test_the_order_is_a_function_of_seed_source_and_index_alone(packing):
 def test_a_token_outside_the_vocabulary_is_refused_with_its_source():
     stream = stream_of([50])
     data = training_data({"tales": stream}, 10, vocab_size=50)
-    data.read_step(data.order.at_step(Cursor(), 0, 1), 5, 1)
+    data.read_step(data.order.at_step(DataPosition(), 0, 1), 5, 1)
     data = training_data({"tales": stream}, 10, vocab_size=49)
     with pytest.raises(
         UserError, match="the shards of tales hold the token id 49, but the model's vocabulary ends at 48"
     ):
-        data.read_step(data.order.at_step(Cursor(), 0, 1), 5, 1)
+        data.read_step(data.order.at_step(DataPosition(), 0, 1), 5, 1)
 
 
 def test_a_batch_moves_as_one():

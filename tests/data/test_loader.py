@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from scratch_gpt.data.loader import ReadAhead
+from scratch_gpt.data.loader import Prefetcher
 
 
 def readers():
@@ -18,7 +18,7 @@ def test_items_come_in_order_and_are_read_before_they_are_asked_for():
             begun.append(number)
             yield number
 
-    with ReadAhead(items(), ahead=3) as reader:
+    with Prefetcher(items(), ahead=3) as reader:
         deadline = time.monotonic() + 10
         while len(begun) < 3 and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -33,7 +33,7 @@ def test_an_exception_in_the_thread_reaches_the_reader_after_the_items_before_it
         yield 1
         raise OSError("the disk is gone")
 
-    with ReadAhead(items()) as reader:
+    with Prefetcher(items()) as reader:
         assert next(reader) == 1
         for _ in range(2):
             with pytest.raises(OSError, match="the disk is gone"):
@@ -47,7 +47,7 @@ def test_the_thread_ends_with_the_block_however_that_ends(error):
         while True:
             yield bytes(10)
 
-    with pytest.raises(error), ReadAhead(endless()) as reader:
+    with pytest.raises(error), Prefetcher(endless()) as reader:
         next(reader)
         raise error
     assert readers() == []

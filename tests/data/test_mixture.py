@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scratch_gpt.config import PhaseSettings
-from scratch_gpt.data.mixture import Cursor, Mixture, TrainingOrder, phase_at
+from scratch_gpt.data.mixture import DataOrder, DataPosition, Mixture, phase_at
 from scratch_gpt.data.packing import pack
 from scratch_gpt.errors import UserError
 from tests.data.test_batches import read_run, stream_of, training_data
@@ -48,15 +48,15 @@ def test_shares_that_are_whole_are_met_exactly(values):
 def order_of(sizes, phases, packing="concat", context=8):
     streams = {name: stream_of([size // 10] * 10) for name, size in sizes.items()}
     packings = {name: pack(stream, packing, context, False, 0, name) for name, stream in streams.items()}
-    return TrainingOrder(packings, phases)
+    return DataOrder(packings, phases)
 
 
 def walk(order, steps, rows_per_step=1, max_steps=None, cursor=None, first=0):
-    cursor, places = cursor or Cursor(), []
+    cursor, places = cursor or DataPosition(), []
     for step in range(first, steps):
         cursor = order.at_step(cursor, step, max_steps or steps)
         places += [order.locate(cursor, row) for row in range(cursor.row, cursor.row + rows_per_step)]
-        cursor = Cursor(cursor.row + rows_per_step, cursor.phase, cursor.phase_row, cursor.taken)
+        cursor = DataPosition(cursor.row + rows_per_step, cursor.phase, cursor.phase_row, cursor.taken)
     return places, cursor
 
 

@@ -319,14 +319,14 @@ def test_a_broken_record_stops_or_is_counted_and_finished_units_stay(corpus, tok
     lines = [json.dumps({"text": document}) for document in read_documents([corpus])]
     lines[25] = '{"text": "cut off'
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, json.dumps({"text": " "})]))
-    settings = TextSettings(corpus=str(tmp_path / "a.jsonl"), validation_fraction=0.2, on_error="stop")
-    with pytest.raises(UserError, match=r"a.jsonl, line 26: not JSON: Unterminated string.* --on-error skip"):
+    settings = TextSettings(corpus=str(tmp_path / "a.jsonl"), validation_fraction=0.2, on_bad_record="stop")
+    with pytest.raises(UserError, match=r"a.jsonl, line 26: not JSON: Unterminated string.* --on-bad-record skip"):
         prepare(settings, tokenizer_folder, tmp_path / "data", workers=2, unit_bytes=SMALL)
     # finished is what has a record (not one that its worker was writing when it was ended); what has none is done again
     records = [json.loads(file.read_text()) for file in (tmp_path / "data" / ".prepare" / "units").glob("*.json")]
     files = [tmp_path / "data" / f"{shard['name']}.bin" for record in records for shard in record["shards"]]
     finished = {file: file.stat().st_mtime_ns for file in files}
-    settings.on_error = "skip"
+    settings.on_bad_record = "skip"
     manifest = prepare(settings, tokenizer_folder, tmp_path / "data", workers=1, unit_bytes=SMALL)
     assert all(file.stat().st_mtime_ns == when for file, when in finished.items())
     removed = {"duplicates": 0, "contaminated": 0, "broken": 1, "empty": 1}
@@ -336,7 +336,7 @@ def test_a_broken_record_stops_or_is_counted_and_finished_units_stay(corpus, tok
 
 def test_a_preparation_that_cannot_begin_leaves_nothing(tokenizer_folder, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' * 30 + "{\n")
-    settings = TextSettings(corpus=str(tmp_path / "a.jsonl"), on_error="stop")
+    settings = TextSettings(corpus=str(tmp_path / "a.jsonl"), on_bad_record="stop")
     with pytest.raises(UserError, match="line 31"):
         prepare(settings, tokenizer_folder, tmp_path / "data")
     (tmp_path / "a.jsonl").write_text('{"text": "the same"}\n' * 30)

@@ -27,7 +27,7 @@ def test_documents_end_at_separator_lines_and_files(tmp_path):
 def test_a_byte_that_is_not_utf8_is_named_with_its_offset(tmp_path):
     file = tmp_path / "latin.txt"
     file.write_bytes("été\n".encode() * 3 + b"caf\xe9\n")
-    with pytest.raises(UserError, match=r"latin.txt: not UTF-8 at byte 21 \(0xe9\).*--errors replace"):
+    with pytest.raises(UserError, match=r"latin.txt: not UTF-8 at byte 21 \(0xe9\).*--encoding-errors replace"):
         list(read_documents([file]))
     assert list(read_documents([file], errors="replace")) == ["été\n" * 3 + "caf\ufffd"]
 

@@ -101,7 +101,7 @@ def test_missing_tokenizer_names_the_command_that_makes_one(tmp_path):
 @pytest.mark.parametrize("digits", [1, 2, 3])
 def test_words_and_digits_are_cut_as_asked(words, digits):
     text = "1234567 people!\n\nIt's 2024, (they say) 99 of 1000.\n" * 30
-    settings = TokenizerSettings(265, words=words, digits=digits)
+    settings = TokenizerSettings(265, split_pattern=words, max_digits=digits)
     cut = train_tokenizer([text], settings).pre_tokenizer.pre_tokenize_str
     runs = [piece for piece, _ in cut("1234567")]
     assert "".join(runs) == "1234567"

@@ -7,9 +7,9 @@ import sys
 from deepspeed.comm.torch import TorchBackend
 
 from scratch_gpt.cli import leave
-from scratch_gpt.distributed.deepspeed import ZeroLayout
-from scratch_gpt.distributed.safetensors_reader import SavedTensors
-from scratch_gpt.training.spike_guard import Guard
+from scratch_gpt.distributed.deepspeed import DeepSpeedStrategy
+from scratch_gpt.distributed.safetensors_reader import SafetensorsReader
+from scratch_gpt.training.spike_guard import SpikeGuard
 from tests.distributed import program
 from tests.distributed.spoilt import problem
 
@@ -44,22 +44,22 @@ def facts(loop):
     return found
 
 
-def read_range(saved, name, like, start, end, original=SavedTensors.read_range):
+def read_range(saved, name, like, start, end, original=SafetensorsReader.read_range):
     part = original(saved, name, like, start, end)
     read.append(part.numel())
     return part
 
 
-def micro_batch(layout, model, last, original=ZeroLayout.micro_batch):
+def micro_batch(strategy, model, last, original=DeepSpeedStrategy.micro_batch):
     if ongoing:
         zero = model.optimizer
         kept = [piece for pieces in getattr(zero, "all_grad_tensors", {}).values() for piece in pieces or ()]
         kept += [piece for pieces in zero.averaged_gradients.values() for piece in pieces or ()]
-        if layout.stage == 3 and not kept:
+        if strategy.stage == 3 and not kept:
             kept = list(zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values())
         between.append(numbers([*kept, *(parameter.grad for parameter in model.module.parameters())]))
     ongoing[:] = [] if last else [True]
-    return original(layout, model, last)
+    return original(strategy, model, last)
 
 
 def noting(collective):
@@ -74,10 +74,10 @@ def noting(collective):
 
 
 program.more_facts = facts
-Guard.problem = problem
-SavedTensors.read_range = read_range
-ZeroLayout.spread = functools.partialmethod(program.spread, original=ZeroLayout.spread)
-ZeroLayout.micro_batch = micro_batch
+SpikeGuard.problem = problem
+SafetensorsReader.read_range = read_range
+DeepSpeedStrategy.parallelize = functools.partialmethod(program.parallelize, original=DeepSpeedStrategy.parallelize)
+DeepSpeedStrategy.micro_batch = micro_batch
 for name in ("all_reduce", "reduce"):  # stages 1 and 2 send gradients so; stage 3 as FSDP2 does
     setattr(TorchBackend, name, noting(getattr(TorchBackend, name)))
 

@@ -12,11 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from scratch_gpt.cli import leave, main
-from scratch_gpt.distributed.dtensor import local
-from scratch_gpt.distributed.pipeline import PipelineLayout
-from scratch_gpt.distributed.safetensors_reader import SavedTensors
-from scratch_gpt.distributed.strategy import Layout
-from scratch_gpt.training.trainer import Loop
+from scratch_gpt.distributed.dtensor import to_local
+from scratch_gpt.distributed.pipeline import PipelineStrategy
+from scratch_gpt.distributed.safetensors_reader import SafetensorsReader
+from scratch_gpt.distributed.strategy import Strategy
+from scratch_gpt.training.trainer import Trainer
 
 reduced: set[str] = set()
 """Dtypes in which gradients were sent to the process that keeps their sum."""
@@ -30,7 +30,7 @@ def noting(collective):
     return send
 
 
-def run(loop, original=Loop.run):
+def run(trainer, original=Trainer.run):
     reduced.clear()
     loss_dtypes = set()
     columns = set()
@@ -39,17 +39,17 @@ def run(loop, original=Loop.run):
         loss_dtypes.update([] if output.loss is None else [str(output.loss.dtype)])
         columns.update([] if "labels" not in arguments else [arguments["labels"].shape[1]])
 
-    hook = loop.model.register_forward_hook(note, with_kwargs=True)
+    hook = trainer.model.register_forward_hook(note, with_kwargs=True)
 
     try:
-        original(loop)
+        original(trainer)
     finally:
         hook.remove()
-        parameters = list(loop.model.parameters())
+        parameters = list(trainer.model.parameters())
         placements = {str(p.placements) for p in parameters if isinstance(p, DTensor)}
         held = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
         facts = {
-            "model": type(loop.model).__name__,
+            "model": type(trainer.model).__name__,
             "world": dist.get_world_size(),
             "parameters": len(parameters),
             "dtensors": sum(isinstance(p, DTensor) for p in parameters),
@@ -63,15 +63,15 @@ def run(loop, original=Loop.run):
             "began_empty": began_empty[-1],
             "read": sum(numbers_read),
             "graphs": compiled_graphs(),
-            "offload": sorted(offload_policies(loop.model)),
+            "offload": sorted(offload_policies(trainer.model)),
             "reduced": sorted(reduced),
-            "stages": len(getattr(loop.model, "stages", ())),
-            **more_facts(loop),
+            "stages": len(getattr(trainer.model, "stages", ())),
+            **more_facts(trainer),
         }
-        Path(loop.run_dir, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
+        Path(trainer.run_dir, f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
 
 
-def more_facts(loop):
+def more_facts(trainer):
     """What other programs add, in place of this."""
     return {}
 
@@ -89,15 +89,15 @@ def offload_policies(model):
     return {type(group.offload_policy).__name__ for group in groups if group is not None}
 
 
-def spread(layout, model, precision, original=Layout.spread):
+def parallelize(strategy, model, precision, original=Strategy.parallelize):
     numbers_read.clear()
     began_empty.append(all(parameter.is_meta for parameter in model.parameters()))
-    return original(layout, model, precision)
+    return original(strategy, model, precision)
 
 
-def read(saved, name, like, original=SavedTensors.read):
+def read(saved, name, like, original=SafetensorsReader.read):
     tensor = original(saved, name, like)
-    numbers_read.append(local(tensor).numel() if tensor.ndim else 0)
+    numbers_read.append(to_local(tensor).numel() if tensor.ndim else 0)
     return tensor
 
 
@@ -105,10 +105,10 @@ began_empty: list[bool] = [False]
 """Whether the model took no memory before it was spread."""
 numbers_read: list[int] = []
 """Of weights and moments that were saved, tensor by tensor."""
-SavedTensors.read = read
-Layout.spread = spread
-PipelineLayout.spread = functools.partialmethod(spread, original=PipelineLayout.spread)
-Loop.run = run
+SafetensorsReader.read = read
+Strategy.parallelize = parallelize
+PipelineStrategy.parallelize = functools.partialmethod(parallelize, original=PipelineStrategy.parallelize)
+Trainer.run = run
 for name in ("reduce_scatter_single", "reduce_scatter_tensor"):  # of torch 2.13, and before
     if hasattr(dist, name):
         setattr(dist, name, noting(getattr(dist, name)))

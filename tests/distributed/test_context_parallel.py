@@ -8,7 +8,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from scratch_gpt.data.batches import Batch
-from scratch_gpt.distributed.context_parallel import ATTENTION, check, divide_inside, divide_rows, own_columns
+from scratch_gpt.distributed.context_parallel import (
+    ATTENTION,
+    apply_context_parallel,
+    check_context_length,
+    local_positions,
+    shard_batch,
+)
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from tests.model.conftest import SIZE, STYLES
@@ -72,7 +78,7 @@ def work(rank, folder, store_file):
         for name, batch in BATCHES.items():
             model = build(style)
             model.set_attn_implementation(ATTENTION)
-            own, parts = divide_rows(batch, model.config, dist.group.WORLD)
+            own, parts = shard_batch(batch, model.config, dist.group.WORLD)
             loss, gradients = loss_and_gradients(model, own, parts)
             for tensor in (loss, *gradients.values()):
                 dist.all_reduce(tensor)
@@ -84,7 +90,7 @@ def work(rank, folder, store_file):
             model.transformer.h[0].register_forward_pre_hook(
                 lambda _, inputs, to=columns: to.append(inputs[0].shape[1])
             )
-            divide_inside(model.transformer, dist.group.WORLD)
+            apply_context_parallel(model.transformer, dist.group.WORLD)
             outputs, gradients = real_logits_and_gradients(model, given)
             assert columns == [COLUMNS // WORLD]
             for tensor in gradients.values():
@@ -106,12 +112,12 @@ def test_parts_of_rows_give_loss_and_gradients_of_whole_ones(folder, style, name
     loss, gradients = loss_and_gradients(build(style), BATCHES[name])
     seen = []
     for rank in range(WORLD):
-        own_ids, own_loss, own_gradients = torch.load(folder / f"{style} {name} {rank}.pt")
+        own_ids, own_loss, local_gradients = torch.load(folder / f"{style} {name} {rank}.pt")
         torch.testing.assert_close(own_loss, loss)
-        assert own_gradients.keys() == gradients.keys()
+        assert local_gradients.keys() == gradients.keys()
         for key, gradient in gradients.items():
             torch.testing.assert_close(
-                own_gradients[key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+                local_gradients[key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
             )
         seen.append(own_ids)
     assert all(ids.shape == (2, COLUMNS // WORLD) for ids in seen)
@@ -132,17 +138,17 @@ def test_a_model_that_divides_rows_inside_is_like_one_that_does_not(folder, styl
 
 def test_each_process_has_as_much_to_attend_to():
     for size in (1, 2, 3, 4):
-        columns = [own_columns(48, rank, size) for rank in range(size)]
+        columns = [local_positions(48, rank, size) for rank in range(size)]
         assert torch.equal(torch.cat(columns).sort().values, torch.arange(48))
         assert len({int(own.sum()) for own in columns}) == 1
 
 
 def test_rows_that_cannot_be_divided_are_refused():
     config = SimpleNamespace(position_embedding_type="rope", rope_parameters={"rope_type": "default"})
-    check(config, 24, 3)
+    check_context_length(config, 24, 3)
     with pytest.raises(UserError, match="6 pieces, and the context of 32 does not divide"):
-        check(config, 32, 3)
+        check_context_length(config, 32, 3)
     config.rope_parameters["rope_type"] = "longrope"
-    check(config, 32, 1)
+    check_context_length(config, 32, 1)
     with pytest.raises(UserError, match="the angles of rope_type longrope follow from the last position"):
-        check(config, 32, 2)
+        check_context_length(config, 32, 2)

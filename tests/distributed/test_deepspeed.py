@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from scratch_gpt.training.metrics import read_events
-from scratch_gpt.training.spike_guard import Guard
+from scratch_gpt.training.spike_guard import SpikeGuard
 from tests.distributed.launch import alone, arguments, assert_same_run, configuration, curve, facts, launch
 from tests.distributed.spoilt import SPOILT, problem
 from tests.training.test_monitor import write_task
@@ -92,7 +92,7 @@ def test_a_run_goes_on_bit_for_bit_and_in_other_layouts_and_survives_bad_steps(n
     def run(which, steps, *more):
         return arguments(tmp_path / which, shards, "gpt2", steps, *CONSTANT, *more)
 
-    monkeypatch.setattr(Guard, "problem", problem)
+    monkeypatch.setattr(SpikeGuard, "problem", problem)
     compiled = ["--training.compile", "on"]
     alone(run("single", WHOLE), run("1 to 2", HALF, *compiled), run("spoilt in one", WHOLE, *SPOILT))
     done = launch(

@@ -8,8 +8,8 @@ from scratch_gpt.alignment import recipe as stage
 from scratch_gpt.config import PretrainSettings
 from scratch_gpt.distributed import deepspeed as zero
 from scratch_gpt.distributed.deepspeed import check, deepspeed_config
-from scratch_gpt.distributed.pipeline import choose_pipeline
-from scratch_gpt.distributed.setup import choose_layout
+from scratch_gpt.distributed.pipeline import build_pipeline_strategy
+from scratch_gpt.distributed.setup import build_strategy
 from scratch_gpt.errors import UserError
 
 
@@ -24,20 +24,20 @@ def launched(monkeypatch):
 def test_without_deepspeed_the_package_is_named_and_no_other_layout_is_taken(launched):
     launched.setattr(zero, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"deepspeed is not installed: pip install 'scratch-gpt\[deepspeed\]'"):
-        choose_layout()
+        build_strategy()
 
 
 def test_tensor_context_and_hybrid_parallelism_are_not_beside_zero(launched):
     launched.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     with pytest.raises(UserError, match="parallelism_config together with distributed_type: DEEPSPEED"):
-        choose_layout()
+        build_strategy()
 
 
 def test_pipelines_are_not_beside_zero():
     settings = PretrainSettings(run_dir="unused")
     settings.parallel.pipeline = 2
     with pytest.raises(UserError, match="--parallel.pipeline is 2, the configuration file says zero1"):
-        choose_pipeline(SimpleNamespace(strategy="zero1", world=2), settings, None, 32)
+        build_pipeline_strategy(SimpleNamespace(strategy="zero1", world=2), settings, None, 32)
 
 
 def test_stages_of_alignment_ask_for_the_package_too_and_do_not_cut_weights_in_4_bits(launched):

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
-from scratch_gpt.compute.activation_checkpointing import checkpoint_activations
+from scratch_gpt.compute.activation_checkpointing import enable_activation_checkpointing
 from scratch_gpt.config import ParallelSettings, PretrainSettings, TrainingSettings
 from scratch_gpt.data.batches import Batch
-from scratch_gpt.distributed.pipeline import Pipeline, choose_pipeline, rows_of_micro_batch, split
+from scratch_gpt.distributed.pipeline import Pipeline, build_pipeline_strategy, micro_batch_size, split_into_stages
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.model.flops import flops_per_token
@@ -31,7 +31,9 @@ def build(style):
         fields["layer_types"] = 2 * fields["layer_types"]
     config = ScratchGPTConfig(**fields)
     model = ScratchGPTForCausalLM(config).train()
-    checkpoint_activations(model, TrainingSettings(activation_checkpointing="full", activation_checkpointing_every=2))
+    enable_activation_checkpointing(
+        model, TrainingSettings(activation_checkpointing="full", activation_checkpointing_every=2)
+    )
     return model
 
 
@@ -52,7 +54,7 @@ SMALL = Batch(*(tensor[:1, :9] for tensor in next(batches(0))._tensors()))
 def work(rank, folder, store_file):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store_file, WORLD), rank=rank, world_size=WORLD)
-    for layout, (shape, schedule) in LAYOUTS.items():
+    for strategy, (shape, schedule) in LAYOUTS.items():
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pipeline", "data"))
         copy = mesh.get_local_rank("data")
         for style in ("gpt2", "modern", "mixture"):
@@ -63,15 +65,15 @@ def work(rank, folder, store_file):
             loss = pipeline.forward_backward(own, num_targets, loss_factor=8.0)
             result = {
                 "loss": loss,
-                "gradients": pipeline.gather({name: p.grad / 8 for name, p in parameters.items()}),
-                "weights": pipeline.gather(parameters),
+                "gradients": pipeline.gather_full({name: p.grad / 8 for name, p in parameters.items()}),
+                "weights": pipeline.gather_full(parameters),
                 "validation": pipeline.sum_of_losses(SMALL),
                 "names": list(parameters),
                 "stages": len(pipeline.stages),
             }
             if pipeline.tied_end is not None:
                 result["tied gradient"] = pipeline.tied_end.grad / 8
-            torch.save(result, folder / f"{layout} {style} {rank}.pt")
+            torch.save(result, folder / f"{strategy} {style} {rank}.pt")
     dist.destroy_process_group()
 
 
@@ -82,9 +84,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("strategy", list(LAYOUTS))
 @pytest.mark.parametrize("style", ["gpt2", "modern", "mixture"])
-def test_a_step_through_the_pipeline_is_that_of_one_process(folder, style, layout):
+def test_a_step_through_the_pipeline_is_that_of_one_process(folder, style, strategy):
     model = build(style)
     everything = [batch for copy in range(2) for batch in batches(copy)]
     num_targets = sum(int((batch.labels != -100).sum()) for batch in everything)
@@ -98,8 +100,8 @@ def test_a_step_through_the_pipeline_is_that_of_one_process(folder, style, layou
     arguments = {"labels": SMALL.labels, "shift_labels": SMALL.labels, "num_items_in_batch": 1}
     validation = model(SMALL.input_ids, position_ids=SMALL.position_ids, **arguments).loss.detach()
 
-    shape, schedule = LAYOUTS[layout]
-    results = [torch.load(folder / f"{layout} {style} {rank}.pt") for rank in range(WORLD)]
+    shape, schedule = LAYOUTS[strategy]
+    results = [torch.load(folder / f"{strategy} {style} {rank}.pt") for rank in range(WORLD)]
     whole_loss = sum(results[rank]["loss"] for rank in range(shape[1]))  # of one process from each copy
     torch.testing.assert_close(whole_loss, loss)
     for what, expected in (("gradients", gradients), ("weights", dict(model.named_parameters()))):
@@ -114,7 +116,7 @@ def test_a_step_through_the_pipeline_is_that_of_one_process(folder, style, layou
             assert torch.equal(result["tied gradient"], results[0]["gradients"]["transformer.wte.weight"])
     # each process holds its stages and no more
     per_process = 2 if schedule == "interleaved1f1b" else 1
-    stages = split(model.config, CONTEXT, shape[0] * per_process).blocks
+    stages = split_into_stages(model.config, CONTEXT, shape[0] * per_process).blocks
     for rank, result in enumerate(results):
         stage = rank // shape[1]
         blocks = {int(name.split(".")[2]) for name in result["names"] if ".h." in name}
@@ -130,7 +132,7 @@ def test_a_step_through_the_pipeline_is_that_of_one_process(folder, style, layou
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
 def test_no_split_has_a_faster_slowest_stage(stages, vocab_size):
     config = ScratchGPTConfig(**{**SIZE, "num_hidden_layers": 8, "vocab_size": vocab_size})
-    chosen = split(config, CONTEXT, stages)
+    chosen = split_into_stages(config, CONTEXT, stages)
     assert [block for blocks in chosen.blocks for block in blocks] == list(range(8))
     assert sum(chosen.shares) == pytest.approx(1)
     head = 6 * vocab_size * config.hidden_size / flops_per_token(config, CONTEXT).total
@@ -159,16 +161,16 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", list(REFUSED))
 def test_what_cannot_be_a_pipeline_is_refused(message):
-    layout, parallel, training = REFUSED[message]
+    strategy, parallel, training = REFUSED[message]
     settings = PretrainSettings(parallel=parallel, training=TrainingSettings(**training))
     with pytest.raises(UserError, match=message):
-        choose_pipeline(layout, settings, build("modern").config, CONTEXT)
+        build_pipeline_strategy(strategy, settings, build("modern").config, CONTEXT)
 
 
 def test_rows_are_divided_into_what_the_schedule_can_run():
-    assert rows_of_micro_batch(ParallelSettings(2), 32, None) == 4
-    assert rows_of_micro_batch(ParallelSettings(2, pipeline_microbatches=4), 32, None) == 8
-    assert rows_of_micro_batch(ParallelSettings(4, "interleaved1f1b"), 32, 2) == 2
+    assert micro_batch_size(ParallelSettings(2), 32, None) == 4
+    assert micro_batch_size(ParallelSettings(2, pipeline_microbatches=4), 32, None) == 8
+    assert micro_batch_size(ParallelSettings(4, "interleaved1f1b"), 32, 2) == 2
     for settings, asked, message in (
         (ParallelSettings(2, pipeline_microbatches=4), 8, "not both"),
         (ParallelSettings(2, pipeline_microbatches=5), None, "32 rows per pipeline and step do not divide into 5"),
@@ -176,4 +178,4 @@ def test_rows_are_divided_into_what_the_schedule_can_run():
         (ParallelSettings(4, "interleaved1f1b"), 16, "a multiple of --parallel.pipeline 4 micro-batches"),
     ):
         with pytest.raises(UserError, match=message):
-            rows_of_micro_batch(settings, 32, asked)
+            micro_batch_size(settings, 32, asked)

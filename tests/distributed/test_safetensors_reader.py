@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.distributed.dtensor import local, part_of
+from scratch_gpt.distributed.dtensor import shard_like, to_local
 from scratch_gpt.distributed.materialize import empty_model
 from scratch_gpt.distributed.optimizer import build_optimizer
-from scratch_gpt.distributed.safetensors_reader import SavedTensors, load_weights
+from scratch_gpt.distributed.safetensors_reader import SafetensorsReader, load_weights
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.presets import preset
-from scratch_gpt.planning.dry_run import pretended_layout
+from scratch_gpt.planning.dry_run import fake_strategy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
@@ -52,12 +52,12 @@ def load(config, optimizer, dimensions, rank, folder):
     world = torch.Size(dimensions.values()).numel()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        layout = pretended_layout(dimensions, "cpu")
+        strategy = fake_strategy(dimensions, "cpu")
         model = empty_model(config)
-        layout.spread(model, "fp32")
-        load_weights(model, SavedTensors(folder, "model*.safetensors"))
+        strategy.parallelize(model, "fp32")
+        load_weights(model, SafetensorsReader(folder, "model*.safetensors"))
         optimizers = build_optimizer(model, TrainingSettings(optimizer=optimizer))
-        optimizers.load_state_tensors(SavedTensors(folder, "optimizer.safetensors"))
+        optimizers.load_state_tensors(SafetensorsReader(folder, "optimizer.safetensors"))
     finally:
         dist.destroy_process_group()
     return model, optimizers
@@ -77,8 +77,8 @@ def test_each_process_reads_its_parts_as_torch_divides_whole_tensors(dimensions,
             assert tensor == 7
             continue
         like = model.get_parameter(re.sub(r"\.(exp_avg(_sq)?|momentum_buffer)$", "", name))
-        assert type(tensor.detach()) is type(like.detach()) and local(tensor).shape == local(like).shape
-        assert torch.equal(local(tensor), local(part_of(whole[name], like))), name
+        assert type(tensor.detach()) is type(like.detach()) and to_local(tensor).shape == to_local(like).shape
+        assert torch.equal(to_local(tensor), to_local(shard_like(whole[name], like))), name
 
 
 def save_zeros(shapes, file):
@@ -110,16 +110,16 @@ def test_a_process_never_holds_more_than_its_parts_and_one_tensor(dimensions, tm
     save_zeros(state | {f"{name}.step": torch.Size([]) for name in shapes}, tmp_path / "optimizer.safetensors")
     peak = [0]
 
-    def read(saved, name, like, original=SavedTensors.read):
+    def read(saved, name, like, original=SafetensorsReader.read):
         part = original(saved, name, like)
         peak.append(resident("RssAnon"))
         return part
 
-    monkeypatch.setattr(SavedTensors, "read", read)
+    monkeypatch.setattr(SafetensorsReader, "read", read)
     before, mapped = resident("RssAnon"), resident("RssFile")
     model, _ = load(config, "adamw", dimensions, 1, tmp_path)
     numbers = [shape.numel() for shape in shapes.values()]
-    own = 12 * sum(local(parameter).numel() for parameter in model.parameters())  # weights and two moments
+    own = 12 * sum(to_local(parameter).numel() for parameter in model.parameters())  # weights and two moments
     assert 12 * sum(numbers) > 50 * own
     assert max(peak) - before < own + 4 * max(numbers)
     assert resident("RssAnon") + resident("RssFile") - before - mapped < own + 4 * max(
@@ -129,7 +129,7 @@ def test_a_process_never_holds_more_than_its_parts_and_one_tensor(dimensions, tm
 
 def test_what_is_missing_or_of_another_shape_is_named(tmp_path):
     save_file({"one": torch.ones(2, 3)}, tmp_path / "model.safetensors")
-    saved = SavedTensors(tmp_path, "model*.safetensors")
+    saved = SafetensorsReader(tmp_path, "model*.safetensors")
     with pytest.raises(UserError, match=r"holds no two: is it a model of this package"):
         saved.read("two", torch.empty(2, 3))
     with pytest.raises(UserError, match=r"one in .* has shape \(2, 3\), the model's is \(3, 2\)"):
@@ -140,6 +140,6 @@ def test_what_is_missing_or_of_another_shape_is_named(tmp_path):
 def test_a_range_is_that_of_the_flattened_tensor(shape, tmp_path):
     whole = torch.randn(shape)
     save_file({"one": whole}, tmp_path / "model.safetensors")
-    saved = SavedTensors(tmp_path, "model*.safetensors")
+    saved = SafetensorsReader(tmp_path, "model*.safetensors")
     for start, end in [(0, whole.numel()), (4, 11), (5, 6), (6, 20), (9, 9), (whole.numel(), whole.numel())]:
         assert torch.equal(saved.read_range("one", whole, start, end), whole.flatten()[start:end])

@@ -145,7 +145,7 @@ def test_looks_at_a_model_on_two_processes_change_no_bit(name, sizes, shards, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sizes"), [layout for layout in LOOKED_AT if layout[0] != "tp"])
+@pytest.mark.parametrize(("name", "sizes"), [strategy for strategy in LOOKED_AT if strategy[0] != "tp"])
 def test_compiled_and_recomputed_blocks_give_the_run_of_one_eager_process(name, sizes, single, shards, tmp_path):
     compiled = arguments(tmp_path / "compiled", shards, "modern", STEPS, *RECOMPUTE, "--training.compile", "on")
     done = launch(configuration(name, tmp_path, 2, **sizes), compiled, timeout=900)

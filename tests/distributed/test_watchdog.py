@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from scratch_gpt.distributed.watchdog import Watch
+from scratch_gpt.distributed.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -18,35 +18,35 @@ def store(monkeypatch):
     return server
 
 
-def what_ends(watch):
+def what_ends(watchdog):
     """Why ``watch``, whose main thread does not get on, would end its process."""
     told, reasons = threading.Event(), []
 
     def end(why):
         reasons.append(why)
         told.set()
-        watch._ended.set()
+        watchdog._ended.set()
 
-    watch._end = end
-    with watch:
+    watchdog._end = end
+    with watchdog:
         assert told.wait(20)
     return reasons[0]
 
 
 def test_a_process_that_has_not_come_is_named(store):
-    assert what_ends(Watch(0.2, 1, 2)) == "process 0 has not begun to train"
+    assert what_ends(Watchdog(0.2, 1, 2)) == "process 0 has not begun to train"
 
 
 def test_where_all_live_they_say_where_they_are(store):
-    with Watch(60, 0, 2) as other:
+    with Watchdog(60, 0, 2) as other:
         other.interval = 0.05
         other.at("reading the rows of step 3")
         other._beat()
-        watch = Watch(0.2, 1, 2)
-        signs = watch._signs
-        watch._signs = lambda: (other._beat(), signs())[1]
-        watch.at("in step 3")
-        why = what_ends(watch)
+        watchdog = Watchdog(0.2, 1, 2)
+        signs = watchdog._signs
+        watchdog._signs = lambda: (other._beat(), signs())[1]
+        watchdog.heartbeat("in step 3")
+        why = what_ends(watchdog)
     assert why.startswith("process 0 (") and "is reading the rows of step 3; process 1 (" in why
     assert why.endswith("is in step 3")
 
@@ -60,11 +60,11 @@ def test_a_store_that_is_gone_is_missed_by_those_who_are_not_leaving(store):
         (False, ["process 0 on 127.0.0.1, which has the store of the launch, does not answer"]),
         (True, []),
     ):
-        watch, reasons = Watch(0.2, 1, 2), []
-        watch._store, watch._end = Gone(), reasons.append
+        watchdog, reasons = Watchdog(0.2, 1, 2), []
+        watchdog._store, watchdog._end = Gone(), reasons.append
         if leaving:
-            watch.leave()
-        watch._beat_on()
+            watchdog.stop()
+        watchdog._beat_on()
         assert [reason.partition(" (")[0] for reason in reasons] == ends
 
 
@@ -78,7 +78,7 @@ def test_a_store_that_does_not_answer_is_waited_for_no_longer_than_it_is_told(st
         def multi_get(self, keys):
             return [b"{}"] * len(keys)
 
-    watch = Watch(0.2, 1, 2)
-    watch._store = Silent()
-    assert watch._missing() == "process 0 on 127.0.0.1, which has the store of the launch, does not answer"
+    watchdog = Watchdog(0.2, 1, 2)
+    watchdog._store = Silent()
+    assert watchdog._missing() == "process 0 on 127.0.0.1, which has the store of the launch, does not answer"
     answer.set()

@@ -10,7 +10,7 @@ from scratch_gpt.config import PlanSettings, TrainingSettings
 from scratch_gpt.model.presets import preset
 from scratch_gpt.planning import memory as footprint
 from scratch_gpt.planning import plan as planner
-from scratch_gpt.planning.dry_run import pretended_layout, pretended_processes, rehearse
+from scratch_gpt.planning.dry_run import dry_run, fake_process_group, fake_strategy
 from scratch_gpt.planning.memory import Workload
 from tests.planning.test_plan import CONFIGS, build, forward
 
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def check(config, dimensions, optimizer="adamw"):
     """Bytes of weights, gradients and optimizer state are those of the plan, to the byte."""
-    held = rehearse(config, dimensions, "bf16", TrainingSettings(optimizer=optimizer))
+    held = dry_run(config, dimensions, "bf16", TrainingSettings(optimizer=optimizer))
     copies, shards, tensor = (dimensions.get(name, 1) for name in ("dp_replicate", "dp_shard", "tp"))
-    layout = planner.Layout("", copies * shards * tensor, "", shards, shards, shards, tensor)
-    planned = planner.memory(config, footprint.count(config), layout, Workload(1, 8), optimizer)
+    strategy = planner.Layout("", copies * shards * tensor, "", shards, shards, shards, tensor)
+    planned = planner.memory(config, footprint.count(config), strategy, Workload(1, 8), optimizer)
     assert (held.weights, held.gradients, held.optimizer) == (planned.weights, planned.gradients, planned.optimizer)
     return held
 
@@ -74,9 +74,9 @@ def test_dry_run_counts_what_the_plan_says():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_planned_total_covers_the_peak_of_a_sharded_step(name, checkpointing, precision):
     load = Workload(2, 300, precision, "cpu", checkpointing)
-    with pretended_processes(4):
+    with fake_process_group(4):
         config, model = build(CONFIGS[name], load)
-        pretended_layout({"dp_shard": 4}, "cpu").spread(model, precision)
+        fake_strategy({"dp_shard": 4}, "cpu").parallelize(model, precision)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         forward(model, load).backward()
         optimizer.step()
@@ -84,6 +84,6 @@ def test_planned_total_covers_the_peak_of_a_sharded_step(name, checkpointing, pr
         with tracker:
             forward(model, load).backward()
         peak = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
-    layout = planner.Layout("", 4, "", 4, 4, 4)
-    planned = planner.memory(config, footprint.count(config), layout, load).total
+    strategy = planner.Layout("", 4, "", 4, 4, 4)
+    planned = planner.memory(config, footprint.count(config), strategy, load).total
     assert peak <= planned <= 1.12 * peak

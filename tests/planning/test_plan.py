@@ -19,6 +19,7 @@ from scratch_gpt.config import (
 )
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
+from scratch_gpt.model.flops import flops_per_token
 from scratch_gpt.model.presets import PRESETS, count_parameters, preset
 from scratch_gpt.planning import memory as footprint
 from scratch_gpt.planning.memory import Workload
@@ -106,7 +107,7 @@ def test_planned_activations_and_loss_are_the_bytes_saved_for_backward(name, loa
 @every_load
 def test_planned_flops_are_those_that_torch_counts(name, load):
     config, model = build(CONFIGS[name], load)
-    flops = footprint.flops_per_token(config, load.context)
+    flops = flops_per_token(config, load.context)
     planned = (flops.total + (flops.recomputed if load.checkpointing else 0)) * load.tokens
     # What the counter does not see, as `flops_per_token` explains.
     if load.precision == "fp32":
@@ -122,7 +123,7 @@ def test_cudas_fused_attention_is_counted_with_one_product_more():
     config = ScratchGPTConfig(**SIZE)
     shape = (1, config.num_attention_heads, 128, config.head_dim)
     counted = sdpa_flop_count(shape, shape, shape) + sdpa_backward_flop_count(shape, shape, shape, shape)
-    planned = footprint.flops_per_token(config, 128).attention * 128 / config.num_hidden_layers
+    planned = flops_per_token(config, 128).attention * 128 / config.num_hidden_layers
     assert counted == planned * 7 / 6
 
 
@@ -271,7 +272,7 @@ def test_the_simplest_layout_that_fits_is_taken(memory_of_a_device, devices, lay
 def test_time_and_cost_follow_from_flops_and_mfu():
     plan = Plan(replace(settings(), tokens=1e9, mfu=0.5))
     none, full = plan.rows("bf16")[2:4]
-    flops = footprint.flops_per_token(plan.config, 1024)
+    flops = flops_per_token(plan.config, 1024)
     assert plan.tokens_per_second(none) == pytest.approx(8 * 1e15 * 0.5 / flops.total)
     assert plan.tokens_per_second(full) == pytest.approx(8 * 1e15 * 0.5 / (flops.total + flops.recomputed))
     hours = 1e9 / plan.tokens_per_second(none) / 3600

@@ -49,7 +49,7 @@ class Faults:
         os.fsync = lambda descriptor: self.operation(needs_space=True)  # the power stays on here
         for name in ("scratch_gpt.training.checkpoint.save_file", "transformers.modeling_utils.safe_save_file"):
             self._wrap(name, self._save_file)
-        self._wrap("scratch_gpt.training.trainer.Loop.forward_backward", self._step)
+        self._wrap("scratch_gpt.training.trainer.Trainer.forward_backward", self._step)
 
     def _wrap(self, name, wrapper):
         path, _, attribute = name.rpartition(".")

@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 
 from scratch_gpt.cli import EXIT_USER_ERROR
 from scratch_gpt.config import ModelSettings, TrainingSettings
-from scratch_gpt.data.mixture import Cursor
+from scratch_gpt.data.mixture import DataPosition
 from scratch_gpt.data.tokenizer import load_tokenizer
 from scratch_gpt.distributed.materialize import build_model
 from scratch_gpt.distributed.optimizer import build_optimizer
-from scratch_gpt.distributed.setup import choose_layout
+from scratch_gpt.distributed.setup import build_strategy
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import remove_partial
 from scratch_gpt.model.loading import build_config
 from scratch_gpt.training import checkpoint
-from scratch_gpt.training.checkpoint import Saver, TrainerState, best_step, find_checkpoint, problem_with
+from scratch_gpt.training.checkpoint import Checkpointer, TrainingState, best_step, find_checkpoint, problem_with
 from tests.training.faults import KILLED, Faults, call
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
@@ -37,7 +37,7 @@ def trainer(run_dir, tokenizer_folder, async_save="off"):
     model = build_model(build_config(ModelSettings(preset="modern-30m", **SHAPE), tokenizer), seed=0)
     optimizer = build_optimizer(model, TrainingSettings())
     settings = TrainingSettings(async_save=async_save, keep_last=1)
-    return Saver(choose_layout(), run_dir, model, tokenizer, settings), model, optimizer
+    return Checkpointer(build_strategy(), run_dir, model, tokenizer, settings), model, optimizer
 
 
 def take_step(model, optimizer, step):
@@ -50,7 +50,9 @@ def take_step(model, optimizer, step):
 
 
 def trainer_state(step):
-    return TrainerState(step, 100 * step, "data", Cursor(row=step), "fp32", False, guard={"losses": [1.0] * step})
+    return TrainingState(
+        step, 100 * step, "data", DataPosition(row=step), "fp32", False, guard={"losses": [1.0] * step}
+    )
 
 
 def save_steps(run_dir, tokenizer_folder, async_save, last):
@@ -58,19 +60,19 @@ def save_steps(run_dir, tokenizer_folder, async_save, last):
 
     For short, it takes the steps before that one again.
     """
-    saver, model, optimizer = trainer(run_dir, tokenizer_folder, async_save)
+    checkpointer, model, optimizer = trainer(run_dir, tokenizer_folder, async_save)
     run_dir.mkdir(exist_ok=True)
     remove_partial(run_dir)
     newest, _ = find_checkpoint(run_dir)
     done = 0 if newest is None else int(newest.name.split("-")[1])
     try:
-        with saver:
+        with checkpointer:
             for step in range(2, last + 1, 2):
                 take_step(model, optimizer, step)
                 if step > done:
-                    saver.save(optimizer, trainer_state(step))
+                    checkpointer.save(optimizer, trainer_state(step))
                 if step >= done:
-                    saver.record_best(step, BITS_PER_BYTE[step])
+                    checkpointer.record_best(step, BITS_PER_BYTE[step])
     except UserError as error:
         assert "No space left on device. Free some space" in str(error)
         return EXIT_USER_ERROR
@@ -106,13 +108,13 @@ def test_files_written_in_the_background_are_the_same_bytes(saved, tokenizer_fol
 
 
 def test_steps_taken_while_a_save_is_under_way_do_not_change_it(tokenizer_folder, tmp_path, monkeypatch):
-    saver, model, optimizer = trainer(tmp_path, tokenizer_folder, "on")
+    checkpointer, model, optimizer = trainer(tmp_path, tokenizer_folder, "on")
     begun = []
-    monkeypatch.setattr(saver, "_begin", lambda job, *arguments: begun.append((job, arguments)))
+    monkeypatch.setattr(checkpointer, "_begin", lambda job, *arguments: begun.append((job, arguments)))
     take_step(model, optimizer, 2)
     before = [{name: t.clone() for name, t in ts.items()} for ts in (model.state_dict(), optimizer.state_tensors())]
     state = trainer_state(2)
-    saver.save(optimizer, state)
+    checkpointer.save(optimizer, state)
     take_step(model, optimizer, 3)
     state.step, state.guard["losses"][0] = 3, 9.0
     [(job, arguments)] = begun
@@ -179,30 +181,30 @@ def test_a_damaged_checkpoint_counts_neither_among_those_kept_nor_as_the_best(sa
 def test_a_save_that_failed_in_the_background_is_known_at_once_and_raised_at_the_next(
     tokenizer_folder, tmp_path, monkeypatch
 ):
-    saver, model, optimizer = trainer(tmp_path, tokenizer_folder, "on")
+    checkpointer, model, optimizer = trainer(tmp_path, tokenizer_folder, "on")
 
     def full_disk(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     take_step(model, optimizer, 2)
-    with saver:
-        saver.save(optimizer, trainer_state(2))
-        saver.record_best(2, 1.0)
-        while not saver.failed:
+    with checkpointer:
+        checkpointer.save(optimizer, trainer_state(2))
+        checkpointer.record_best(2, 1.0)
+        while not checkpointer.failed:
             time.sleep(0.01)
         with pytest.raises(UserError, match="No space left on device"):
-            saver.save(optimizer, trainer_state(4))
+            checkpointer.save(optimizer, trainer_state(4))
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_being_saved_when_a_run_ends_with_an_error_is_finished(tokenizer_folder, tmp_path, monkeypatch, capsys):
-    saver, model, optimizer = trainer(tmp_path, tokenizer_folder, "on")
+    checkpointer, model, optimizer = trainer(tmp_path, tokenizer_folder, "on")
     save = checkpoint.save_file
     monkeypatch.setattr(checkpoint, "save_file", lambda *arguments: (time.sleep(0.2), save(*arguments)))
     take_step(model, optimizer, 2)
-    with pytest.raises(ZeroDivisionError), saver:
-        saver.save(optimizer, trainer_state(2))
+    with pytest.raises(ZeroDivisionError), checkpointer:
+        checkpointer.save(optimizer, trainer_state(2))
         1 / 0  # noqa: B018
     assert find_checkpoint(tmp_path)[0].name == "checkpoint-2"
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from scratch_gpt.cli import main
 from scratch_gpt.training.checkpoint import best_step, find_checkpoint
 from scratch_gpt.training.metrics import read_events, read_metrics
-from scratch_gpt.training.trainer import Loop
+from scratch_gpt.training.trainer import Trainer
 from tests.training.test_runs import arguments, assert_same_run, losses
 
 STEPS = 60
@@ -24,7 +24,7 @@ def poison(monkeypatch):
     """``poison({step: loss -> loss})``: the data that an undisturbed run reads at these steps does that to the loss."""
 
     def spoil(steps):
-        original = Loop.forward_backward
+        original = Trainer.forward_backward
 
         def forward_backward(self, data):
             effect = steps.get(data.cursor.row // ROWS_PER_STEP)
@@ -37,7 +37,7 @@ def poison(monkeypatch):
                 parameter.grad.mul_(effect)
             return loss * effect
 
-        monkeypatch.setattr(Loop, "forward_backward", forward_backward)
+        monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
 
     return spoil
 
@@ -70,7 +70,7 @@ def test_a_nan_is_passed_over(clean, poison, corpus, tmp_path, capsys):
 def test_poisoned_data_leads_to_a_rollback_and_does_no_harm(clean, poison, corpus, tmp_path):
     poison({step: 50.0 for step in range(50, 58)})
     run_dir, unguarded = tmp_path / "run", tmp_path / "unguarded"
-    assert main([*arguments(run_dir, corpus, *GUARD, "--guard.rollback_learning_rate", "0.9"), *LONG]) == 0
+    assert main([*arguments(run_dir, corpus, *GUARD, "--guard.rollback_lr_factor", "0.9"), *LONG]) == 0
     events = [event["event"] for event in read_events(run_dir / "metrics.jsonl")]
     assert events == [*(["skipped"] * 3 + ["rolled back"]) * 2, "skipped", "skipped"]
     assert list(losses(run_dir)) == list(range(1, STEPS + 1))
@@ -113,7 +113,7 @@ def test_the_time_limit_saves_and_exits_with_75(corpus, tmp_path, capsys):
 
 def test_every_nth_and_the_best_checkpoint_are_kept(corpus, tmp_path, monkeypatch):
     bits = iter([2.0, 1.5, 1.7, 1.9, 1.8, 1.6])
-    original = Loop._finish_record
+    original = Trainer._finish_record
 
     def finish(self, left):
         monkeypatch.setattr("scratch_gpt.training.trainer.validate", lambda *_: (Result(next(bits)), {}))
@@ -123,7 +123,7 @@ def test_every_nth_and_the_best_checkpoint_are_kept(corpus, tmp_path, monkeypatc
         def __init__(self, bits_per_byte):
             self.loss = self.bits_per_byte = bits_per_byte
 
-    monkeypatch.setattr(Loop, "_finish_record", finish)
+    monkeypatch.setattr(Trainer, "_finish_record", finish)
     keep = ["--training.save_every", "2", "--training.eval_every", "2", "--training.keep_last", "1"]
     assert main([*arguments(tmp_path / "run", corpus, *keep), "--training.keep_every", "6"]) == 0
     assert best_step(tmp_path / "run") == 4
@@ -156,7 +156,7 @@ def test_a_growing_batch_and_muon_resume_bit_for_bit(corpus, tmp_path):
 @pytest.mark.parametrize("optimizer", ["false", "true"])
 def test_continued_pretraining_begins_where_the_other_run_ended(clean, corpus, tmp_path, optimizer):
     last = read_metrics(clean / "metrics.jsonl")[-1]
-    more = ["--resume-from", str(clean), "--resume-optimizer", optimizer, "--training.schedule", "constant"]
+    more = ["--init-from", str(clean), "--init-optimizer", optimizer, "--training.schedule", "constant"]
     more += ["--tokenizer-path", str(clean / "tokenizer"), "--training.total_batch_size", "512"]
     more += ["--training.learning_rate", "1e-5", "--training.warmup_steps", "0", "--max-steps", "3"]
     assert main([*arguments(tmp_path / "run", corpus), *more]) == 0
@@ -170,7 +170,7 @@ def test_continued_pretraining_begins_where_the_other_run_ended(clean, corpus, t
 
 @pytest.mark.parametrize(("folder", "message"), [("absent", "holds no saved model or run")])
 def test_resuming_from_nothing_is_refused(corpus, tmp_path, capsys, folder, message):
-    assert main([*arguments(tmp_path / "run", corpus), "--resume-from", str(tmp_path / folder)]) == 2
+    assert main([*arguments(tmp_path / "run", corpus), "--init-from", str(tmp_path / folder)]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -178,6 +178,6 @@ def test_running_out_of_memory_says_what_to_change(corpus, tmp_path, monkeypatch
     def exhausted(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setattr(Loop, "forward_backward", exhausted)
+    monkeypatch.setattr(Trainer, "forward_backward", exhausted)
     assert main([*arguments(tmp_path / "run", corpus), "--training.device_batch_size", "4"]) == 2
     assert "take --training.device_batch_size 2 (now 4" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`--resume-from`: a new run that begins with the weights of another, and with its optimizer if asked."""
+"""`--init-from`: a new run that begins with the weights of another, and with its optimizer if asked."""
 
 import shutil
 
@@ -13,7 +13,7 @@ from scratch_gpt.config import TrainingSettings
 from scratch_gpt.training.checkpoint import find_checkpoint
 from scratch_gpt.training.lr_schedule import learning_rate
 from scratch_gpt.training.metrics import read_metrics
-from scratch_gpt.training.trainer import Loop
+from scratch_gpt.training.trainer import Trainer
 from tests.training.test_runs import STEPS, arguments, assert_same_run
 
 NO_DROPOUT = ["--model.overrides.hidden_dropout", "0.0"]
@@ -31,7 +31,7 @@ def continued(origin, corpus, tmp_path):
     """Arguments of a run that goes on from ``origin`` with other data order, batch and schedule."""
 
     def words(*more, run_dir=tmp_path / "run"):
-        tokenizer = ["--tokenizer-path", str(origin / "tokenizer"), "--resume-from", str(origin), "--seed", "7"]
+        tokenizer = ["--tokenizer-path", str(origin / "tokenizer"), "--init-from", str(origin), "--seed", "7"]
         other = ["--training.schedule", "cosine", "--training.learning_rate", "1e-3", "--max-steps", "6"]
         return arguments(run_dir, corpus, *tokenizer, *other, *more)
 
@@ -43,21 +43,21 @@ def beginning(monkeypatch):
     """What the first step starts from: filled when a run begins."""
     seen = {}
 
-    def forward_backward(self, data, original=Loop.forward_backward):
+    def forward_backward(self, data, original=Trainer.forward_backward):
         if not seen:
             seen["weights"] = {name: tensor.clone() for name, tensor in self.model.named_parameters()}
             seen["optimizer"] = {name: tensor.clone() for name, tensor in self.optimizer.state_tensors().items()}
             seen["state"], seen["batches"] = vars(self.state).copy(), data.batches
         return original(self, data)
 
-    monkeypatch.setattr(Loop, "forward_backward", forward_backward)
+    monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
     return seen
 
 
 @pytest.mark.parametrize("optimizer", ["false", "true"])
 @pytest.mark.parametrize("batch", [128, 512])
 def test_it_begins_where_the_other_run_ended(origin, continued, beginning, tmp_path, optimizer, batch):
-    assert main(continued("--resume-optimizer", optimizer, "--training.total_batch_size", str(batch))) == 0
+    assert main(continued("--init-optimizer", optimizer, "--training.total_batch_size", str(batch))) == 0
     saved = origin / f"checkpoint-{STEPS}"
     weights = load_file(saved / "model.safetensors")
     assert weights.keys() == beginning["weights"].keys()
@@ -88,7 +88,7 @@ def loss_of(folder, batches):
 def test_it_is_resumed_itself_bit_for_bit_though_the_other_run_is_gone(origin, continued, tmp_path):
     gone = tmp_path / "gone"
     shutil.copytree(origin, gone)
-    from_gone = ["--resume-from", str(gone), "--resume-optimizer", "true"]
+    from_gone = ["--init-from", str(gone), "--init-optimizer", "true"]
     assert main(continued(*from_gone, run_dir=tmp_path / "whole")) == 0
     run = continued(*from_gone, run_dir=tmp_path / "parts")
     assert main([*run, "--max-hours", "1e-9"]) == 75
@@ -98,7 +98,7 @@ def test_it_is_resumed_itself_bit_for_bit_though_the_other_run_is_gone(origin, c
 
 
 def test_the_optimizer_of_another_kind_is_refused(continued, capsys):
-    assert main(continued("--resume-optimizer", "true", "--training.optimizer", "muon")) == 2
+    assert main(continued("--init-optimizer", "true", "--training.optimizer", "muon")) == 2
     assert "is that of another optimizer than Muon" in capsys.readouterr().err
 
 
@@ -107,9 +107,9 @@ def test_a_damaged_origin_is_refused_by_name_and_passed_over_in_a_run(origin, co
     shutil.copytree(origin, damaged)
     newest = damaged / f"checkpoint-{STEPS}"
     (newest / "trainer_state" / "state.json").write_text("{}")
-    assert main(continued("--resume-from", str(newest))) == 2
+    assert main(continued("--init-from", str(newest))) == 2
     assert "is not a valid checkpoint: trainer_state/state.json is damaged" in capsys.readouterr().err
-    assert main(continued("--resume-from", str(damaged), "--resume-optimizer", "true")) == 0
+    assert main(continued("--init-from", str(damaged), "--init-optimizer", "true")) == 0
     assert f"checkpoint-{STEPS} is not used: trainer_state/state.json is damaged" in capsys.readouterr().out
     before = load_file(damaged / "checkpoint-8" / "model.safetensors")
     assert all(torch.equal(beginning["weights"][name], before[name]) for name in before)

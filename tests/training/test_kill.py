@@ -14,7 +14,7 @@ from scratch_gpt.training import checkpoint
 from scratch_gpt.training.checkpoint import find_checkpoint
 from scratch_gpt.training.metrics import read_events, read_metrics
 from scratch_gpt.training.run_directory import stored_settings
-from scratch_gpt.training.trainer import Loop
+from scratch_gpt.training.trainer import Trainer
 from tests.training.faults import KILLED, Faults, call, command
 from tests.training.test_runs import STEPS, arguments, assert_same_run, start
 
@@ -172,11 +172,11 @@ def test_a_stop_waits_for_the_save_in_the_background(corpus, tmp_path, monkeypat
 def test_a_save_that_failed_in_the_background_ends_the_run_before_the_next(corpus, tmp_path, monkeypatch):
     slow_save(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
 
-    def slow_step(self, data, original=Loop.forward_backward):
+    def slow_step(self, data, original=Trainer.forward_backward):
         time.sleep(0.3)
         return original(self, data)
 
-    monkeypatch.setattr(Loop, "forward_backward", slow_step)
+    monkeypatch.setattr(Trainer, "forward_backward", slow_step)
     run = arguments(tmp_path / "run", corpus, *IN_BACKGROUND)
     assert main(run) == EXIT_USER_ERROR  # saves at step 4, and would at step 8
     assert max(record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")) < 7
@@ -185,10 +185,10 @@ def test_a_save_that_failed_in_the_background_ends_the_run_before_the_next(corpu
 def test_a_rollback_waits_for_the_save_in_the_background(corpus, tmp_path, monkeypatch):
     slow_save(monkeypatch)
 
-    def poison(self, data, original=Loop.forward_backward):
+    def poison(self, data, original=Trainer.forward_backward):
         return original(self, data) * (math.nan if 9 <= data.cursor.row // 8 <= 10 else 1.0)
 
-    monkeypatch.setattr(Loop, "forward_backward", poison)
+    monkeypatch.setattr(Trainer, "forward_backward", poison)
     guard = ["--guard.max_skips", "2"]
     for mode in ("on", "off"):
         assert main(arguments(tmp_path / mode, corpus, "--training.async_save", mode, *guard)) == 0

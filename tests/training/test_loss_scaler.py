@@ -10,9 +10,9 @@ import torch
 from scratch_gpt.cli import main
 from scratch_gpt.training import loss_scaler as loss_scale
 from scratch_gpt.training import trainer as loop
-from scratch_gpt.training.loss_scaler import LossScale
+from scratch_gpt.training.loss_scaler import LossScaler
 from scratch_gpt.training.metrics import read_events
-from scratch_gpt.training.trainer import Loop
+from scratch_gpt.training.trainer import Trainer
 from tests.training.test_runs import STEPS, arguments, assert_same_run, losses
 
 ROWS_PER_STEP = 8
@@ -23,7 +23,7 @@ def scaled(monkeypatch):
     """``scaled(scale)``: runs begin with this loss scale, whatever their precision."""
 
     def begin(scale=2.0**16):
-        monkeypatch.setattr(loop, "LossScale", lambda _, **state: LossScale(True, **({"scale": scale} | state)))
+        monkeypatch.setattr(loop, "LossScale", lambda _, **state: LossScaler(True, **({"scale": scale} | state)))
 
     return begin
 
@@ -33,7 +33,7 @@ def overflow(monkeypatch):
     """``overflow({step: scale})``: the gradients of the data that is read at this step fit up to this scale only."""
 
     def limit(limits):
-        original = Loop.forward_backward
+        original = Trainer.forward_backward
 
         def forward_backward(self, data):
             loss = original(self, data)
@@ -41,7 +41,7 @@ def overflow(monkeypatch):
                 next(self.model.parameters()).grad[0, 0] = math.inf
             return loss
 
-        monkeypatch.setattr(Loop, "forward_backward", forward_backward)
+        monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
 
     return limit
 
@@ -64,7 +64,7 @@ def state_of(run_dir, step=STEPS):
 
 def test_the_scale_takes_the_course_of_torchs_grad_scaler(monkeypatch):
     monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 5)
-    ours = LossScale(True)
+    ours = LossScaler(True)
     scaler = torch.amp.GradScaler("cpu", growth_interval=5)
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([parameter], lr=0.0)
@@ -113,7 +113,7 @@ def test_what_a_smaller_scale_does_not_mend_is_left_to_the_guard(scaled, overflo
 
 
 def test_a_loss_that_is_not_finite_is_no_overflow():
-    ours = LossScale(True)
+    ours = LossScaler(True)
     assert ours.overflow(math.nan, math.nan) is None and ours.scale == 2.0**16
 
 
@@ -122,7 +122,7 @@ def test_a_crashed_run_goes_on_with_the_same_scale_and_losses(scaled, overflow, 
     scaled()
     overflow({2: 2.0**15, 6: 2.0**14, 9: 0.0})
     assert main(arguments(tmp_path / "whole", corpus)) == 0
-    original = Loop._finish_record
+    original = Trainer._finish_record
 
     def crash(self, left):
         original(self, left)
@@ -130,7 +130,7 @@ def test_a_crashed_run_goes_on_with_the_same_scale_and_losses(scaled, overflow, 
             raise RuntimeError("crash")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
-        patch.setattr(Loop, "_finish_record", crash)
+        patch.setattr(Trainer, "_finish_record", crash)
         main(arguments(tmp_path / "parts", corpus))
     assert main(arguments(tmp_path / "parts", corpus)) == 0
     assert_same_run(tmp_path / "parts", tmp_path / "whole")

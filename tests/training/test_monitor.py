@@ -15,8 +15,8 @@ import yaml
 from scratch_gpt.cli import main
 from scratch_gpt.training.checkpoint import find_checkpoint
 from scratch_gpt.training.metrics import read_events, read_metrics
-from scratch_gpt.training.monitor import undisturbed
-from scratch_gpt.training.spike_guard import summarise
+from scratch_gpt.training.monitor import evaluation_mode
+from scratch_gpt.training.spike_guard import summarize_events
 from tests.training import test_runs
 from tests.training.test_runs import assert_same_run
 
@@ -150,7 +150,7 @@ def test_looking_leaves_mode_and_random_numbers_alone():
     for look in (False, True):
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
         if look:
-            with undisturbed(model):
+            with evaluation_mode(model):
                 assert not model.training and not torch.is_grad_enabled()
                 torch.manual_seed(7), random.seed(7), np.random.seed(7)
         drawn.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
@@ -189,5 +189,8 @@ def test_what_cannot_be_observed_is_refused(more, message, corpus, tmp_path, cap
 def test_the_guards_events_are_summed_up():
     events = [{"event": "skipped", "step": step} for step in range(1, 13)] + [{"event": "rolled back", "step": 1_000}]
     events.append({"event": "benchmark", "step": 5})
-    assert summarise(events) == "12 x skipped (steps 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...); 1 x rolled back (step 1,000)"
-    assert summarise([{"event": "benchmark", "step": 5}]) == ""
+    assert (
+        summarize_events(events)
+        == "12 x skipped (steps 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...); 1 x rolled back (step 1,000)"
+    )
+    assert summarize_events([{"event": "benchmark", "step": 5}]) == ""

@@ -14,10 +14,10 @@ from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.distributed.materialize import build_model
 from scratch_gpt.distributed.optimizer import build_optimizer, describe
-from scratch_gpt.distributed.safetensors_reader import SavedTensors
+from scratch_gpt.distributed.safetensors_reader import SafetensorsReader
 from scratch_gpt.evaluation.bits_per_byte import as_validation, score_stream
 from scratch_gpt.model.presets import preset
-from scratch_gpt.training.lr_schedule import learning_rate, rows_at
+from scratch_gpt.training.lr_schedule import batch_size_at, learning_rate
 
 
 def tiny_model(**fields):
@@ -69,7 +69,7 @@ def test_linear_and_constant_and_a_floor():
     linear = TrainingSettings(learning_rate=1.0, schedule="linear", warmup_steps=2)
     rates = [learning_rate(step, 12, linear) for step in range(13)]
     assert rates == pytest.approx([1 / 3, 2 / 3, *np.linspace(1, 0, 11)])
-    floored = TrainingSettings(learning_rate=2.0, schedule="linear", warmup_steps=0, final_learning_rate=0.25)
+    floored = TrainingSettings(learning_rate=2.0, schedule="linear", warmup_steps=0, min_lr_ratio=0.25)
     assert learning_rate(12, 12, floored) == pytest.approx(0.5)
     constant = TrainingSettings(learning_rate=2.0, schedule="constant", warmup_steps=1)
     assert [learning_rate(step, 9, constant) for step in (0, 1, 5, 9)] == [1.0, 2.0, 2.0, 2.0]
@@ -77,10 +77,10 @@ def test_linear_and_constant_and_a_floor():
 
 def test_the_batch_grows_in_whole_micro_batches():
     settings = TrainingSettings(batch_warmup_steps=7)
-    rows = [rows_at(step, 64, 8, settings) for step in range(10)]
+    rows = [batch_size_at(step, 64, 8, settings) for step in range(10)]
     assert rows == [8, 16, 24, 32, 40, 48, 56, 64, 64, 64]
-    assert rows_at(0, 64, 8, TrainingSettings()) == 64
-    assert [rows_at(step, 12, 4, TrainingSettings(batch_warmup_steps=2)) for step in range(4)] == [4, 8, 12, 12]
+    assert batch_size_at(0, 64, 8, TrainingSettings()) == 64
+    assert [batch_size_at(step, 12, 4, TrainingSettings(batch_warmup_steps=2)) for step in range(4)] == [4, 8, 12, 12]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_optimizer_state_survives_a_file(tmp_path, optimizer_name):
     twin = tiny_model()
     twin.load_state_dict(model.state_dict())
     restored = build_optimizer(twin, settings)
-    restored.load_state_tensors(SavedTensors(tmp_path, "optimizer.safetensors"))
+    restored.load_state_tensors(SafetensorsReader(tmp_path, "optimizer.safetensors"))
     for m, o in ((model, optimizer), (twin, restored)):
         train(m, o, 2)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):

@@ -5,12 +5,12 @@ import math
 import pytest
 
 from scratch_gpt.config import GuardSettings
-from scratch_gpt.training.spike_guard import Guard
+from scratch_gpt.training.spike_guard import SpikeGuard
 
 
 def filled(settings=None, losses=None):
     """Logarithms of the losses of 3 with a deviation of 0.1, and of gradient norms of 1 with one of 0.05."""
-    guard = Guard(settings or GuardSettings(window=50))
+    guard = SpikeGuard(settings or GuardSettings(window=50))
     for step, loss in enumerate(losses or [3.0 * math.exp(0.1 * (-1) ** step) for step in range(60)]):
         assert guard.problem(loss, math.exp(0.05 * (-1) ** step)) is None
     return guard
@@ -18,7 +18,7 @@ def filled(settings=None, losses=None):
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (math.inf, 1.0), (3.0, math.nan), (3.0, math.inf)])
 def test_what_is_not_finite_is_bad_from_the_first_step_on(loss, grad_norm):
-    for guard in (Guard(GuardSettings(sigmas=0)), filled()):
+    for guard in (SpikeGuard(GuardSettings(sigmas=0)), filled()):
         assert "is nan" in (problem := guard.problem(loss, grad_norm)) or "is inf" in problem
         assert guard.skipped == 1 and all(map(math.isfinite, guard.losses + guard.grad_norms))
 
@@ -43,7 +43,7 @@ def test_sigmas_0_takes_every_finite_step():
 
 
 def test_at_the_beginning_and_for_hardly_any_variation_nothing_is_skipped():
-    guard = Guard(GuardSettings(window=50))
+    guard = SpikeGuard(GuardSettings(window=50))
     for step in range(50):
         assert guard.problem(3.0, 2.0 if step < 22 else 80.0) is None
     assert filled(losses=[2.0] * 60).problem(2.2, 1.0) is None
@@ -79,6 +79,6 @@ def test_what_is_accepted_is_the_new_normal():
 def test_its_state_makes_a_twin():
     guard = filled()
     guard.problem(math.nan, 1.0)
-    twin = Guard(guard.settings, **guard.state())
+    twin = SpikeGuard(guard.settings, **guard.state())
     assert twin == guard
     assert twin.problem(3.2, 1.0) == guard.problem(3.2, 1.0) and twin == guard

@@ -53,7 +53,7 @@ def fake(monkeypatch):
             self.note("finish")
 
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "fake", Fake)
-    monkeypatch.setattr(trackers, "chosen", lambda asked: ["fake"])
+    monkeypatch.setattr(trackers, "resolve_trackers", lambda asked: ["fake"])
     return Fake
 
 
@@ -110,9 +110,9 @@ def test_unknown_and_missing_trackers_are_refused_with_the_mend(corpus, tmp_path
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     assert main([*run, "[wandb]"]) == 2
     assert "wandb is not installed: pip install 'scratch-gpt[wandb]'" in capsys.readouterr().err
-    assert trackers.chosen("auto") == []
+    assert trackers.resolve_trackers("auto") == []
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name == "trackio")
-    assert trackers.chosen("auto") == ["trackio"]
+    assert trackers.resolve_trackers("auto") == ["trackio"]
 
 
 def scalars(folder, tag):

@@ -13,15 +13,15 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from scratch_gpt.alignment.data.chat_template import encode_answer, stop_tokens
-from scratch_gpt.alignment.data.dataset import learning_data, pairs
+from scratch_gpt.alignment.data.dataset import preference, prepare_dataset
 from scratch_gpt.alignment.models import context_of, load_for_training
-from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage, training_arguments
-from scratch_gpt.alignment.trainer_checkpoints import Resumable
+from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe, training_arguments
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.config import DPOSettings
 from scratch_gpt.model.loading import load_model
 
 
-class EncodedDPOTrainer(Resumable, DPOTrainer):
+class ResumableDPOTrainer(ResumableTrainerMixin, DPOTrainer):
     """DPOTrainer on rows that are tokens already, in which no text of a user has become a special one."""
 
     own_order = True
@@ -32,17 +32,17 @@ class EncodedDPOTrainer(Resumable, DPOTrainer):
 
 def dpo_command(settings: DPOSettings) -> None:
     """`scratch-gpt dpo`."""
-    run_stage(settings, "dpo", build)
+    run_recipe(settings, "dpo", build)
 
 
-def build(settings: DPOSettings, run_dir: Path) -> Stage:
+def build(settings: DPOSettings, run_dir: Path) -> Recipe:
     """Models, data and trainer put together."""
     model, tokenizer = load_for_training(settings)
     reference = load_model(settings.model)[0].eval().requires_grad_(False) if settings.lora_rank is None else None
     longest = min(settings.dpo.max_length or context_of(model), context_of(model))
-    data = learning_data(settings, pairs, lambda row: encode(tokenizer, row), longest)
+    data = prepare_dataset(settings, preference, lambda row: encode(tokenizer, row), longest)
     model.generation_config.eos_token_id = stop_tokens(tokenizer, data.chat)
-    trainer = EncodedDPOTrainer(
+    trainer = ResumableDPOTrainer(
         model,
         reference,
         DPOConfig(
@@ -55,10 +55,10 @@ def build(settings: DPOSettings, run_dir: Path) -> Stage:
         train_dataset=Dataset.from_list(data.train),
         eval_dataset=Dataset.from_list(data.validation),
         processing_class=tokenizer,
-        peft_config=lora(settings, "CAUSAL_LM"),
+        peft_config=peft_config(settings, "CAUSAL_LM"),
     )
     describe_model(settings, trainer.model)
-    return Stage(trainer, describe, facts=data.facts)
+    return Recipe(trainer, describe, facts=data.facts)
 
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:

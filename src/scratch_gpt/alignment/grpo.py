@@ -19,9 +19,9 @@ from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from scratch_gpt.alignment.data.chat_template import encode_prompt, stop_tokens
-from scratch_gpt.alignment.data.dataset import learning_data, prompts
+from scratch_gpt.alignment.data.dataset import prepare_dataset, prompt_only
 from scratch_gpt.alignment.models import context_of, load_for_training, shard
-from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe, training_arguments
 from scratch_gpt.alignment.rewards import (
     Completions,
     FunctionReward,
@@ -32,28 +32,28 @@ from scratch_gpt.alignment.rewards import (
     reward_of,
     score,
 )
-from scratch_gpt.alignment.sampler import Passes
-from scratch_gpt.alignment.trainer_checkpoints import Resumable, whole
-from scratch_gpt.config import DrawingSettings, GroupTrainingSettings, GRPOSettings, RLOOSettings
-from scratch_gpt.console import say
-from scratch_gpt.distributed.launch import reading_processes, sharing_processes
+from scratch_gpt.alignment.sampler import RepeatingSampler
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin, gather_full
+from scratch_gpt.config import GroupTrainingSettings, GRPOSettings, OnlineSettings, RLOOSettings
+from scratch_gpt.console import print0
+from scratch_gpt.distributed.launch import data_parallel_size, requested_model_parallel_size
 from scratch_gpt.errors import UserError
 
 
-class EncodedPrompts(Resumable):
+class EncodedPrompts(ResumableTrainerMixin):
     """Of a trainer: prompts become tokens in our way, in which no text of a user becomes a special one, and follow each other
     in an order in which a resumed run finds its place."""
 
     args: Any
-    draws = True
+    generates = True
     num_generations: int
     num_iterations: int
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
+    def _tokenize_prompts(self, prompt_only: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [encode_prompt(self.processing_class, prompt) for prompt in prompt_only], None, {}
 
     def _generate_single_turn(self, *arguments: Any) -> Any:
-        with self.drawing():
+        with self.generating():
             return super()._generate_single_turn(*arguments)
 
     def _generate(self, *arguments: Any) -> Any:
@@ -65,34 +65,34 @@ class EncodedPrompts(Resumable):
 
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
         rows = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.generation_batch_size
-        return Passes(super()._get_train_sampler(dataset), rows, self.args.seed)
+        return RepeatingSampler(super()._get_train_sampler(dataset), rows, self.args.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # to Trainer the whole run is one pass
-        prompts = self.rows_per_step / self.num_generations / self.num_iterations
-        self.state.epoch = self.state.global_step * prompts / len(self.train_dataset)
+        prompt_only = self.rows_per_step / self.num_generations / self.num_iterations
+        self.state.epoch = self.state.global_step * prompt_only / len(self.train_dataset)
         super().log(logs, start_time)
 
 
-class EncodedGRPOTrainer(EncodedPrompts, GRPOTrainer):
+class ResumableGRPOTrainer(EncodedPrompts, GRPOTrainer):
     """GRPOTrainer with :class:`EncodedPrompts`."""
 
 
-class EncodedRLOOTrainer(EncodedPrompts, RLOOTrainer):
+class ResumableRLOOTrainer(EncodedPrompts, RLOOTrainer):
     """RLOOTrainer with :class:`EncodedPrompts`."""
 
 
 def grpo_command(settings: GRPOSettings) -> None:
     """`scratch-gpt grpo`."""
-    run_stage(settings, "grpo", build_grpo, lambda settings: check(settings, "grpo"))
+    run_recipe(settings, "grpo", build_grpo, lambda settings: check(settings, "grpo"))
 
 
 def rloo_command(settings: RLOOSettings) -> None:
     """`scratch-gpt rloo`."""
-    run_stage(settings, "rloo", build_rloo, lambda settings: check(settings, "rloo"))
+    run_recipe(settings, "rloo", build_rloo, lambda settings: check(settings, "rloo"))
 
 
-def check(settings: DrawingSettings, verb: str) -> None:
+def check(settings: OnlineSettings, verb: str) -> None:
     group: GroupTrainingSettings = getattr(settings, verb)
     problems = check_reward(settings)
     if group.batch_size % group.num_generations:
@@ -100,13 +100,13 @@ def check(settings: DrawingSettings, verb: str) -> None:
             f"--{verb}.batch_size is {group.batch_size} completions; it must be a multiple of {group.num_generations} "
             "(num_generations)"
         )
-    reading = reading_processes()
-    if sharing_processes() > 1 and group.batch_size % (group.num_generations * reading):
+    reading = data_parallel_size()
+    if requested_model_parallel_size() > 1 and group.batch_size % (group.num_generations * reading):
         problems.append(
             f"--{verb}.batch_size is {group.batch_size} completions; where processes share rows it must be a multiple of "
             f"{group.num_generations} (num_generations) x {reading} (processes that read rows of their own)"
         )
-    if sharing_processes() > 1 and getattr(group, "scale_rewards", "") == "batch":
+    if requested_model_parallel_size() > 1 and getattr(group, "scale_rewards", "") == "batch":
         problems.append(
             f"--{verb}.scale_rewards batch: where processes share rows the deviation is that of a group: give group or none"
         )
@@ -118,20 +118,20 @@ def check(settings: DrawingSettings, verb: str) -> None:
         raise UserError("\n".join(problems))
 
 
-def build_grpo(settings: GRPOSettings, run_dir: Path) -> Stage:
+def build_grpo(settings: GRPOSettings, run_dir: Path) -> Recipe:
     """Models, data and trainer put together."""
     own = {"loss_type": settings.grpo.loss_type, "scale_rewards": settings.grpo.scale_rewards}
-    return _build(settings, "grpo", run_dir, EncodedGRPOTrainer, GRPOConfig, own)
+    return _build(settings, "grpo", run_dir, ResumableGRPOTrainer, GRPOConfig, own)
 
 
-def build_rloo(settings: RLOOSettings, run_dir: Path) -> Stage:
+def build_rloo(settings: RLOOSettings, run_dir: Path) -> Recipe:
     """Models, data and trainer put together."""
-    return _build(settings, "rloo", run_dir, EncodedRLOOTrainer, RLOOConfig, {})
+    return _build(settings, "rloo", run_dir, ResumableRLOOTrainer, RLOOConfig, {})
 
 
 def _build(
-    settings: DrawingSettings, verb: str, run_dir: Path, trainer_class: Any, config_class: Any, own: dict[str, Any]
-) -> Stage:
+    settings: OnlineSettings, verb: str, run_dir: Path, trainer_class: Any, config_class: Any, own: dict[str, Any]
+) -> Recipe:
     group: GroupTrainingSettings = getattr(settings, verb)
     model, tokenizer = load_for_training(settings)
     longest = context_of(model) - group.max_completion_length
@@ -140,7 +140,9 @@ def _build(
             f"--{verb}.max_completion_length is {group.max_completion_length}, the model's whole context "
             f"{context_of(model)} tokens"
         )
-    data = learning_data(settings, prompts, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest)
+    data = prepare_dataset(
+        settings, prompt_only, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest
+    )
     data.facts["reward"] = f"`{reward_of(settings)}`"
     stop_ids = stop_tokens(tokenizer, data.chat)
     model.generation_config.eos_token_id = stop_ids
@@ -149,7 +151,7 @@ def _build(
     given = training_arguments(settings, verb, run_dir)
     # TRL wants whole groups in each batch of an evaluation, and we in each process where some share their rows.
     rows = given["per_device_eval_batch_size"]
-    if rows * (reading_processes() if sharing_processes() == 1 else 1) % group.num_generations:
+    if rows * (data_parallel_size() if requested_model_parallel_size() == 1 else 1) % group.num_generations:
         given["per_device_eval_batch_size"] = math.lcm(rows, group.num_generations)
     arguments = config_class(
         **given,
@@ -166,15 +168,17 @@ def _build(
         disable_dropout=True,
         **own,
     )
-    arguments.generation_batch_size //= sharing_processes()  # TRL counts processes, and some may share their rows
+    arguments.generation_batch_size //= (
+        requested_model_parallel_size()
+    )  # TRL counts processes, and some may share their rows
     trainer = trainer_class(
         model,
-        scorer(reward, tokenizer, lambda compute: trainer.told_by_first(compute)),
+        scorer(reward, tokenizer, lambda compute: trainer.broadcast_from_first_rank(compute)),
         arguments,
         train_dataset=Dataset.from_list(data.train),
         eval_dataset=Dataset.from_list(data.validation),
         processing_class=tokenizer,
-        peft_config=lora(settings, "CAUSAL_LM"),
+        peft_config=peft_config(settings, "CAUSAL_LM"),
     )
     _check_reference(trainer)
     if isinstance(reward, RewardModel):
@@ -184,8 +188,8 @@ def _build(
             reward.model.to(trainer.args.device)
             trainer.frozen = [reward.model]
     describe_model(settings, trainer.model)
-    say(f"reward     {reward_of(settings)}")
-    return Stage(trainer, describe, steps_per_rollout=group.num_iterations, facts=data.facts)
+    print0(f"reward     {reward_of(settings)}")
+    return Recipe(trainer, describe, steps_per_rollout=group.num_iterations, facts=data.facts)
 
 
 def _check_reference(trainer: Any) -> None:
@@ -198,32 +202,32 @@ def _check_reference(trainer: Any) -> None:
     policy, reference = (trainer.accelerator.unwrap_model(m) for m in (trainer.model, trainer.ref_model))
     theirs = dict(reference.named_parameters())
     for name, parameter in policy.named_parameters():
-        (whole_one,) = whole({name: theirs[name]}, True).values()
+        (whole_one,) = gather_full({name: theirs[name]}, True).values()
         assert torch.equal(parameter.cpu(), whole_one), f"the reference has another {name}"
 
 
 def scorer(
     reward: RewardModel | FunctionReward,
     tokenizer: Any,
-    told_by_first: Callable[[Callable[[], Any]], Any],
+    broadcast_from_first_rank: Callable[[Callable[[], Any]], Any],
 ) -> Callable[..., list[float]]:
-    """The reward as TRL calls it: what it gives is checked, and what it raises is told. ``told_by_first``: see Resumable."""
+    """The reward as TRL calls it: what it gives is checked, and what it raises is told. ``broadcast_from_first_rank``: see ResumableTrainerMixin."""
 
     def scores(
-        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
+        prompt_only: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
     ) -> list[float]:
         drawn = Completions(
-            prompts=prompts,
+            prompts=prompt_only,
             completions=completions,
             completion_ids=completion_ids,
             sequences=[
                 torch.tensor(encode_prompt(tokenizer, prompt) + list(ids))
-                for prompt, ids in zip(prompts, completion_ids, strict=True)
+                for prompt, ids in zip(prompt_only, completion_ids, strict=True)
             ],
             columns={name: value for name, value in columns.items() if isinstance(value, list)},
         )
         if isinstance(reward, FunctionReward):
-            return told_by_first(lambda: score(reward, drawn).tolist())
+            return broadcast_from_first_rank(lambda: score(reward, drawn).tolist())
         return score(reward, drawn).tolist()
 
     scores.__name__ = reward.name

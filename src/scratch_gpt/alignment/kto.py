@@ -14,17 +14,17 @@ from datasets import Dataset
 from trl import KTOConfig, KTOTrainer
 
 from scratch_gpt.alignment.data.chat_template import encode_answer, stop_tokens
-from scratch_gpt.alignment.data.dataset import feedback, learning_data
+from scratch_gpt.alignment.data.dataset import prepare_dataset, unpaired_preference
 from scratch_gpt.alignment.models import context_of, load_for_training
-from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage, training_arguments
-from scratch_gpt.alignment.trainer_checkpoints import Resumable
+from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe, training_arguments
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.config import KTOSettings
-from scratch_gpt.distributed.launch import sharing_processes
+from scratch_gpt.distributed.launch import requested_model_parallel_size
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.loading import load_model
 
 
-class EncodedKTOTrainer(Resumable, KTOTrainer):
+class ResumableKTOTrainer(ResumableTrainerMixin, KTOTrainer):
     """KTOTrainer on rows that are tokens already, in which no text of a user has become a special one."""
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, dataset_name: str) -> Dataset:
@@ -32,7 +32,7 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
             return dataset
         # As KTOTrainer does it: each prompt of a batch with its neighbour's answer. The batch is that of all processes, over
         # which the divergence is averaged, too.
-        size = args.per_device_train_batch_size * (args.world_size // sharing_processes())
+        size = args.per_device_train_batch_size * (args.world_size // requested_model_parallel_size())
         answers = dataset["completion_ids"]
         batches = [answers[start : start + size] for start in range(0, len(dataset), size)]
         return dataset.add_column("KL_completion_ids", [ids for some in batches for ids in [some[-1], *some[:-1]]])
@@ -40,10 +40,10 @@ class EncodedKTOTrainer(Resumable, KTOTrainer):
 
 def kto_command(settings: KTOSettings) -> None:
     """`scratch-gpt kto`."""
-    run_stage(settings, "kto", build)
+    run_recipe(settings, "kto", build)
 
 
-def build(settings: KTOSettings, run_dir: Path) -> Stage:
+def build(settings: KTOSettings, run_dir: Path) -> Recipe:
     """Models, data and trainer put together."""
     arguments = training_arguments(settings, "kto", run_dir)
     if arguments["per_device_train_batch_size"] < 2:
@@ -53,7 +53,7 @@ def build(settings: KTOSettings, run_dir: Path) -> Stage:
     model, tokenizer = load_for_training(settings)
     reference = load_model(settings.model)[0].eval().requires_grad_(False) if settings.lora_rank is None else None
     longest = min(settings.kto.max_length or context_of(model), context_of(model))
-    data = learning_data(settings, feedback, lambda row: encode(tokenizer, row), longest)
+    data = prepare_dataset(settings, unpaired_preference, lambda row: encode(tokenizer, row), longest)
     for name, rows in (("training", data.train), ("held out", data.validation)):
         random.Random(settings.seed).shuffle(rows)
         good = sum(row["label"] for row in rows)
@@ -63,7 +63,7 @@ def build(settings: KTOSettings, run_dir: Path) -> Stage:
                 f"{settings.data}, {name}: {good:,} good and {len(rows) - good:,} bad answers; it takes both"
             )
     model.generation_config.eos_token_id = stop_tokens(tokenizer, data.chat)
-    trainer = EncodedKTOTrainer(
+    trainer = ResumableKTOTrainer(
         model,
         reference,
         KTOConfig(
@@ -76,10 +76,10 @@ def build(settings: KTOSettings, run_dir: Path) -> Stage:
         train_dataset=Dataset.from_list(data.train),
         eval_dataset=Dataset.from_list(data.validation),
         processing_class=tokenizer,
-        peft_config=lora(settings, "CAUSAL_LM"),
+        peft_config=peft_config(settings, "CAUSAL_LM"),
     )
     describe_model(settings, trainer.model)
-    return Stage(trainer, describe, facts=data.facts)
+    return Recipe(trainer, describe, facts=data.facts)
 
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:

@@ -16,7 +16,7 @@ from transformers import (
 
 from scratch_gpt.compute.precision import has_bf16
 from scratch_gpt.distributed.dtensor import num_shards
-from scratch_gpt.distributed.launch import launched_processes
+from scratch_gpt.distributed.launch import launch_state
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.loading import load_model
 
@@ -30,7 +30,7 @@ def load_for_training(settings: Any) -> tuple[Any, Any]:
     """
     if not settings.load_in_4bit:
         return load_model(settings.model)
-    dtype = torch.bfloat16 if has_bf16(launched_processes().device) else torch.float32
+    dtype = torch.bfloat16 if has_bf16(launch_state().device) else torch.float32
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(settings.model, quantization_config=quantized, dtype=torch.float32)
@@ -46,7 +46,7 @@ def load_for_training(settings: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def load_scorer(name_or_path: str) -> tuple[Any, Any]:
+def load_reward_model(name_or_path: str) -> tuple[Any, Any]:
     """A sequence classifier with one score, and its tokenizer; of a language model, its body with a new head.
 
     Raises:
@@ -106,6 +106,6 @@ def context_of(model: Any) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1024))
 
 
-def base_of(model: Any) -> PreTrainedModel:
+def unwrap_peft(model: Any) -> PreTrainedModel:
     """The model itself, where PEFT wraps it; its adapters are inside and stay in force."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

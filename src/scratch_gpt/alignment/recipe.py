@@ -28,41 +28,41 @@ from transformers.utils import is_bitsandbytes_available
 
 from scratch_gpt import __version__
 from scratch_gpt.alignment.models import merge
-from scratch_gpt.alignment.trainer_checkpoints import Resumable
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.compute.mfu import hardware
-from scratch_gpt.config import StageTrainingSettings
-from scratch_gpt.console import duration, progress_bar, say
-from scratch_gpt.distributed.deepspeed import ZeroLayout, asked_config
+from scratch_gpt.config import RecipeTrainingSettings
+from scratch_gpt.console import format_duration, print0, progress_bar
+from scratch_gpt.distributed.deepspeed import DeepSpeedStrategy, requested_config
 from scratch_gpt.distributed.launch import (
     WITHOUT_DEEPSPEED,
     WITHOUT_LAYOUT,
-    asks_for_deepspeed,
-    launched_processes,
-    reading_processes,
-    sharing_processes,
+    data_parallel_size,
+    deepspeed_requested,
+    launch_state,
+    requested_model_parallel_size,
 )
-from scratch_gpt.distributed.setup import sharing_layout
+from scratch_gpt.distributed.setup import build_model_parallel_strategy
 from scratch_gpt.errors import StoppedOnRequest, UserError
 from scratch_gpt.files import disk_errors, new_folder, write_json, write_text
 from scratch_gpt.training.checkpoint import delete_checkpoint, is_complete, newest_checkpoint
 from scratch_gpt.training.metrics import MetricsFile, read_metrics
 from scratch_gpt.training.run_directory import CONFIG, record_settings, run_directory, stored_settings
 from scratch_gpt.training.stop import StopRequest
-from scratch_gpt.training.trackers import chosen
+from scratch_gpt.training.trackers import resolve_trackers
 
 TOLD = 10
 """Lines of progress in a run."""
-DRAWING = ("ppo", "grpo", "rloo")
+GENERATING = ("ppo", "grpo", "rloo")
 """Stages whose models draw completions."""
 
 Logs = dict[str, Any]
 
 
 @dataclass
-class Stage:
+class Recipe:
     """A trainer, and how to tell of it."""
 
-    trainer: Resumable
+    trainer: ResumableTrainerMixin
     describe: Callable[[Logs], str]
     """One line of progress from what was logged; the same function is given the logs of an evaluation."""
     steps_per_rollout: int = 1
@@ -73,14 +73,14 @@ class Stage:
     """For the card: what was learnt from, and what was left out of it."""
 
 
-def run_stage(
-    settings: Any, verb: str, build: Callable[[Any, Path], Stage], check: Callable[[Any], None] = lambda settings: None
+def run_recipe(
+    settings: Any, verb: str, build: Callable[[Any, Path], Recipe], check: Callable[[Any], None] = lambda settings: None
 ) -> None:
     """A stage from its settings to ``final/``. All processes of a launch call it.
 
     ``check`` raises a UserError for what can be known before models are loaded; ``build`` puts the trainer together.
     """
-    state = launched_processes()
+    state = launch_state()
     run_dir = Path(settings.run_dir)
     if not state.is_main_process:
         told: list[Any] = [False]
@@ -94,7 +94,7 @@ def run_stage(
     check(settings)
     with run_directory(settings):
         if (run_dir / "final").is_dir() and stored_settings(run_dir).get("max_steps") == settings.max_steps:
-            say(f"{run_dir}/final is finished ({settings.max_steps:,} steps). --fresh starts over.")
+            print0(f"{run_dir}/final is finished ({settings.max_steps:,} steps). --fresh starts over.")
             broadcast_object_list([False])
             return
         record_settings(run_dir, settings)
@@ -106,8 +106,8 @@ def check_launch(settings: Any, verb: str) -> None:
     """Raises a UserError for layouts and adapters that this launch or machine does not allow."""
     if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM is not supported: take configs/accelerate/ddp.yaml or fsdp2.yaml")
-    if asks_for_deepspeed():
-        stage = asked_config()["zero_optimization"]["stage"]
+    if deepspeed_requested():
+        stage = requested_config()["zero_optimization"]["stage"]
         if stage == 3 and getattr(settings, "load_in_4bit", False):
             raise UserError(
                 "zero_stage is 3, and --load-in-4bit packs weights in a form that DeepSpeed does not cut: take "
@@ -115,7 +115,7 @@ def check_launch(settings: Any, verb: str) -> None:
             )
     if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         _check_sizes(ParallelismConfig(), settings, verb)
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_OFFLOAD_PARAMS") and verb in DRAWING:
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_OFFLOAD_PARAMS") and verb in GENERATING:
         raise UserError(
             f"fsdp_offload_params is true, and `{verb}` would fetch the whole model for each token that it draws: set it to "
             "false, and give --lora-rank where memory is short"
@@ -126,13 +126,13 @@ def check_launch(settings: Any, verb: str) -> None:
         if not is_bitsandbytes_available():
             raise UserError("--load-in-4bit needs the package bitsandbytes: pip install 'scratch-gpt[qlora]'")
     if getattr(settings, "trackers", None):
-        chosen(settings.trackers)
+        resolve_trackers(settings.trackers)
 
 
 def _check_sizes(sizes: ParallelismConfig, settings: Any, verb: str) -> None:
     """Raises a UserError for a parallelism_config that this stage or this launch does not carry out."""
     instead = "take configs/accelerate/ddp.yaml, or fsdp2.yaml or hsdp.yaml for models that are too large for it"
-    sharded, world = parse_flag_from_env("ACCELERATE_USE_FSDP"), launched_processes().num_processes
+    sharded, world = parse_flag_from_env("ACCELERATE_USE_FSDP"), launch_state().num_processes
     if sizes.sp_size > 1:
         raise UserError("parallelism_config: DeepSpeed's sequence parallelism (sp_size) is not supported: take cp_size")
     if sizes.cp_size > 1 and not (sharded and sizes.tp_size == 1):
@@ -152,11 +152,11 @@ def _check_sizes(sizes: ParallelismConfig, settings: Any, verb: str) -> None:
         raise UserError(f"parallelism_config asks for copies, and for no parts under distributed_type: FSDP: {instead}")
 
 
-def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path], Stage]) -> None:
+def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path], Recipe]) -> None:
     started = time.monotonic()
     set_seed(settings.seed)  # new heads and adapters are the same each time and on all processes
-    zero = asked_config() if asks_for_deepspeed() else None
-    shared = sharing_processes() > 1
+    zero = requested_config() if deepspeed_requested() else None
+    shared = requested_model_parallel_size() > 1
     try:
         with WITHOUT_DEEPSPEED(), WITHOUT_LAYOUT() if shared else nullcontext():
             stage = build(settings, run_dir)
@@ -164,13 +164,13 @@ def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path],
         raise UserError(str(error)) from error
     trainer = stage.trainer
     if zero is not None:
-        trainer.use_zero(ZeroLayout(trainer.accelerator, zero))
+        trainer.use_deepspeed(DeepSpeedStrategy(trainer.accelerator, zero))
     if shared:
-        trainer.share_rows(sharing_layout(trainer.accelerator))
+        trainer.use_model_parallel(build_model_parallel_strategy(trainer.accelerator))
     checkpoint = newest_checkpoint(run_dir)
     done = 0 if checkpoint is None else int(checkpoint.name.split("-")[1])
     if checkpoint is not None:
-        say(f"resumed    {checkpoint.name}: {done:,} of {settings.max_steps:,} steps are done")
+        print0(f"resumed    {checkpoint.name}: {done:,} of {settings.max_steps:,} steps are done")
     # The processes agree on the checkpoint before the first of them can write another.
     trainer.accelerator.wait_for_everyone()
     main = trainer.accelerator.is_main_process
@@ -181,8 +181,10 @@ def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path],
     metrics = MetricsFile(run_dir / "metrics.jsonl", done, 0, write=main)
     with StopRequest(settings.max_hours) as stop, progress_bar(verb, settings.max_steps, done) as bar:
         callbacks = trainer.callback_handler.callbacks
-        callbacks.insert(1, _Stop(trainer, stop, stage.steps_per_rollout))  # behind the one that decides what is due
-        trainer.add_callback(_Metrics(metrics, bar.update, stage))
+        callbacks.insert(
+            1, _StopCallback(trainer, stop, stage.steps_per_rollout)
+        )  # behind the one that decides what is due
+        trainer.add_callback(_MetricsCallback(metrics, bar.update, stage))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (ValueError, FloatingPointError) as error:
@@ -194,10 +196,10 @@ def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path],
             "goes on from there."
         )
     results, lines = stage.report()
-    weights = trainer.whole_weights()
+    weights = trainer.full_weights()
     if main:
         seconds = time.monotonic() - started
-        spent = f"{duration(seconds)} on {hardware()}" if done == 0 else f"in several sittings on {hardware()}"
+        spent = f"{format_duration(seconds)} on {hardware()}" if done == 0 else f"in several sittings on {hardware()}"
         _save_final(stage, settings, verb, run_dir, weights, results, lines, spent)
     trainer.accelerator.wait_for_everyone()
 
@@ -208,21 +210,21 @@ def training_arguments(settings: Any, verb: str, run_dir: Path) -> dict[str, Any
     Raises:
         UserError: a batch that cannot be divided over the processes.
     """
-    training: StageTrainingSettings = getattr(settings, verb)
-    world = reading_processes()
-    device_rows = training.device_batch_size or max(1, training.batch_size // world)
-    accumulation, remainder = divmod(training.batch_size, device_rows * world)
+    training: RecipeTrainingSettings = getattr(settings, verb)
+    world = data_parallel_size()
+    device_batch_size = training.device_batch_size or max(1, training.batch_size // world)
+    accumulation, remainder = divmod(training.batch_size, device_batch_size * world)
     if remainder or not accumulation:
         raise UserError(
-            f"--{verb}.batch_size is {training.batch_size}; it must be a multiple of {device_rows} (device_batch_size) x "
+            f"--{verb}.batch_size is {training.batch_size}; it must be a multiple of {device_batch_size} (device_batch_size) x "
             f"{world} (processes that read rows of their own)"
         )
     return {
         "output_dir": str(run_dir),
         "max_steps": settings.max_steps,
         "seed": settings.seed,
-        "per_device_train_batch_size": device_rows,
-        "per_device_eval_batch_size": device_rows,
+        "per_device_train_batch_size": device_batch_size,
+        "per_device_eval_batch_size": device_batch_size,
         "gradient_accumulation_steps": accumulation,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.schedule,
@@ -239,13 +241,13 @@ def training_arguments(settings: Any, verb: str, run_dir: Path) -> dict[str, Any
         "save_total_limit": training.keep_last,
         "report_to": settings.trackers,
         "disable_tqdm": True,
-        "use_cpu": launched_processes().device.type == "cpu",
+        "use_cpu": launch_state().device.type == "cpu",
         "ddp_find_unused_parameters": False,
-        "dataloader_pin_memory": launched_processes().device.type == "cuda",
+        "dataloader_pin_memory": launch_state().device.type == "cuda",
     }
 
 
-def lora(settings: Any, task_type: str) -> Any:
+def peft_config(settings: Any, task_type: str) -> Any:
     """PEFT's configuration, or None where all weights are trained."""
     if settings.lora_rank is None:
         return None
@@ -259,10 +261,10 @@ def lora(settings: Any, task_type: str) -> Any:
 # ------------------------------------------------------------------------------------------------ while it runs
 
 
-class _Stop(TrainerCallback):
+class _StopCallback(TrainerCallback):
     """Ends the run, saved, at the end of a rollout once any process was asked to; a save that is due waits for that end."""
 
-    def __init__(self, trainer: Resumable, stop: StopRequest, steps_per_rollout: int):
+    def __init__(self, trainer: ResumableTrainerMixin, stop: StopRequest, steps_per_rollout: int):
         self.trainer, self.stop, self.steps_per_rollout, self.pending = trainer, stop, steps_per_rollout, False
 
     def on_step_end(
@@ -281,10 +283,10 @@ class _Stop(TrainerCallback):
         return control
 
 
-class _Metrics(TrainerCallback):
+class _MetricsCallback(TrainerCallback):
     """metrics.jsonl and the console."""
 
-    def __init__(self, file: MetricsFile, update_bar: Callable[[int, str], None], stage: Stage):
+    def __init__(self, file: MetricsFile, update_bar: Callable[[int, str], None], stage: Recipe):
         self.file, self.update_bar, self.stage = file, update_bar, stage
         self.tokens, self.clock = 0, time.perf_counter()
 
@@ -325,7 +327,7 @@ class _Metrics(TrainerCallback):
         rollout, rollouts = step // self.stage.steps_per_rollout, state.max_steps // self.stage.steps_per_rollout
         tenth = max(1, rollouts // TOLD)
         if "loss" not in logs or rollout % tenth == 0 or rollout == 1:
-            say(f"  step {step:>5,}  {self.stage.describe(logs)}")
+            print0(f"  step {step:>5,}  {self.stage.describe(logs)}")
 
 
 def _step(folder: Path) -> int:
@@ -343,7 +345,7 @@ def _forget_after(run_dir: Path, step: int) -> None:
 
 
 def _save_final(
-    stage: Stage,
+    stage: Recipe,
     settings: Any,
     verb: str,
     run_dir: Path,
@@ -368,10 +370,10 @@ def _save_final(
                 trainer.write_result(folder, weights)
             card = _card(stage, settings, verb, read_metrics(run_dir / "metrics.jsonl"), lines, spent)
             write_text(folder / "README.md", card)
-    say(f"saved      {target}")
+    print0(f"saved      {target}")
 
 
-def _card(stage: Stage, settings: Any, verb: str, records: list[Logs], lines: str, spent: str) -> str:
+def _card(stage: Recipe, settings: Any, verb: str, records: list[Logs], lines: str, spent: str) -> str:
     """Measured numbers only."""
     from huggingface_hub import ModelCardData
 
@@ -393,4 +395,4 @@ def describe_model(settings: Any, model: Any) -> None:
     """Say what is trained."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
-    say(f"model      {settings.model}: {every:,} parameters, {trained:,} of them trained")
+    print0(f"model      {settings.model}: {every:,} parameters, {trained:,} of them trained")

@@ -16,18 +16,18 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import RewardConfig, RewardTrainer
 
 from scratch_gpt.alignment.data.chat_template import encode_answer
-from scratch_gpt.alignment.data.dataset import learning_data, pairs
-from scratch_gpt.alignment.models import context_of, load_scorer
-from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage, training_arguments
+from scratch_gpt.alignment.data.dataset import preference, prepare_dataset
+from scratch_gpt.alignment.models import context_of, load_reward_model
+from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe, training_arguments
 from scratch_gpt.alignment.reward_report import PreferenceReport, calibration_plot, report
-from scratch_gpt.alignment.trainer_checkpoints import Resumable
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.config import RewardSettings
-from scratch_gpt.console import say
+from scratch_gpt.console import print0
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import write_text
 
 
-class PairTrainer(Resumable, RewardTrainer):
+class ResumableRewardTrainer(ResumableTrainerMixin, RewardTrainer):
     """RewardTrainer in runs that go on."""
 
     own_order = True
@@ -35,7 +35,7 @@ class PairTrainer(Resumable, RewardTrainer):
 
 def reward_command(settings: RewardSettings) -> None:
     """`scratch-gpt reward`."""
-    run_stage(settings, "reward", build, check)
+    run_recipe(settings, "reward", build, check)
 
 
 def check(settings: RewardSettings) -> None:
@@ -43,12 +43,12 @@ def check(settings: RewardSettings) -> None:
         raise UserError("--load-in-4bit: a reward model is trained in full precision; give --lora-rank alone")
 
 
-def build(settings: RewardSettings, run_dir: Path) -> Stage:
+def build(settings: RewardSettings, run_dir: Path) -> Recipe:
     """Model, data and trainer put together."""
-    model, tokenizer = load_scorer(settings.model)
+    model, tokenizer = load_reward_model(settings.model)
     longest = min(settings.reward.max_length or context_of(model), context_of(model))
-    data = learning_data(settings, pairs, lambda row: encode(tokenizer, row), longest)
-    trainer = PairTrainer(
+    data = prepare_dataset(settings, preference, lambda row: encode(tokenizer, row), longest)
+    trainer = ResumableRewardTrainer(
         model,
         RewardConfig(
             **training_arguments(settings, "reward", run_dir),
@@ -58,19 +58,21 @@ def build(settings: RewardSettings, run_dir: Path) -> Stage:
         train_dataset=Dataset.from_list(data.train),
         eval_dataset=Dataset.from_list(data.validation),
         processing_class=tokenizer,
-        peft_config=lora(settings, "SEQ_CLS"),
+        peft_config=peft_config(settings, "SEQ_CLS"),
     )
     describe_model(settings, trainer.model)
 
     def tell() -> tuple[dict[str, Any], str]:
-        found = judge(trainer.result, data.validation, settings.reward.device_batch_size or settings.reward.batch_size)
+        found = score_pairs(
+            trainer.result, data.validation, settings.reward.device_batch_size or settings.reward.batch_size
+        )
         if trainer.accelerator.is_main_process:
             write_text(run_dir / "calibration.svg", calibration_plot(found.bins))
-        say(f"held out   accuracy {found.accuracy}, calibration error {found.calibration_error:.3f}")
-        say(f"           a judge that takes the longer answer: {found.by_length}")
-        return found.as_dict(), in_words(found)
+        print0(f"held out   accuracy {found.accuracy}, calibration error {found.calibration_error:.3f}")
+        print0(f"           a judge that takes the longer answer: {found.by_length}")
+        return found.as_dict(), to_markdown(found)
 
-    return Stage(trainer, describe, report=tell, facts=data.facts)
+    return Recipe(trainer, describe, report=tell, facts=data.facts)
 
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -81,7 +83,7 @@ def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 @torch.no_grad()
-def judge(model: Any, rows: list[dict[str, Any]], batch_size: int) -> PreferenceReport:
+def score_pairs(model: Any, rows: list[dict[str, Any]], batch_size: int) -> PreferenceReport:
     """What the model makes of encoded pairs."""
     model.eval()
     margins: list[float] = []
@@ -107,7 +109,7 @@ def describe(logs: dict[str, Any]) -> str:
     return f"{said}, accuracy {logs[f'{kind}accuracy']:.1%}, margin {logs[f'{kind}margin']:.2f}"
 
 
-def in_words(found: PreferenceReport) -> str:
+def to_markdown(found: PreferenceReport) -> str:
     """For the card."""
     lines = [
         f"On held-out pairs it scores the better answer higher in {found.accuracy}, 95% interval. A judge that takes the",

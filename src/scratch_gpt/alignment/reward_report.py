@@ -17,7 +17,7 @@ Z_95 = 1.959964
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """A share of successes and its 95% confidence interval, by Wilson's score (1927), which holds for small numbers and near
     0 and 1 as well. Ties count half."""
 
@@ -27,7 +27,7 @@ class Share:
     number: int
 
     @classmethod
-    def of(cls, successes: float, number: int) -> "Share":
+    def of(cls, successes: float, number: int) -> "Proportion":
         if number < 1:
             raise ValueError("a share of nothing: there are no pairs to count")
         share, z2 = successes / number, Z_95**2
@@ -45,7 +45,7 @@ class CalibrationBin:
 
     confidence: float
     """Mean of sigmoid(|margin|), from 0.5 to 1."""
-    accuracy: Share
+    accuracy: Proportion
     """How often its choice was right."""
 
 
@@ -53,8 +53,8 @@ class CalibrationBin:
 class PreferenceReport:
     """What margins on held-out pairs say about a reward model."""
 
-    accuracy: Share
-    by_length: Share
+    accuracy: Proportion
+    by_length: Proportion
     """Accuracy of a judge that takes the longer side: what a model could reach by counting tokens."""
     mean_margin: float
     loss: float
@@ -91,20 +91,20 @@ def report(margins: Sequence[float], lengths: Sequence[tuple[int, int]]) -> Pref
     if wrong := [number for number, margin in enumerate(margins) if not math.isfinite(margin)]:
         raise ValueError(f"the scores of {len(wrong)} pair(s) are not finite, the first is pair {wrong[0] + 1}")
     number = len(margins)
-    accuracy = Share.of(sum(_wins(margin) for margin in margins), number)
+    accuracy = Proportion.of(sum(_wins(margin) for margin in margins), number)
     ordered = sorted(margins, key=abs)
     edges = [number * i // NUM_BINS for i in range(NUM_BINS + 1)]
     groups = [ordered[start:end] for start, end in itertools.pairwise(edges) if end > start]
     bins = tuple(
         CalibrationBin(
             sum(1 / (1 + math.exp(-abs(margin))) for margin in group) / len(group),
-            Share.of(sum(_wins(margin) for margin in group), len(group)),
+            Proportion.of(sum(_wins(margin) for margin in group), len(group)),
         )
         for group in groups
     )
     return PreferenceReport(
         accuracy=accuracy,
-        by_length=Share.of(sum(_wins(chosen - rejected) for chosen, rejected in lengths), number),
+        by_length=Proportion.of(sum(_wins(chosen - rejected) for chosen, rejected in lengths), number),
         mean_margin=sum(margins) / number,
         loss=sum(_softplus(-margin) for margin in margins) / number,
         calibration_error=sum(b.accuracy.number * abs(b.accuracy.value - b.confidence) for b in bins) / number,

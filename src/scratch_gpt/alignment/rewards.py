@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from scratch_gpt.alignment.data import demo as bundled
-from scratch_gpt.config import DrawingSettings
+from scratch_gpt.config import OnlineSettings
 from scratch_gpt.errors import UserError
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -188,14 +188,14 @@ def reward_function(name: str) -> RewardFunction:
     return function
 
 
-def reward_of(settings: DrawingSettings) -> str:
+def reward_of(settings: OnlineSettings) -> str:
     """The folder or function that the settings name; for the bundled data there is one."""
     if settings.reward_model is None and settings.reward is None and settings.data == bundled.NAME:
         return f"{bundled.__name__}:{bundled.whole_sentence.__name__}"
     return settings.reward_model or settings.reward or ""
 
 
-def check_reward(settings: DrawingSettings) -> list[str]:
+def check_reward(settings: OnlineSettings) -> list[str]:
     """What is wrong with a choice of reward, as far as it can be known before it is loaded."""
     if not reward_of(settings) or (settings.reward_model is not None and settings.reward is not None):
         return ["give one of --reward-model FOLDER and --reward MODULE:FUNCTION"]

@@ -10,13 +10,13 @@ from torch.utils.data import Sampler
 
 
 @dataclasses.dataclass
-class StepBatches(Sampler[list[int]]):
-    """The micro-batches of one process for a whole run. Passes over the rows follow each other, each in an order of its own;
+class ResumableBatchSampler(Sampler[list[int]]):
+    """The micro-batches of one process for a whole run. RepeatingSampler over the rows follow each other, each in an order of its own;
     a step takes the next so many rows, at the end of a pass some of this one and some of the next.
     """
 
     rows: int
-    device_rows: int
+    device_batch_size: int
     micro_batches: int
     """Of a step."""
     steps: int
@@ -30,8 +30,8 @@ class StepBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
         for _ in range(len(self)):
-            together = list(itertools.islice(order, self.device_rows * self.processes))
-            yield together[self.process * self.device_rows :][: self.device_rows]
+            together = list(itertools.islice(order, self.device_batch_size * self.processes))
+            yield together[self.process * self.device_batch_size :][: self.device_batch_size]
 
     def _order(self) -> Iterator[int]:
         for epoch in itertools.count():
@@ -39,7 +39,7 @@ class StepBatches(Sampler[list[int]]):
             yield from torch.randperm(self.rows, generator=generator).tolist()
 
 
-class Passes(Sampler[int]):
+class RepeatingSampler(Sampler[int]):
     """What TRL's sampler gives in one pass over the prompts, pass after pass for a whole run of ``rows``.
 
     That sampler draws the order of each pass from one generator, which a resumed run would begin anew; here the number of the

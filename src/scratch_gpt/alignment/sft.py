@@ -17,18 +17,18 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from scratch_gpt.alignment.data.chat_template import encode_answer, encode_chat, require_generation_marks, stop_tokens
-from scratch_gpt.alignment.data.dataset import conversations, learning_data
+from scratch_gpt.alignment.data.dataset import conversations, prepare_dataset
 from scratch_gpt.alignment.models import context_of, load_for_training
-from scratch_gpt.alignment.ppo.rollout import base_of
-from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage, training_arguments
-from scratch_gpt.alignment.trainer_checkpoints import Resumable
+from scratch_gpt.alignment.ppo.rollout import unwrap_peft
+from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe, training_arguments
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.config import SFTSettings
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTForCausalLM
 
 NO_LOSS = -100
 
 
-class AnswerTrainer(Resumable, SFTTrainer):
+class ResumableSFTTrainer(ResumableTrainerMixin, SFTTrainer):
     """SFTTrainer in runs that go on. Its validation loss is the mean over all held-out tokens of the assistant: Trainer's own
     is one over batches, whatever number of tokens is in them."""
 
@@ -37,7 +37,7 @@ class AnswerTrainer(Resumable, SFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
         if "position_ids" in inputs:  # packed: the model parts a row where they begin anew, if no mask says otherwise
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        if isinstance(base_of(self.result), ScratchGPTForCausalLM):
+        if isinstance(unwrap_peft(self.result), ScratchGPTForCausalLM):
             # The model's own loss is that of TRL's head, in a sixth of its time on CPU: that one makes entropies as well.
             return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, *arguments, **keywords)
         return super().compute_loss(model, inputs, *arguments, **keywords)
@@ -47,12 +47,12 @@ class AnswerTrainer(Resumable, SFTTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        size, world = self.args.per_device_eval_batch_size, self.data_size
+        size, world = self.args.per_device_eval_batch_size, self.dp_size
         was_training = self.model.training
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for start in range(0, len(data), size * world):
-            mine = range(start + size * self.data_rank, len(data))[:size]
+            mine = range(start + size * self.dp_rank, len(data))[:size]
             # Where models are sharded all processes take part in each batch; one that has no rows left repeats some.
             rows = data.select(mine or range(min(size, len(data)))).to_list()
             inputs = self._prepare_inputs(self.data_collator(rows))
@@ -72,14 +72,14 @@ class AnswerTrainer(Resumable, SFTTrainer):
 
 def sft_command(settings: SFTSettings) -> None:
     """`scratch-gpt sft`."""
-    run_stage(settings, "sft", build)
+    run_recipe(settings, "sft", build)
 
 
-def build(settings: SFTSettings, run_dir: Path) -> Stage:
+def build(settings: SFTSettings, run_dir: Path) -> Recipe:
     """Model, data and trainer put together."""
     model, tokenizer = load_for_training(settings)
     longest = min(settings.sft.max_length or context_of(model), context_of(model))
-    data = learning_data(settings, conversations, lambda row: encode(tokenizer, row), longest)
+    data = prepare_dataset(settings, conversations, lambda row: encode(tokenizer, row), longest)
     model.generation_config.eos_token_id = stop_tokens(tokenizer, data.chat)  # it is to stop where it learns to
     rows, collator = Dataset.from_list(data.train), None
     if settings.sft.packing:
@@ -87,17 +87,17 @@ def build(settings: SFTSettings, run_dir: Path) -> Stage:
         # wherever there is no kernel for rows of several lengths.
         rows = pack_dataset(rows, longest, "bfd")
         collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, return_position_ids=True)
-    trainer = AnswerTrainer(
+    trainer = ResumableSFTTrainer(
         model,
         SFTConfig(**training_arguments(settings, "sft", run_dir), max_length=None),
         data_collator=collator,
         train_dataset=rows,
         eval_dataset=Dataset.from_list(data.validation),
         processing_class=tokenizer,
-        peft_config=lora(settings, "CAUSAL_LM"),
+        peft_config=peft_config(settings, "CAUSAL_LM"),
     )
     describe_model(settings, trainer.model)
-    return Stage(trainer, describe, facts=data.facts)
+    return Recipe(trainer, describe, facts=data.facts)
 
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:

@@ -1,6 +1,6 @@
 """Checkpoints of a `transformers.Trainer` as this package writes them: a plain model, complete or absent, no pickle in it.
 
-    class OurTrainer(Resumable, SFTTrainer): ...
+    class OurTrainer(ResumableTrainerMixin, SFTTrainer): ...
 
 Trainer writes into the checkpoint's folder as it goes, with torch's pickles for optimizer, schedule and random numbers, and in
 a form of its own where models are sharded. Here whole tensors by name go to safetensors, by the protocol of
@@ -26,37 +26,37 @@ from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.models.utils import add_hooks, remove_hooks
 
-from scratch_gpt.alignment.ppo.rollout import base_of
+from scratch_gpt.alignment.ppo.rollout import unwrap_peft
 from scratch_gpt.alignment.rng import random_states, set_random_states
-from scratch_gpt.alignment.sampler import StepBatches
-from scratch_gpt.console import say
+from scratch_gpt.alignment.sampler import ResumableBatchSampler
+from scratch_gpt.console import print0
 from scratch_gpt.distributed import context_parallel
-from scratch_gpt.distributed.deepspeed import ZeroLayout
+from scratch_gpt.distributed.deepspeed import DeepSpeedStrategy
 from scratch_gpt.distributed.dtensor import num_shards
-from scratch_gpt.distributed.launch import launched_processes
+from scratch_gpt.distributed.launch import launch_state
 from scratch_gpt.distributed.optimizer import Optimizers, alike
-from scratch_gpt.distributed.safetensors_reader import SavedTensors
-from scratch_gpt.distributed.strategy import Layout
+from scratch_gpt.distributed.safetensors_reader import SafetensorsReader
+from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, write_json
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTPreTrainedModel
-from scratch_gpt.training.checkpoint import STATE, delete_old, new_checkpoint, plain_model
+from scratch_gpt.training.checkpoint import STATE, delete_old, new_checkpoint, unsharded_model
 
 
-class Resumable(Trainer):
+class ResumableTrainerMixin(Trainer):
     """Mixed into a trainer, before it: its checkpoints, its way back into them, and the order of its data."""
 
     control: TrainerControl
     optimizer: Any
     own_order = False
-    """Whether the rows of each step are drawn by :class:`StepBatches`; not for trainers with an order of their own."""
+    """Whether the rows of each step are drawn by :class:`ResumableBatchSampler`; not for trainers with an order of their own."""
     frozen: Sequence[Any] = ()
     """Models beside the one that is trained, and beside a reference in ``ref_model``."""
-    draws = False
+    generates = False
     """Whether completions are drawn: by processes that share rows, the same ones."""
-    zero: ZeroLayout | None = None
+    zero: DeepSpeedStrategy | None = None
     """Where ZeRO is asked for: what cuts the model's state and puts it together."""
-    layout: Layout | None = None
+    strategy: Strategy | None = None
     """Where processes are to share rows, by tensor or context parallelism: what divides the model over them."""
 
     def __init__(self, *arguments: Any, **keywords: Any):
@@ -71,8 +71,8 @@ class Resumable(Trainer):
         self.store_flos()
         step, main = self.state.global_step, self.accelerator.is_main_process
         run_dir = Path(self.args.output_dir)
-        weights = self.whole_weights()  # first: it gives up what an evaluation has gathered
-        optimizer = self._whole_optimizer(main)
+        weights = self.full_weights()  # first: it gives up what an evaluation has gathered
+        optimizer = self._full_optimizer_state(main)
         states = gather_object([random_states()])[:: self.get_tp_size()]
         problem: list[Any] = [None]
         if main:
@@ -100,14 +100,14 @@ class Resumable(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def write_result(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        """The result as a plain directory; on the main process. ``weights``: see :meth:`whole_weights`."""
+        """The result as a plain directory; on the main process. ``weights``: see :meth:`full_weights`."""
         write_model(self.result, folder, weights)
         self.processing_class.save_pretrained(folder)
 
     def write_more(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
         """What a checkpoint needs beside the result; on the main process."""
 
-    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
         """The trained weights by name, on the main process; None where the model has them whole anyway."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -118,24 +118,24 @@ class Resumable(Trainer):
         has_adapters = hasattr(self.result, "get_base_model")
         wanted = {name: p for name, p in parameters.items() if p.requires_grad or not has_adapters}
         if self.zero is not None:
-            self.zero.after_evaluation(self.zero.engine)
-            return self.zero.gather(wanted)
-        return whole(wanted, self.accelerator.is_main_process)
+            self.zero.release_gathered_weights(self.zero.engine)
+            return self.zero.gather_full(wanted)
+        return gather_full(wanted, self.accelerator.is_main_process)
 
     def state_to_save(self) -> dict[str, Any]:
         """Of this process, what else a resumed run needs; as JSON."""
         return {"step": self.state.global_step, "scheduler_step": self.lr_scheduler.last_epoch}
 
-    def _whole_optimizer(self, wanted: bool) -> dict[str, torch.Tensor]:
+    def _full_optimizer_state(self, wanted: bool) -> dict[str, torch.Tensor]:
         if self.zero is not None:
-            return self.zero.gather(self.zero.optimizers.state_tensors())
+            return self.zero.gather_full(self.zero.optimizers.state_tensors())
         optimizer = _plain(self.optimizer)
         tensors = {
             f"{name}.{key}": value
             for name, parameter in self._optimized()
             for key, value in optimizer.state[parameter].items()
         }
-        return whole(tensors, wanted)
+        return gather_full(tensors, wanted)
 
     def _optimized(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The parameters with their names, in the optimizer's order."""
@@ -146,7 +146,7 @@ class Resumable(Trainer):
     # ------------------------------------------------------------------------------------------------ going on
 
     def train(self, resume_from_checkpoint: Any = None, *arguments: Any, **keywords: Any) -> Any:
-        if self.is_fsdp_enabled or self.layout is not None:
+        if self.is_fsdp_enabled or self.strategy is not None:
             if resume_from_checkpoint:  # while the model is whole: Trainer would come when it is sharded
                 self.read_model(Path(resume_from_checkpoint))
             self.shard()
@@ -154,28 +154,30 @@ class Resumable(Trainer):
 
     def shard(self) -> None:
         """What is to be sharded otherwise than Accelerate will do it, before there is an optimizer."""
-        if self.layout is not None:
+        if self.strategy is not None:
             precision = "bf16" if self.args.bf16 else "fp32"
-            self.divide_trained(self.layout, precision)
+            self.parallelize_trained(self.strategy, precision)
             models = [*self.frozen, getattr(self, "ref_model", None)]
             frozen = {id(one): one for one in models if isinstance(one, ScratchGPTPreTrainedModel)}.values()
             for model in frozen:
-                self.layout.spread(model.requires_grad_(False), precision)
+                self.strategy.parallelize(model.requires_grad_(False), precision)
             for model in [*self.trained, *frozen]:
-                self.layout.divide_inside(base_of(model).base_model)
-            say(f"layout     {self.layout.describe(self.trained[0], precision, '')[0]}")
+                self.strategy.apply_context_parallel(unwrap_peft(model).base_model)
+            print0(f"layout     {self.strategy.describe(self.trained[0], precision, '')[0]}")
 
     @property
     def trained(self) -> list[Any]:
         """The models that are trained."""
         return [self.model]
 
-    def divide_trained(self, layout: Layout, precision: str) -> None:
+    def parallelize_trained(self, strategy: Strategy, precision: str) -> None:
         """Divide them over the processes of ``layout``."""
-        layout.spread(base_of(self.model), precision)  # which TRL calls without the adapters around it, to draw
+        strategy.parallelize(
+            unwrap_peft(self.model), precision
+        )  # which TRL calls without the adapters around it, to draw
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if model is None and self.layout is None:
+        if model is None and self.strategy is None:
             self.read_model(Path(resume_from_checkpoint))
 
     def read_model(self, folder: Path) -> None:
@@ -186,7 +188,7 @@ class Resumable(Trainer):
         if checkpoint is None:
             return
         folder = Path(checkpoint) / STATE
-        saved = SavedTensors(folder, "optimizer.safetensors")
+        saved = SafetensorsReader(folder, "optimizer.safetensors")
         state = json.loads((folder / "state.json").read_text())
         if self.zero is not None:
             self.zero.optimizers.load_state_tensors(saved)
@@ -218,8 +220,8 @@ class Resumable(Trainer):
         if checkpoint is None:
             return
         states = load_file(Path(checkpoint) / STATE / "rng.safetensors")
-        if len(states["cpu"]) == self.data_size:
-            set_random_states({kind: of_all[self.data_rank] for kind, of_all in states.items()})
+        if len(states["cpu"]) == self.dp_size:
+            set_random_states({kind: of_all[self.dp_rank] for kind, of_all in states.items()})
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -227,13 +229,13 @@ class Resumable(Trainer):
         if not self.own_order:
             return super().get_train_dataloader()
         args = self.args
-        batches = StepBatches(
+        batches = ResumableBatchSampler(
             rows=len(self.train_dataset),
-            device_rows=args.per_device_train_batch_size,
+            device_batch_size=args.per_device_train_batch_size,
             micro_batches=args.gradient_accumulation_steps,
             steps=args.max_steps,
-            process=self.data_rank,
-            processes=self.data_size,
+            process=self.dp_rank,
+            processes=self.dp_size,
             seed=args.seed,
         )
         # With a generator of its own it leaves the random numbers of training as they are.
@@ -248,7 +250,7 @@ class Resumable(Trainer):
 
     @property
     def rows_per_step(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.data_size
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.dp_size
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Tokens that the model has read, without padding; the trainers that draw completions count by themselves."""
@@ -260,7 +262,7 @@ class Resumable(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
         """Also the last moment before a step is taken."""
-        if grad_norm is None and (self.zero is not None or self.layout is not None):
+        if grad_norm is None and (self.zero is not None or self.strategy is not None):
             grad_norm = self._norm_of_parts(math.inf)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -273,7 +275,7 @@ class Resumable(Trainer):
 
     # ------------------------------------------------------------------------------------------------ ZeRO
 
-    def use_zero(self, zero: ZeroLayout) -> None:
+    def use_deepspeed(self, zero: DeepSpeedStrategy) -> None:
         """Train with the state of the optimizer, and as the stage says gradients and weights, in parts.
 
         To Trainer and TRL the processes are those of plain data parallelism: they would set DeepSpeed up otherwise, with
@@ -288,7 +290,7 @@ class Resumable(Trainer):
                 zero.divide(model)
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        if (self.zero is None and self.layout is None) or not training:
+        if (self.zero is None and self.strategy is None) or not training:
             return super()._wrap_model(model, training, dataloader)
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # for autocast; it is not wrapped
         if self.zero is None:
@@ -296,9 +298,9 @@ class Resumable(Trainer):
             return self.model
         optimizer = self.optimizer
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        engine, parts = self.zero.engage(self.zero.spread(self.model, "fp32"), Optimizers(optimizer))
-        self.optimizer = StepInParts(parts, optimizer)
-        say(f"layout     {self.zero.strategy} on {self.zero.world} process(es): {self.zero.describe_parts()}")
+        engine, parts = self.zero.wrap(self.zero.parallelize(self.model, "fp32"), Optimizers(optimizer))
+        self.optimizer = ShardedStepOptimizer(parts, optimizer)
+        print0(f"layout     {self.zero.name} on {self.zero.world_size} process(es): {self.zero.describe_parts()}")
         return engine
 
     def _backward_in_parts(self, loss: torch.Tensor) -> None:
@@ -308,7 +310,7 @@ class Resumable(Trainer):
         self.optimizer.due = True
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
+    def generating(self) -> Iterator[None]:
         """While processes draw completions, each at its own pace: under ZeRO-3 the weights are whole on each of them."""
         if self.zero is None or self.zero.stage < 3:
             yield
@@ -325,48 +327,48 @@ class Resumable(Trainer):
             add_hooks(engine)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.zero is None and self.layout is None:
+        if self.zero is None and self.strategy is None:
             return super()._clip_grad_norm(model)
         return self._norm_of_parts(self.args.max_grad_norm)
 
     def _norm_of_parts(self, max_norm: float) -> float:
-        if self.layout is not None:
-            return self.layout.clip_grad_norm(self.model.parameters(), max_norm)
+        if self.strategy is not None:
+            return self.strategy.clip_grad_norm(self.model.parameters(), max_norm)
         assert self.zero is not None
         return self.zero.clip_grad_norm(self.zero.engine.parameters(), max_norm) if self.optimizer.due else 0.0
 
     # ------------------------------------------------------------------------------------------------ shared rows
 
-    def share_rows(self, layout: Layout) -> None:
+    def use_model_parallel(self, strategy: Strategy) -> None:
         """Train with the matrices, or the columns of rows, divided. To Trainer and TRL the processes are those of plain
         data parallelism, some of which read the same rows.
 
         Raises:
             UserError: the model is none of this package's, or cannot be divided.
         """
-        model = base_of(self.result)
+        model = unwrap_peft(self.result)
         if not isinstance(model, ScratchGPTPreTrainedModel):
             raise UserError(
-                f"{layout.strategy} divides models of this package, and this is a {type(model).__name__}: make it one by "
+                f"{strategy.name} divides models of this package, and this is a {type(model).__name__}: make it one by "
                 "`scratch-gpt import`, or take configs/accelerate/fsdp2.yaml"
             )
-        context_parallel.check(model.config, 2 * layout.context_size, layout.context_size)
-        self.layout = layout
-        self.accelerator.state.device_mesh = layout.mesh  # by which Accelerate's loaders find who reads the same rows
+        context_parallel.check_context_length(model.config, 2 * strategy.cp_size, strategy.cp_size)
+        self.strategy = strategy
+        self.accelerator.state.device_mesh = strategy.mesh  # by which Accelerate's loaders find who reads the same rows
         self.accelerator.backward = self._backward_of_parts
-        if self.draws:
-            set_seed(self.args.seed + layout.data_rank)
+        if self.generates:
+            set_seed(self.args.seed + strategy.dp_rank)
 
     def _backward_of_parts(self, loss: torch.Tensor) -> None:
-        assert self.layout is not None
+        assert self.strategy is not None
         with ExitStack() as stack:
             for model in self.trained:
-                stack.enter_context(self.layout.micro_batch(model, last=self.accelerator.sync_gradients))
-            self.layout.backward(self.model, loss)
+                stack.enter_context(self.strategy.micro_batch(model, last=self.accelerator.sync_gradients))
+            self.strategy.backward(self.model, loss)
 
     def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*arguments)
-        if self.layout is not None:
+        if self.strategy is not None:
             optimizer.param_groups[:] = [
                 {**group, "params": [parameter for _, parameter in some]}
                 for group in optimizer.param_groups
@@ -376,27 +378,27 @@ class Resumable(Trainer):
 
     def get_tp_size(self) -> int:
         """How many processes share each row, which is what Trainer takes it for."""
-        return 1 if self.layout is None else self.layout.sharing
+        return 1 if self.strategy is None else self.strategy.model_parallel_size
 
-    def told_by_first(self, compute: Callable[[], Any]) -> Any:
+    def broadcast_from_first_rank(self, compute: Callable[[], Any]) -> Any:
         """What ``compute`` gives, in one of the processes that share rows: a function of the user's may not give the same twice."""
-        return compute() if self.layout is None else self.layout.told_by_first(compute)
+        return compute() if self.strategy is None else self.strategy.broadcast_from_first_rank(compute)
 
     @property
-    def data_size(self) -> int:
+    def dp_size(self) -> int:
         """Of how many processes each reads rows of its own."""
-        return self.args.world_size if self.layout is None else self.layout.data_size
+        return self.args.world_size if self.strategy is None else self.strategy.dp_size
 
     @property
-    def data_rank(self) -> int:
-        return self.args.process_index if self.layout is None else self.layout.data_rank
+    def dp_rank(self) -> int:
+        return self.args.process_index if self.strategy is None else self.strategy.dp_rank
 
     # ------------------------------------------------------------------------------------------------ processes
 
     def create_accelerator_and_postprocess(self) -> None:
         """With a model that is really sharded where that is asked for, also on CPUs."""
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            launched_processes()  # TrainingArguments have made the state of the processes anew
+            launch_state()  # TrainingArguments have made the state of the processes anew
         super().create_accelerator_and_postprocess()
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):
             if not self.accelerator.is_fsdp2:
@@ -412,7 +414,7 @@ class Resumable(Trainer):
 # ------------------------------------------------------------------------------------------------ the parts
 
 
-class StepInParts(torch.optim.Optimizer):
+class ShardedStepOptimizer(torch.optim.Optimizer):
     """What a `Trainer` steps under ZeRO: learning rates are set and read here, and the parts are updated by DeepSpeed.
 
     ``due``: there has been a backward pass since the last step.
@@ -434,7 +436,7 @@ class StepInParts(torch.optim.Optimizer):
         self.parts.zero_grad()
 
 
-def whole(tensors: Mapping[str, torch.Tensor], wanted: bool) -> dict[str, torch.Tensor]:
+def gather_full(tensors: Mapping[str, torch.Tensor], wanted: bool) -> dict[str, torch.Tensor]:
     """``tensors`` whole and on the CPU where ``wanted``; all processes call it, for the parts lie on all of them."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -447,7 +449,7 @@ def whole(tensors: Mapping[str, torch.Tensor], wanted: bool) -> dict[str, torch.
 def write_model(model: Any, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
     """A model, or its adapters, as a plain directory; its ``weights``, where it does not have them whole itself."""
     if weights is not None and not hasattr(model, "get_base_model"):
-        model = plain_model(model, next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule)))
+        model = unsharded_model(model, next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule)))
     use_cache, model.config.use_cache = model.config.use_cache, True  # which Trainer switches off
     model.save_pretrained(folder, state_dict=weights)
     model.config.use_cache = use_cache

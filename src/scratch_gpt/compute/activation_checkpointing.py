@@ -25,7 +25,7 @@ _KEPT = {
 }
 
 
-def checkpoint_activations(model: Any, settings: TrainingSettings) -> None:
+def enable_activation_checkpointing(model: Any, settings: TrainingSettings) -> None:
     """Switch it on for every ``activation_checkpointing_every``-th block of ``model`` as the settings say."""
     if settings.activation_checkpointing == "none":
         return

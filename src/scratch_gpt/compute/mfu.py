@@ -60,7 +60,7 @@ SECONDS = 0.15
 """How long each is timed; where one product takes longer, as emulated ones do, the larger matrices are left out."""
 
 
-class ModelFlops:
+class MFUMeter:
     """All processes make one at the same moment: those of one machine share its cores."""
 
     def __init__(self, accelerator: Accelerator, config: ScratchGPTConfig, context_length: int, precision: str):
@@ -73,7 +73,7 @@ class ModelFlops:
         if not math.isnan(total):  # one peak that is not known makes the sum unknown
             self.peak = total
 
-    def utilisation(self, tokens_per_second: float) -> float | None:
+    def mfu(self, tokens_per_second: float) -> float | None:
         return None if self.peak is None else round(self.per_token * tokens_per_second / self.peak, 4)
 
 

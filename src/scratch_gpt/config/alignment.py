@@ -5,7 +5,7 @@ from typing import Literal
 
 
 @dataclass
-class StageSettings:
+class RecipeSettings:
     """What the stages of alignment have in common."""
 
     model: str = "runs/sft/final"
@@ -42,7 +42,7 @@ class StageSettings:
 
 
 @dataclass
-class StageTrainingSettings:
+class RecipeTrainingSettings:
     """How a stage learns."""
 
     batch_size: int = 16
@@ -76,7 +76,7 @@ class StageTrainingSettings:
 
 
 @dataclass
-class SFTTrainingSettings(StageTrainingSettings):
+class SFTTrainingSettings(RecipeTrainingSettings):
     """How supervised fine-tuning learns."""
 
     packing: bool = False
@@ -84,7 +84,7 @@ class SFTTrainingSettings(StageTrainingSettings):
 
 
 @dataclass
-class SFTSettings(StageSettings):
+class SFTSettings(RecipeSettings):
     """Supervised fine-tuning: teach a base model to answer, by the loss of the assistant's tokens alone."""
 
     model: str = "runs/quickstart/final"
@@ -95,7 +95,7 @@ class SFTSettings(StageSettings):
 
 
 @dataclass
-class RewardTrainingSettings(StageTrainingSettings):
+class RewardTrainingSettings(RecipeTrainingSettings):
     """How the reward model learns."""
 
     learning_rate: float = 1e-4
@@ -105,7 +105,7 @@ class RewardTrainingSettings(StageTrainingSettings):
 
 
 @dataclass
-class RewardSettings(StageSettings):
+class RewardSettings(RecipeSettings):
     """Reward model: learn from pairs which answer is the better one; gives one score for a conversation."""
 
     run_dir: str = "runs/reward"
@@ -114,7 +114,7 @@ class RewardSettings(StageSettings):
 
 
 @dataclass
-class DPOTrainingSettings(StageTrainingSettings):
+class DPOTrainingSettings(RecipeTrainingSettings):
     """How direct preference optimisation learns."""
 
     learning_rate: float = 2e-5
@@ -128,7 +128,7 @@ class DPOTrainingSettings(StageTrainingSettings):
 
 
 @dataclass
-class DPOSettings(StageSettings):
+class DPOSettings(RecipeSettings):
     """Direct preference optimisation: learn from pairs what to answer, without a reward model."""
 
     run_dir: str = "runs/dpo"
@@ -137,7 +137,7 @@ class DPOSettings(StageSettings):
 
 
 @dataclass
-class KTOTrainingSettings(StageTrainingSettings):
+class KTOTrainingSettings(RecipeTrainingSettings):
     """How Kahneman-Tversky optimisation learns."""
 
     learning_rate: float = 2e-5
@@ -151,7 +151,7 @@ class KTOTrainingSettings(StageTrainingSettings):
 
 
 @dataclass
-class KTOSettings(StageSettings):
+class KTOSettings(RecipeSettings):
     """Kahneman-Tversky optimisation: learn from single answers, each good or bad."""
 
     run_dir: str = "runs/kto"
@@ -160,7 +160,7 @@ class KTOSettings(StageSettings):
 
 
 @dataclass
-class GroupTrainingSettings(StageTrainingSettings):
+class GroupTrainingSettings(RecipeTrainingSettings):
     """How a policy learns from groups of completions of one prompt."""
 
     batch_size: int = 32
@@ -196,7 +196,7 @@ class GRPOTrainingSettings(GroupTrainingSettings):
 
 
 @dataclass
-class DrawingSettings(StageSettings):
+class OnlineSettings(RecipeSettings):
     """What the stages that draw completions have in common."""
 
     reward_model: str | None = None
@@ -207,7 +207,7 @@ class DrawingSettings(StageSettings):
 
 
 @dataclass
-class GRPOSettings(DrawingSettings):
+class GRPOSettings(OnlineSettings):
     """Group relative policy optimisation: reinforcement learning without a value function."""
 
     run_dir: str = "runs/grpo"
@@ -216,7 +216,7 @@ class GRPOSettings(DrawingSettings):
 
 
 @dataclass
-class RLOOSettings(DrawingSettings):
+class RLOOSettings(OnlineSettings):
     """REINFORCE with a leave-one-out baseline: reinforcement learning, at its simplest."""
 
     run_dir: str = "runs/rloo"
@@ -226,15 +226,15 @@ class RLOOSettings(DrawingSettings):
 
 @dataclass
 class PPOTrainingSettings:
-    """How PPO learns; a rollout is `mini_batches` times `mini_batch_size` completions."""
+    """How PPO learns; a rollout is `num_mini_batches` times `mini_batch_size` completions."""
 
     mini_batch_size: int = 32
     """Completions of one optimizer step, over all processes."""
     device_batch_size: int | None = None
     """Completions that one process learns from at a time; left out: its whole part of a mini-batch."""
-    mini_batches: int = 2
+    num_mini_batches: int = 2
     """Optimizer steps per pass over a rollout."""
-    epochs: int = 4
+    num_ppo_epochs: int = 4
     """How often each rollout is learnt from."""
     learning_rate: float = 1e-5
     """At its peak; it falls to 0 along a straight line."""
@@ -293,11 +293,11 @@ class PPOTrainingSettings:
 
 
 @dataclass
-class PPOSettings(DrawingSettings):
+class PPOSettings(OnlineSettings):
     """Reinforcement learning with PPO from a reward model or function. The same command goes on after an interruption."""
 
     run_dir: str = "runs/ppo"
     """Folder for everything the run writes."""
     max_steps: int = 800
-    """Optimizer steps of the whole run; a rollout takes mini_batches x epochs of them."""
+    """Optimizer steps of the whole run; a rollout takes num_mini_batches x num_ppo_epochs of them."""
     ppo: PPOTrainingSettings = field(default_factory=PPOTrainingSettings)

@@ -12,7 +12,7 @@ class SourceSettings:
     """File, folder or glob: .txt, .jsonl, .parquet or .arrow; .txt and .jsonl also as .gz, .zst or .xz."""
     dataset: str | None = None
     """Dataset of the Hugging Face Hub by name, or a local folder that `datasets` saved or loads."""
-    configuration: str | None = None
+    subset: str | None = None
     """Of the dataset, where it has several."""
     split: str = "train"
     """Of the dataset."""
@@ -42,9 +42,9 @@ class TextSettings:
     """Held-out text in a place of its own; left out: taken from the corpus, see validation_fraction."""
     validation_fraction: float = 0.05
     """Share of the documents held out (by hash); of a corpus of under 20 documents, the end of each of them."""
-    errors: Literal["strict", "replace"] = "strict"
+    encoding_errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8, and NUL: an error, or U+FFFD in their place."""
-    on_error: Literal["stop", "skip"] = "stop"
+    on_bad_record: Literal["stop", "skip"] = "stop"
     """A broken record (not JSON, no such column, not UTF-8): stop there, or leave it out and count it."""
 
 
@@ -54,9 +54,9 @@ class TokenizerSettings:
 
     vocab_size: int = 2048
     """Number of tokens: the special ones, the 256 bytes and the merges."""
-    words: Literal["gpt4", "gpt2"] = "gpt4"
+    split_pattern: Literal["gpt4", "gpt2"] = "gpt4"
     """Where text is cut before merging: as GPT-4 does (a sign may lead a word, line breaks apart) or as GPT-2 does."""
-    digits: Literal[1, 2, 3] = 3
+    max_digits: Literal[1, 2, 3] = 3
     """Longest run of digits that stays together."""
     max_characters: int = 200_000_000
     """Train on at most this much of the corpus (memory grows with its variety)."""
@@ -85,7 +85,7 @@ class TokenizerReportSettings:
     """Files, folders or globs, each a row of the table; left out: the held-out part of the bundled corpus."""
     column: str = "text"
     """The column (or JSON field) that holds the text."""
-    errors: Literal["strict", "replace"] = "strict"
+    encoding_errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8."""
     max_characters: int = 5_000_000
     """Of each text, look at this much."""

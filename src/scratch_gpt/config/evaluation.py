@@ -13,7 +13,7 @@ class EvaluateSettings:
     """Folder of a saved model (or a name on the Hub)."""
     text: str | None = None
     """Text file to measure on; left out: the held-out part of the bundled corpus."""
-    errors: Literal["strict", "replace"] = "strict"
+    encoding_errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8."""
     limit: int = 200
     """Questions per task."""

@@ -59,7 +59,7 @@ def parse_settings(settings_class: type[Settings], arguments: Sequence[str], pro
 
 # Smallest value allowed, by field name; "more than 0" where 0 itself makes no sense.
 _AT_LEAST = {"warmup_steps": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "decay_fraction": 0, "temperature": 0}
-_AT_LEAST |= {"top_k": 0, "rows": 0, "seed": 0, "batch_warmup_steps": 0, "final_learning_rate": 0, "muon_momentum": 0}
+_AT_LEAST |= {"top_k": 0, "rows": 0, "seed": 0, "batch_warmup_steps": 0, "min_lr_ratio": 0, "muon_momentum": 0}
 _AT_LEAST |= {"sigmas": 0, "beta": 0, "num_generations": 2}
 _BELOW_ONE = {"beta1", "beta2", "mfu", "muon_momentum", "validation_fraction"}
 _MORE_THAN_ZERO = {"max_steps", "minutes", "max_characters", "hidden_size", "num_hidden_layers", "num_attention_heads"}
@@ -68,21 +68,21 @@ _MORE_THAN_ZERO |= {"total_batch_size", "device_batch_size", "learning_rate", "m
 _MORE_THAN_ZERO |= {"value_learning_rate"}
 _MORE_THAN_ZERO |= {"eval_every", "save_every", "keep_last", "limit", "max_new_tokens", "num_return_sequences"}
 _MORE_THAN_ZERO |= {"workers", "max_document_characters"}
-_MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_learning_rate"}
+_MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_lr_factor"}
 _MORE_THAN_ZERO |= {"activation_checkpointing_every", "max_hours", "keep_every"}
 _MORE_THAN_ZERO |= {"pipeline", "pipeline_microbatches"}
 _MORE_THAN_ZERO |= {"sample_every", "benchmark_every", "benchmark_limit", "memory_snapshot_step"}
 _MORE_THAN_ZERO |= {
     "mini_batch_size",
-    "mini_batches",
-    "epochs",
+    "num_mini_batches",
+    "num_ppo_epochs",
     "lora_rank",
     "batch_size",
     "max_length",
     "num_iterations",
 }
 _MORE_THAN_ZERO |= {"max_completion_length"}
-_MORE_THAN_ZERO |= {"devices", "devices_per_node", "flops", "mfu", "price", "tokens", "limit_rows"}
+_MORE_THAN_ZERO |= {"devices", "devices_per_node", "peak_flops", "mfu", "price", "tokens", "max_batch_size"}
 
 
 # Sections whose keys the user chooses.

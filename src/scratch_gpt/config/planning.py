@@ -28,7 +28,7 @@ class PlanSettings(PretrainSettings):
     """Kind of device; auto: this machine's if device_memory is left out, else cuda."""
     device_memory: str | None = None
     """Memory of a device, such as 80GB or 24GiB; left out: what this machine has."""
-    flops: float | None = None
+    peak_flops: float | None = None
     """Peak FLOP/s of a device in the run's precision, from its data sheet (990e12: H100 SXM, dense bf16)."""
     mfu: float = 0.4
     """Share of the peak that the run is expected to reach."""
@@ -50,7 +50,7 @@ class FindBatchSizeSettings(PretrainSettings):
     """Try real training steps on this machine, with larger and larger device batches, until memory runs out."""
 
     tokenizer: PlannedTokenizerSettings = field(default_factory=PlannedTokenizerSettings)
-    limit_memory: str | None = None
+    max_memory: str | None = None
     """Memory that a try may take, such as 4GB; left out: the GPU's, on CPU what is free now."""
-    limit_rows: int = 256
+    max_batch_size: int = 256
     """Largest device batch to try."""

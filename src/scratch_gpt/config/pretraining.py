@@ -62,7 +62,7 @@ class TrainingSettings:
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """After the warm-up: stable then linear decay (wsd), half a cosine, a straight line, or constant."""
-    final_learning_rate: float | None = None
+    min_lr_ratio: float | None = None
     """Where the schedule ends, as a share of the peak; left out: 0, for cosine 0.1."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""
@@ -137,7 +137,7 @@ class GuardSettings:
     """Bad steps in a row after which the run goes back to its newest checkpoint and passes over the data in between."""
     max_rollbacks: int = 3
     """Rollbacks in a row after which it gives up."""
-    rollback_learning_rate: float = 1.0
+    rollback_lr_factor: float = 1.0
     """Multiplies the learning rate at each rollback."""
 
 
@@ -172,10 +172,10 @@ class PretrainSettings(TextSettings):
     """Prepare everything, say what would be trained and how, and stop before the first step."""
     max_hours: float | None = None
     """Save and stop after this time (exit code 75); the same command goes on."""
-    resume_from: str | None = None
+    init_from: str | None = None
     """Begin with the weights of this saved model, checkpoint or run directory: continued pretraining, as a new run."""
-    resume_optimizer: bool = False
-    """Take the optimizer's state from the checkpoint of resume_from as well."""
+    init_optimizer: bool = False
+    """Take the optimizer's state from the checkpoint of init_from as well."""
     tokenizer_path: str | None = None
     """Take this tokenizer instead of training one."""
     data_path: str | None = None

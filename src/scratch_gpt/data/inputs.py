@@ -35,14 +35,14 @@ class Dataset:
     streaming: bool = False
 
 
-Place = Path | Dataset
+Location = Path | Dataset
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileSlice:
     """From ``start`` to before ``end`` (None: all): bytes, row groups, rows, or shards of a streamed dataset."""
 
-    place: Place
+    place: Location
     start: int = 0
     end: int | None = None
 
@@ -143,7 +143,7 @@ def load_dataset(place: Dataset) -> Any:
 # ------------------------------------------------------------------------------------------------ pieces
 
 
-def cut(place: Place, size: int) -> Iterator[tuple[Piece, int]]:
+def cut(place: Location, size: int) -> Iterator[tuple[FileSlice, int]]:
     """The pieces of ``place``, each of about ``size`` bytes, and each one's own size in bytes."""
     if isinstance(place, Dataset):
         yield from _cut_dataset(place, size)
@@ -154,11 +154,11 @@ def cut(place: Place, size: int) -> Iterator[tuple[Piece, int]]:
     elif kind == "arrow" or is_compressed(place):
         if kind in ("parquet", "arrow") and is_compressed(place):
             raise UserError(f"{place}: decompress it first, {kind} files compress their columns themselves")
-        yield Piece(place), total
+        yield FileSlice(place), total
     else:
         starts = [0, *_record_starts(place, kind, size), total]
         for start, end in itertools.pairwise(starts):
-            yield Piece(place, start, end), end - start
+            yield FileSlice(place, start, end), end - start
 
 
 def _record_starts(path: Path, kind: str, size: int) -> Iterator[int]:
@@ -179,7 +179,7 @@ def _record_starts(path: Path, kind: str, size: int) -> Iterator[int]:
             yield position
 
 
-def _cut_parquet(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
+def _cut_parquet(path: Path, size: int) -> Iterator[tuple[FileSlice, int]]:
     import pyarrow.parquet as pq
 
     with damaged_arrow(path):
@@ -188,21 +188,21 @@ def _cut_parquet(path: Path, size: int) -> Iterator[tuple[Piece, int]]:
     for group in range(metadata.num_row_groups):
         weight += metadata.row_group(group).total_byte_size
         if weight >= size or group + 1 == metadata.num_row_groups:
-            yield Piece(path, start, group + 1), weight
+            yield FileSlice(path, start, group + 1), weight
             start, weight = group + 1, 0
 
 
-def _cut_dataset(place: Dataset, size: int) -> Iterator[tuple[Piece, int]]:
+def _cut_dataset(place: Dataset, size: int) -> Iterator[tuple[FileSlice, int]]:
     dataset = load_dataset(place)
     if place.streaming:
         for shard in range(dataset.num_shards):
-            yield Piece(place, shard), size
+            yield FileSlice(place, shard), size
         return
     rows, num_bytes = len(dataset), dataset.data.nbytes
     step = max(1, rows * size // max(num_bytes, 1))
     for start in range(0, rows, step):
         end = min(start + step, rows)
-        yield Piece(place, start, end), num_bytes * (end - start) // rows
+        yield FileSlice(place, start, end), num_bytes * (end - start) // rows
 
 
 def count_lines(path: Path, end: int) -> int:

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from scratch_gpt.data.batches import Batch, read_rows
-from scratch_gpt.data.mixture import Cursor, TrainingOrder
+from scratch_gpt.data.mixture import DataOrder, DataPosition
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.errors import UserError
 
@@ -24,7 +24,7 @@ class StepData:
     """This process's rows, a forward pass at a time."""
     num_targets: int
     """Target tokens of the step, over all processes."""
-    cursor: Cursor
+    cursor: DataPosition
     """Where the run stands after the step."""
 
 
@@ -34,7 +34,7 @@ class TrainingData:
     def __init__(
         self,
         streams: Mapping[str, TokenStream],
-        order: TrainingOrder,
+        order: DataOrder,
         context_length: int,
         document_mask: bool,
         vocab_size: int,
@@ -43,7 +43,7 @@ class TrainingData:
         self.document_mask, self.vocab_size = document_mask, vocab_size
 
     def read_step(
-        self, cursor: Cursor, rows_per_step: int, micro_batches: int, process: int = 0, processes: int = 1
+        self, cursor: DataPosition, rows_per_step: int, micro_batches: int, process: int = 0, processes: int = 1
     ) -> StepData:
         """The next ``rows_per_step`` rows; process p takes every ``processes``-th of them, from the p-th on.
 
@@ -74,7 +74,7 @@ class TrainingData:
                 )
 
 
-class ReadAhead(Generic[Item]):
+class Prefetcher(Generic[Item]):
     """Runs an iterator in a thread, at most ``ahead`` items ahead of its reader; order and exceptions are unchanged.
 
     As a context manager it stops the thread at the end of its block, however that ends.
@@ -87,7 +87,7 @@ class ReadAhead(Generic[Item]):
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
 
-    def __enter__(self) -> "ReadAhead[Item]":
+    def __enter__(self) -> "Prefetcher[Item]":
         self._thread.start()
         return self
 

@@ -17,7 +17,7 @@ from scratch_gpt.errors import UserError
 
 
 @dataclass(frozen=True)
-class Cursor:
+class DataPosition:
     """Where a run stands in its data."""
 
     row: int = 0
@@ -89,7 +89,7 @@ def _rounded_share(rows: int, part: int, whole: int) -> int:
     return (2 * rows * part + whole) // (2 * whole)
 
 
-class TrainingOrder:
+class DataOrder:
     """The rows of a run: phase after phase, each a mixture of sources; every source goes on where it was left.
 
     Without weights the sources are mixed in proportion to their sizes: each is read once per epoch.
@@ -111,22 +111,22 @@ class TrainingOrder:
             for name, packing in self.packings.items()
         }
 
-    def at_step(self, cursor: Cursor, step: int, max_steps: int) -> Cursor:
+    def at_step(self, cursor: DataPosition, step: int, max_steps: int) -> DataPosition:
         """``cursor``, in the phase that ``step`` belongs to."""
         phase = self.phases[phase_at(step, max_steps, self.phases)].name
-        return cursor if phase == cursor.phase else Cursor(cursor.row, phase, cursor.row, self.taken(cursor))
+        return cursor if phase == cursor.phase else DataPosition(cursor.row, phase, cursor.row, self.taken(cursor))
 
-    def locate(self, cursor: Cursor, row: int) -> tuple[str, int]:
+    def locate(self, cursor: DataPosition, row: int) -> tuple[str, int]:
         """(source, row of that source) of the run's row ``row``, which lies in the cursor's phase."""
         source, index = self.mixtures[cursor.phase].locate(row - cursor.phase_row)
         return source, cursor.taken.get(source, 0) + index
 
-    def taken(self, cursor: Cursor) -> dict[str, int]:
+    def taken(self, cursor: DataPosition) -> dict[str, int]:
         """Rows of each source consumed so far."""
         in_phase = self.mixtures[cursor.phase].counts(cursor.row - cursor.phase_row) if cursor.phase else {}
         return {name: cursor.taken.get(name, 0) + in_phase.get(name, 0) for name in self.packings}
 
-    def epochs(self, cursor: Cursor) -> dict[str, float]:
+    def epochs(self, cursor: DataPosition) -> dict[str, float]:
         """How often each source was read."""
         return {name: rows / self.packings[name].rows_per_epoch for name, rows in self.taken(cursor).items()}
 

@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from scratch_gpt.config import DataPrepareSettings, TextSettings
-from scratch_gpt.console import progress_bar, say
+from scratch_gpt.console import print0, progress_bar
 from scratch_gpt.data.encoding import BackendEncoder, make_encoder
 from scratch_gpt.data.shards import (
     FORMAT,
@@ -37,7 +37,7 @@ from scratch_gpt.data.shards import (
 )
 from scratch_gpt.data.sources import Source, read_places, sources_of
 from scratch_gpt.data.tokenizer import end_of_text, fingerprint, load_tokenizer
-from scratch_gpt.data.work_units import Unit, describe, plan_units, same_as
+from scratch_gpt.data.work_units import WorkUnit, describe, plan_units, same_as
 from scratch_gpt.data.workers import Job, available_cores, find_duplicates, tokenize, worker_processes
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, locked, write_json
@@ -138,7 +138,7 @@ def _prepare(job: Job, plan: dict[str, Any], workers: int, unit_bytes: int) -> d
     return manifest
 
 
-def _is_finished(job: Job, unit: Unit) -> bool:
+def _is_finished(job: Job, unit: WorkUnit) -> bool:
     """Whether the unit has a record, and its files are there."""
     if not job.record(unit).is_file():
         return False
@@ -154,7 +154,7 @@ def _is_finished(job: Job, unit: Unit) -> bool:
     )
 
 
-def _manifest(job: Job, plan: dict[str, Any], units: list[Unit]) -> dict[str, Any]:
+def _manifest(job: Job, plan: dict[str, Any], units: list[WorkUnit]) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name in job.sources:
         records = [json.loads(job.record(unit).read_text(encoding="utf-8")) for unit in units if unit.source == name]
@@ -187,10 +187,10 @@ def _is_the_same(backend: Tokenizer, dtype: str, sources: Iterable[Source]) -> b
     if isinstance(encoder, BackendEncoder):
         return False
     for source in sources:
-        lenient = replace(source.reading, on_error="skip")
+        lenient = replace(source.reading, on_bad_record="skip")
         for text in islice(read_places(source.places, lenient), 20):
             if encoder.encode(text[:50_000]) != reference.encode(text[:50_000]):
-                say("the fast way to tokenize does not agree with the tokenizer: taking the tokenizer's own")
+                print0("the fast way to tokenize does not agree with the tokenizer: taking the tokenizer's own")
                 return False
     return True
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from scratch_gpt.data.inputs import (
     DOCUMENT_SEPARATOR,
     Dataset,
-    Piece,
+    FileSlice,
     count_lines,
     damaged_arrow,
     kind_of,
@@ -28,13 +28,13 @@ ROWS_PER_BATCH = 256
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How a record becomes text, and what to do with one that is broken."""
 
     column: str = "text"
     template: str | None = None
     errors: Errors = "strict"
-    on_error: Literal["stop", "skip"] | None = None
+    on_bad_record: Literal["stop", "skip"] | None = None
     """None: an error, where there is no such choice."""
 
     @property
@@ -45,24 +45,24 @@ class Reading:
         return list(dict.fromkeys(_template_fields(self.template)))
 
 
-class Broken(str):
+class BrokenRecord(str):
     """What is wrong with a record, and where."""
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_piece(piece: Piece, reading: Reading, removed: Counter[str]) -> Iterator[str]:
+def read_piece(piece: FileSlice, reading: ReadOptions, removed: Counter[str]) -> Iterator[str]:
     """The documents of ``piece`` in order. Counts in ``removed`` what is left out: "empty" records, "broken" ones.
 
     Raises:
         UserError: a broken record that is not to be skipped, a missing column, a file that is not what its name says.
     """
     for record in _records(piece, reading):
-        if isinstance(record, Broken):
-            if reading.on_error == "stop":
-                raise UserError(f"{record} --on-error skip leaves out such records and counts them.")
-            if reading.on_error is None:
+        if isinstance(record, BrokenRecord):
+            if reading.on_bad_record == "stop":
+                raise UserError(f"{record} --on-bad-record skip leaves out such records and counts them.")
+            if reading.on_bad_record is None:
                 raise UserError(record)
             removed["broken"] += 1
         elif not record or record.isspace():
@@ -71,14 +71,14 @@ def read_piece(piece: Piece, reading: Reading, removed: Counter[str]) -> Iterato
             yield record
 
 
-def _records(piece: Piece, reading: Reading) -> Iterator[str]:
+def _records(piece: FileSlice, reading: ReadOptions) -> Iterator[str]:
     if isinstance(piece.place, Dataset):
         return _read_dataset(piece.place, piece, reading)
     readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet, "arrow": _read_arrow}
     return readers[kind_of(piece.place)](piece.place, piece, reading)
 
 
-def _read_text(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
+def _read_text(path: Path, piece: FileSlice, reading: ReadOptions) -> Iterator[str]:
     separator = DOCUMENT_SEPARATOR.encode()
     lines: list[bytes] = []
     begin = position = piece.start
@@ -89,7 +89,7 @@ def _read_text(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
             lines.clear()  # a document may be large, and is held here until the next one is asked for
             text = _decode(raw, reading, lambda byte: f"{path}: not UTF-8 at byte {begin + byte}")
             del raw
-            text = text if isinstance(text, Broken) else _checked(text.rstrip("\n"), reading, lambda: str(path))
+            text = text if isinstance(text, BrokenRecord) else _checked(text.rstrip("\n"), reading, lambda: str(path))
             if text and not text.isspace():  # blank lines between two separators are layout, not a document
                 yield text
 
@@ -107,7 +107,7 @@ def _read_text(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
     yield from document()
 
 
-def _read_jsonl(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
+def _read_jsonl(path: Path, piece: FileSlice, reading: ReadOptions) -> Iterator[str]:
     position = piece.start
     lines = 0
 
@@ -125,21 +125,21 @@ def _read_jsonl(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
                 return
 
 
-def _read_json(raw: bytes, reading: Reading, where: Callable[[], str]) -> str:
+def _read_json(raw: bytes, reading: ReadOptions, where: Callable[[], str]) -> str:
     record = _parse_json(raw, reading, where)
-    return record if isinstance(record, Broken) else _text_of(record, reading, where)
+    return record if isinstance(record, BrokenRecord) else _text_of(record, reading, where)
 
 
-def _parse_json(raw: bytes, reading: Reading, where: Callable[[], str]) -> dict[str, Any] | Broken:
+def _parse_json(raw: bytes, reading: ReadOptions, where: Callable[[], str]) -> dict[str, Any] | BrokenRecord:
     text = _decode(raw, reading, lambda byte: f"{where()}: not UTF-8 at byte {byte} of the line")
-    if isinstance(text, Broken):
+    if isinstance(text, BrokenRecord):
         return text
     try:
         record = json.loads(text.strip())
     except (ValueError, RecursionError) as error:
-        return Broken(f"{where()}: not JSON: {error}.")
+        return BrokenRecord(f"{where()}: not JSON: {error}.")
     if not isinstance(record, dict):
-        return Broken(f"{where()}: a JSON object is needed, not {text.strip()[:40]!r}.")
+        return BrokenRecord(f"{where()}: a JSON object is needed, not {text.strip()[:40]!r}.")
     return record
 
 
@@ -152,13 +152,13 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with open_bytes(path) as file:
         for number, raw in enumerate(file, 1):
             if raw.strip():
-                record = _parse_json(raw, Reading(), lambda number=number: f"{path}, line {number}")  # type: ignore[misc]
-                if isinstance(record, Broken):
+                record = _parse_json(raw, ReadOptions(), lambda number=number: f"{path}, line {number}")  # type: ignore[misc]
+                if isinstance(record, BrokenRecord):
                     raise UserError(record)
                 yield record
 
 
-def _read_parquet(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
+def _read_parquet(path: Path, piece: FileSlice, reading: ReadOptions) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -170,7 +170,7 @@ def _read_parquet(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
         yield from _read_batches((pa.Table.from_batches([batch]) for batch in batches), str(path), before, reading)
 
 
-def _read_arrow(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
+def _read_arrow(path: Path, piece: FileSlice, reading: ReadOptions) -> Iterator[str]:
     import pyarrow as pa
 
     def batches(source: Any) -> Iterator[Any]:
@@ -189,7 +189,7 @@ def _read_arrow(path: Path, piece: Piece, reading: Reading) -> Iterator[str]:
         yield from _read_batches(batches(source), str(path), 0, reading)
 
 
-def _read_dataset(place: Dataset, piece: Piece, reading: Reading) -> Iterator[str]:
+def _read_dataset(place: Dataset, piece: FileSlice, reading: ReadOptions) -> Iterator[str]:
     dataset = load_dataset(place)
     if dataset.column_names is not None:
         _require_columns(place.path, dataset.column_names, reading)
@@ -202,7 +202,7 @@ def _read_dataset(place: Dataset, piece: Piece, reading: Reading) -> Iterator[st
     yield from _read_batches(tables, place.path, piece.start, reading)
 
 
-def _read_batches(tables: Iterable[Any], place: str, before: int, reading: Reading) -> Iterator[str]:
+def _read_batches(tables: Iterable[Any], place: str, before: int, reading: ReadOptions) -> Iterator[str]:
     row = before
     for table in tables:
         _require_columns(place, table.column_names, reading)
@@ -212,7 +212,7 @@ def _read_batches(tables: Iterable[Any], place: str, before: int, reading: Readi
             records = [_row_or_broken(table, index, f"{place}, row {row + index + 1}") for index in range(len(table))]
         for record in records:
             row += 1
-            if isinstance(record, Broken):
+            if isinstance(record, BrokenRecord):
                 yield record
             else:
                 yield _text_of(record, reading, lambda row=row: f"{place}, row {row}")  # type: ignore[misc]
@@ -222,40 +222,42 @@ def _row_or_broken(table: Any, index: int, where: str) -> Any:
     try:
         return table.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError as error:
-        return Broken(f"{where}: not UTF-8 at byte {error.start}.")
+        return BrokenRecord(f"{where}: not UTF-8 at byte {error.start}.")
 
 
 # ------------------------------------------------------------------------------------------------ a record's text
 
 
-def _text_of(record: dict[str, Any], reading: Reading, where: Callable[[], str]) -> str:
+def _text_of(record: dict[str, Any], reading: ReadOptions, where: Callable[[], str]) -> str:
     missing = [column for column in reading.columns if column not in record]
     if missing:
-        return Broken(f"{where()}: {_no_column(missing[0], list(record))}")
+        return BrokenRecord(f"{where()}: {_no_column(missing[0], list(record))}")
     if reading.template is None:
         text = record[reading.column]
         if text is None:
             return ""
         if not isinstance(text, str):
             kind = type(text).__name__
-            return Broken(f"{where()}: the column {reading.column!r} holds {kind}, not text; a template makes it text.")
+            return BrokenRecord(
+                f"{where()}: the column {reading.column!r} holds {kind}, not text; a template makes it text."
+            )
     else:
         known = {column: "" if record[column] is None else record[column] for column in reading.columns}
         try:
             text = reading.template.format_map(known)
         except (LookupError, ValueError, AttributeError, TypeError) as error:
-            return Broken(f"{where()}: the template {reading.template!r} does not fit: {error!r}.")
+            return BrokenRecord(f"{where()}: the template {reading.template!r} does not fit: {error!r}.")
     return _checked(text, reading, where)
 
 
-def _checked(text: str, reading: Reading, where: Callable[[], str]) -> str:
+def _checked(text: str, reading: ReadOptions, where: Callable[[], str]) -> str:
     """Refuse or replace what no text file holds: NUL bytes, and halves of surrogate pairs (JSON can write them)."""
     if "\0" in text:
         if reading.errors == "strict":
             found = text.index("\0")
-            return Broken(
+            return BrokenRecord(
                 f"{where()}: a NUL byte after {text[max(0, found - 20) : found]!r}; is it text, and UTF-8? "
-                "--errors replace puts U+FFFD in its place."
+                "--encoding-errors replace puts U+FFFD in its place."
             )
         text = text.replace("\0", "\ufffd")
     if not text.isascii():
@@ -264,17 +266,19 @@ def _checked(text: str, reading: Reading, where: Callable[[], str]) -> str:
         except UnicodeEncodeError as error:
             if reading.errors == "strict":
                 code = f"U+{ord(text[error.start]):04X}"
-                return Broken(f"{where()}: {code} is half a character; --errors replace puts U+FFFD in its place.")
+                return BrokenRecord(
+                    f"{where()}: {code} is half a character; --encoding-errors replace puts U+FFFD in its place."
+                )
             text = "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
     return text
 
 
-def _decode(raw: bytes, reading: Reading, where: Callable[[int], str]) -> str:
+def _decode(raw: bytes, reading: ReadOptions, where: Callable[[int], str]) -> str:
     try:
         return raw.decode("utf-8", reading.errors)
     except UnicodeDecodeError as error:
-        return Broken(
-            f"{where(error.start)} (0x{raw[error.start]:02x}). Convert the file, or go on with --errors replace."
+        return BrokenRecord(
+            f"{where(error.start)} (0x{raw[error.start]:02x}). Convert the file, or go on with --encoding-errors replace."
         )
 
 
@@ -293,7 +297,7 @@ def _template_fields(template: str) -> list[str]:
     return [name.split(".")[0].split("[")[0] for name in fields]
 
 
-def _require_columns(place: str, names: list[str], reading: Reading) -> None:
+def _require_columns(place: str, names: list[str], reading: ReadOptions) -> None:
     for column in reading.columns:
         if column not in names:
             raise UserError(f"{place}: {_no_column(column, names)}")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from scratch_gpt.config import SourceSettings, TextSettings
-from scratch_gpt.data.inputs import COMPRESSIONS, KINDS, Dataset, Piece, Place, load_dataset
-from scratch_gpt.data.records import Errors, Reading, check_template, read_piece
+from scratch_gpt.data.inputs import COMPRESSIONS, KINDS, Dataset, FileSlice, Location, load_dataset
+from scratch_gpt.data.records import Errors, ReadOptions, check_template, read_piece
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import sha256
 
@@ -33,11 +33,11 @@ class Source:
     name: str
     origin: str
     """Where the text is from, for people."""
-    places: tuple[Place, ...]
-    held_out: tuple[Place, ...]
+    places: tuple[Location, ...]
+    held_out: tuple[Location, ...]
     rule: Literal["places", "hash", "ends"]
     validation_fraction: float
-    reading: Reading
+    reading: ReadOptions
     how: str
     """A sentence that says what is held out."""
 
@@ -104,14 +104,14 @@ def read_documents(paths: Iterable[Path], errors: Errors = "strict") -> Iterator
     Raises:
         UserError: a record that is broken, with its file and place.
     """
-    return read_places(paths, Reading(errors=errors))
+    return read_places(paths, ReadOptions(errors=errors))
 
 
-def read_places(places: Iterable[Place], reading: Reading) -> Iterator[str]:
+def read_places(places: Iterable[Location], reading: ReadOptions) -> Iterator[str]:
     for place in places:
-        pieces = [Piece(place)]
+        pieces = [FileSlice(place)]
         if isinstance(place, Dataset) and place.streaming:
-            pieces = [Piece(place, shard) for shard in range(load_dataset(place).num_shards)]
+            pieces = [FileSlice(place, shard) for shard in range(load_dataset(place).num_shards)]
         for piece in pieces:
             yield from read_piece(piece, reading, Counter())
 
@@ -149,7 +149,7 @@ def _bundled(settings: TextSettings) -> Source:
         held_out=(bundled_corpus("valid"),),
         rule="places",
         validation_fraction=settings.validation_fraction,
-        reading=Reading(on_error=settings.on_error),
+        reading=ReadOptions(on_bad_record=settings.on_bad_record),
         how="the last 5% of each document",
     )
 
@@ -161,18 +161,18 @@ def _source(name: str, one: SourceSettings, settings: TextSettings) -> Source:
         raise UserError(f"the source {name} needs a path or a dataset" + (", not both" if one.path else ""))
     if one.template is not None:
         check_template(one.template)
-    reading = Reading(one.column, one.template, settings.errors, settings.on_error)
-    places: tuple[Place, ...]
+    reading = ReadOptions(one.column, one.template, settings.encoding_errors, settings.on_bad_record)
+    places: tuple[Location, ...]
     if one.path is not None:
         origin, places = Path(one.path).name, tuple(find_files(one.path))
     else:
         assert one.dataset is not None
-        parts = [Path(one.dataset).name if Path(one.dataset).exists() else one.dataset, one.configuration, one.split]
+        parts = [Path(one.dataset).name if Path(one.dataset).exists() else one.dataset, one.subset, one.split]
         origin = " ".join(part for part in parts if part)
-        places = (Dataset(one.dataset, one.configuration, one.split, one.streaming),)
+        places = (Dataset(one.dataset, one.subset, one.split, one.streaming),)
 
     share = settings.validation_fraction
-    held_out: tuple[Place, ...] = ()
+    held_out: tuple[Location, ...] = ()
     rule: Literal["places", "hash", "ends"]
     if one.validation_path is not None:
         held_out = tuple(find_files(one.validation_path))

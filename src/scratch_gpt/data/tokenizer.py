@@ -53,7 +53,7 @@ def train_tokenizer(documents: Iterable[str], settings: TokenizerSettings) -> To
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(word_pattern(settings.words, settings.digits)), behavior="isolated"),
+            pre_tokenizers.Split(Regex(word_pattern(settings.split_pattern, settings.max_digits)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

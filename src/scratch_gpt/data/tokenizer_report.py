@@ -9,7 +9,7 @@ import numpy as np
 
 from scratch_gpt.config import TokenizerReportSettings
 from scratch_gpt.data.encoding import in_batches
-from scratch_gpt.data.records import Reading
+from scratch_gpt.data.records import ReadOptions
 from scratch_gpt.data.sources import bundled_corpus, find_files, read_places
 from scratch_gpt.data.tokenizer import any_tokenizer
 
@@ -51,7 +51,7 @@ def report_command(settings: TokenizerReportSettings) -> None:
     """`scratch-gpt tokenizer report`: a row per text and tokenizer."""
     texts = {name: find_files(name) for name in settings.texts} or {"bundled, held out": [bundled_corpus("valid")]}
     tokenizers = {name: any_tokenizer(name) for name in settings.tokenizers}
-    reading = Reading(column=settings.column, errors=settings.errors)
+    reading = ReadOptions(column=settings.column, errors=settings.encoding_errors)
     head = ("text", "bytes", "tokenizer", "vocabulary", "bytes/token", "in use", "round trip")
     rows: list[tuple[str, ...]] = [head]
     for text, files in texts.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scratch_gpt.data.inputs import Dataset, Piece, Place, cut
+from scratch_gpt.data.inputs import Dataset, FileSlice, Location, cut
 from scratch_gpt.data.sources import Source, Split, find_files, text_digest
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import sha256
@@ -17,13 +17,13 @@ UNITS_PER_SOURCE = 256
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """What one process does at a time. ``split``: which one its text belongs to, where whole files are held out."""
 
     source: str
     number: int
     split: Split
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FileSlice, ...]
 
     @property
     def name(self) -> str:
@@ -34,18 +34,18 @@ class Unit:
         return [self.name, self.split, pieces]
 
 
-def plan_units(source: Source, unit_bytes: int) -> list[Unit]:
+def plan_units(source: Source, unit_bytes: int) -> list[WorkUnit]:
     """The source's units, in the order of its text."""
-    units: list[Unit] = []
-    by_split: dict[Split, tuple[Place, ...]] = {"train": source.places, "validation": source.held_out}
+    units: list[WorkUnit] = []
+    by_split: dict[Split, tuple[Location, ...]] = {"train": source.places, "validation": source.held_out}
     for split, places in by_split.items():
         size = max(unit_bytes, sum(_size(place) for place in places) // UNITS_PER_SOURCE)
-        pieces: list[Piece] = []
+        pieces: list[FileSlice] = []
         filled = 0
 
-        def close(split: Split, pieces: list[Piece]) -> None:
+        def close(split: Split, pieces: list[FileSlice]) -> None:
             if pieces:
-                units.append(Unit(source.name, len(units), split, tuple(pieces)))
+                units.append(WorkUnit(source.name, len(units), split, tuple(pieces)))
 
         for place in places:
             for piece, num_bytes in cut(place, size):
@@ -58,11 +58,11 @@ def plan_units(source: Source, unit_bytes: int) -> list[Unit]:
     return units
 
 
-def _size(place: Place) -> int:
+def _size(place: Location) -> int:
     return 0 if isinstance(place, Dataset) else place.stat().st_size
 
 
-def _place_name(place: Place) -> str:
+def _place_name(place: Location) -> str:
     return place.path if isinstance(place, Dataset) else place.name
 
 

@@ -21,7 +21,7 @@ from scratch_gpt.data.encoding import BackendEncoder, make_encoder
 from scratch_gpt.data.records import read_piece
 from scratch_gpt.data.shards import REMOVED, WORK, ShardWriter
 from scratch_gpt.data.sources import Source, Split, document_digest
-from scratch_gpt.data.work_units import Unit
+from scratch_gpt.data.work_units import WorkUnit
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import flush, write_json
 
@@ -45,7 +45,7 @@ class Job:
     def work(self) -> Path:
         return self.output / WORK
 
-    def record(self, unit: Unit) -> Path:
+    def record(self, unit: WorkUnit) -> Path:
         return self.work / "units" / f"{unit.name}.json"
 
 
@@ -62,7 +62,7 @@ class _Worker:
         self.encoder = make_encoder(tokenizer, job.dtype) if job.fast else BackendEncoder(tokenizer, job.dtype)
         self.contamination = Contamination(evaluation_texts(job.decontaminate)) if job.decontaminate else None
 
-    def documents(self, unit: Unit, removed: Counter[str]) -> Iterator[tuple[str, bytes]]:
+    def documents(self, unit: WorkUnit, removed: Counter[str]) -> Iterator[tuple[str, bytes]]:
         """The unit's documents and their digests."""
         for piece in unit.pieces:
             for document in read_piece(piece, self.job.sources[unit.source].reading, removed):
@@ -89,7 +89,7 @@ def _end_with_the_main_process() -> None:
     os._exit(1)
 
 
-def tokenize(unit: Unit) -> None:
+def tokenize(unit: WorkUnit) -> None:
     """Write the unit's shards, then its record."""
     worker = _worker
     assert worker is not None
@@ -125,7 +125,7 @@ def tokenize(unit: Unit) -> None:
     write_json(job.record(unit), {"removed": {key: removed[key] for key in REMOVED}, "shards": shards})
 
 
-def _digests(unit: Unit) -> None:
+def _digests(unit: WorkUnit) -> None:
     """Write 8 bytes for each of the unit's documents, by which equal ones are found."""
     assert _worker is not None
     target = _worker.job.work / "digests" / f"{unit.name}.npy"
@@ -135,7 +135,7 @@ def _digests(unit: Unit) -> None:
         _save_array(target, np.frombuffer(digests, dtype="<u8"))
 
 
-def find_duplicates(job: Job, units: list[Unit], each: Callable[..., Iterator[None]]) -> None:
+def find_duplicates(job: Job, units: list[WorkUnit], each: Callable[..., Iterator[None]]) -> None:
     """Decide which documents are the first with their text: held-out files before all others, then in the given order."""
     for _ in each(_digests, units):
         pass
@@ -164,7 +164,7 @@ def worker_processes(job: Job, processes: int) -> Iterator[Callable[..., Iterato
     before = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (job,))
 
-    def each(function: Callable[[Unit], None], units: list[Unit]) -> Iterator[None]:
+    def each(function: Callable[[WorkUnit], None], units: list[WorkUnit]) -> Iterator[None]:
         try:
             with _light_start():
                 results = executor.map(function, units)

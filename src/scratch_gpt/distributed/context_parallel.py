@@ -6,7 +6,7 @@ Grattafiori et al., 2024, arXiv:2407.21783). A row is cut into twice as many pie
 has one from the front and its mirror image from the back: so all have equally much to attend to.
 
 The model is not changed. A :class:`Part` goes where its masks would, through the blocks to the attention function that is
-registered here. Whoever has losses of his own that ask for whole rows lets :func:`divide_inside` do it all: the embeddings
+registered here. Whoever has losses of his own that ask for whole rows lets :func:`apply_context_parallel` do it all: the embeddings
 and blocks have columns, what comes out of them is put together.
 """
 
@@ -40,7 +40,7 @@ class Part:
     """Of each piece: which of the columns before its end are seen, (batch or 1, 1, columns of the piece, end)."""
 
 
-def check(config: Any, context_length: int, size: int) -> None:
+def check_context_length(config: Any, context_length: int, size: int) -> None:
     """Raises a UserError if rows of ``context_length`` cannot be divided over ``size`` processes."""
     if size == 1:
         return
@@ -57,16 +57,16 @@ def check(config: Any, context_length: int, size: int) -> None:
         )
 
 
-def own_columns(length: int, rank: int, size: int) -> torch.Tensor:
+def local_positions(length: int, rank: int, size: int) -> torch.Tensor:
     """The columns of a row of ``length`` that process ``rank`` of ``size`` has, in order, (length / size,)."""
     pieces = torch.arange(length).view(2 * size, -1)
     return pieces[[rank, 2 * size - 1 - rank]].flatten()
 
 
-def divide_rows(batch: Batch, config: Any, group: dist.ProcessGroup) -> tuple[Batch, dict[str, Part]]:
+def shard_batch(batch: Batch, config: Any, group: dist.ProcessGroup) -> tuple[Batch, dict[str, Part]]:
     """Of a batch of whole rows, which all processes of ``group`` have: this one's columns; by type of layer, its part."""
     length, device = batch.input_ids.shape[1], batch.input_ids.device
-    columns = own_columns(length, group.rank(), group.size()).to(device)
+    columns = local_positions(length, group.rank(), group.size()).to(device)
     documents, positions = None, torch.arange(length, device=device).unsqueeze(0)
     if batch.position_ids is not None:
         positions = batch.position_ids
@@ -152,7 +152,7 @@ class _AllGather(torch.autograd.Function):
         return summed.to(grad.dtype), None
 
 
-def divide_inside(backbone: Any, group: dist.ProcessGroup) -> None:
+def apply_context_parallel(backbone: Any, group: dist.ProcessGroup) -> None:
     """Let ``backbone``, which all processes of ``group`` give the same rows of any length, compute its own columns of
     them and give back whole ones; with a cache, as it draws, it computes whole ones.
 
@@ -181,7 +181,7 @@ def divide_inside(backbone: Any, group: dist.ProcessGroup) -> None:
         more = -length % (2 * group.size())
         ids, positions = F.pad(ids, (0, more)), F.pad(positions, (0, more))
         documents = None if documents is None else F.pad(documents, (0, more), value=-1)
-        columns = own_columns(length + more, group.rank(), group.size()).to(ids.device)
+        columns = local_positions(length + more, group.rank(), group.size()).to(ids.device)
         own = {"input_ids": ids[:, columns], "position_ids": positions[:, columns], "use_cache": False}
         parts = own_parts(backbone.config, length + more, documents, group, ids.device)
         return (), {**given, **own, "attention_mask": parts}
@@ -205,7 +205,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         rank, size = ctx.group.rank(), ctx.group.size()
-        columns = own_columns(grad.shape[1], rank, size).to(grad.device)
+        columns = local_positions(grad.shape[1], rank, size).to(grad.device)
         return grad[:, columns] * size, None  # the average over processes is to be the sum over columns
 
 

@@ -24,11 +24,11 @@ from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
 from torch import nn
 
 from scratch_gpt.compute.precision import autocast
-from scratch_gpt.distributed.dtensor import is_zero3, local, whole_shape, zero3_range
-from scratch_gpt.distributed.launch import launched_accelerator
+from scratch_gpt.distributed.dtensor import full_shape, is_zero3, to_local, zero3_range
+from scratch_gpt.distributed.launch import build_accelerator
 from scratch_gpt.distributed.optimizer import STATE_OF, Optimizers, with_state
-from scratch_gpt.distributed.safetensors_reader import SavedTensors
-from scratch_gpt.distributed.strategy import Layout
+from scratch_gpt.distributed.safetensors_reader import SafetensorsReader
+from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTRotaryEmbedding
 
@@ -38,7 +38,7 @@ UNDERSTOOD |= {"reduce_bucket_size", "allgather_bucket_size", "allgather_partiti
 IN_PARTS = {1: "optimizer", 2: "optimizer and gradients", 3: "optimizer, gradients and weights"}
 
 
-class ZeroLayout(Layout):
+class DeepSpeedStrategy(Strategy):
     """Data parallel over all processes, with a stage of ZeRO; ``config`` is DeepSpeed's."""
 
     def __init__(self, accelerator: Accelerator, config: dict[str, Any]):
@@ -51,7 +51,7 @@ class ZeroLayout(Layout):
         }
         self.deepspeed = import_deepspeed(self.device)
         self.engine: Any
-        self.optimizers: ZeroOptimizers
+        self.optimizers: DeepSpeedOptimizers
         self.others: list[Any] = []
 
     @property
@@ -59,7 +59,7 @@ class ZeroLayout(Layout):
         return self.stage == 3
 
     @property
-    def may_compile(self) -> bool:
+    def can_compile(self) -> bool:
         return self.stage < 3
 
     def check(self, optimizer: str, precision: str, compiled: bool) -> None:
@@ -67,11 +67,11 @@ class ZeroLayout(Layout):
 
     # ------------------------------------------------------------------------------------------------ model
 
-    def spread(self, model: Any, precision: str) -> nn.Module:
+    def parallelize(self, model: Any, precision: str) -> nn.Module:
         for setting, numbers in buffer_sizes(model).items():
             self.config["zero_optimization"].setdefault(setting, numbers)
         if next(model.parameters()).is_meta:
-            self._make_room(model)
+            self._materialize(model)
         else:
             model.to(self.device)
         if precision != "fp32":  # inside of the engine, which would switch off what is around it
@@ -85,7 +85,7 @@ class ZeroLayout(Layout):
             model.forward = autocasting
         return model
 
-    def _make_room(self, model: Any) -> None:
+    def _materialize(self, model: Any) -> None:
         """Memory for the own parts of an empty model; one module at a time is whole for a moment."""
         tied = model.config.tie_word_embeddings
         for module in model.modules():
@@ -97,12 +97,12 @@ class ZeroLayout(Layout):
         if model.config.position_embedding_type == "rope":
             model.transformer.rotary_emb = ScratchGPTRotaryEmbedding(model.config).to(self.device)
 
-    def engage(self, model: Any, optimizers: Optimizers) -> tuple[nn.Module, Optimizers]:
+    def wrap(self, model: Any, optimizers: Optimizers) -> tuple[nn.Module, Optimizers]:
         (optimizer,) = optimizers.optimizers
         self._announce_heads(model)
         self.engine, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
-        self.optimizers = ZeroOptimizers(self.engine)
-        self._check_in_force(self.engine)
+        self.optimizers = DeepSpeedOptimizers(self.engine)
+        self._verify_sharding(self.engine)
         return self.engine, self.optimizers
 
     def divide(self, model: Any) -> None:
@@ -120,11 +120,11 @@ class ZeroLayout(Layout):
             if head is not None:  # the loss multiplies by its weight without calling it
                 self.deepspeed.zero.register_external_parameter(module, head.weight)
 
-    def _check_in_force(self, model: nn.Module) -> None:
-        number = sum(whole_shape(parameter).numel() for parameter in self.optimizers.parameters.values())
-        if self.optimizers.stage != self.stage or (self.world > 1 and self.optimizers.held >= number):
+    def _verify_sharding(self, model: nn.Module) -> None:
+        number = sum(full_shape(parameter).numel() for parameter in self.optimizers.parameters.values())
+        if self.optimizers.stage != self.stage or (self.world_size > 1 and self.optimizers.held >= number):
             raise UserError(
-                f"{self.strategy} was asked for, but DeepSpeed runs stage {self.optimizers.stage}, and this process "
+                f"{self.name} was asked for, but DeepSpeed runs stage {self.optimizers.stage}, and this process "
                 f"updates {self.optimizers.held:,} of {number:,} numbers"
             )
         if self.on_cpu["optimizer"] != self.optimizers.offloaded:
@@ -142,29 +142,29 @@ class ZeroLayout(Layout):
     def backward(self, model: Any, loss: torch.Tensor) -> None:
         model.backward(loss)
 
-    def after_evaluation(self, model: Any) -> None:
+    def release_gathered_weights(self, model: Any) -> None:
         model.empty_partition_cache()
 
-    def load_weights(self, model: Any, saved: SavedTensors) -> None:
+    def load_weights(self, model: Any, saved: SafetensorsReader) -> None:
         model.empty_partition_cache()  # small parameters stay gathered, and what is gathered would stay as it was
         super().load_weights(model, saved)
         model.optimizer.refresh_fp32_params()  # the ones that the optimizer updates
 
     # ------------------------------------------------------------------------------------------------ gradients
 
-    def own_gradients(self, parameters: Iterable[nn.Parameter]) -> tuple[list[torch.Tensor], list[float]]:
+    def local_gradients(self, parameters: Iterable[nn.Parameter]) -> tuple[list[torch.Tensor], list[float]]:
         pieces = list(self.optimizers.gradients())
         return pieces, [1.0] * len(pieces)
 
     # ------------------------------------------------------------------------------------------------ whole tensors
 
-    def gather(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
-        """As for every layout, by the names of parameters, and of the state :class:`ZeroOptimizers` names."""
+    def gather_full(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
+        """As for every layout, by the names of parameters, and of the state :class:`DeepSpeedOptimizers` names."""
         weights = dict(self.unwrap(self.engine).named_parameters())
         whole: dict[str, torch.Tensor] = {}
         for name in tensors:
             tensor = self._whole(weights[name]) if name in weights else self.optimizers.whole(name)
-            if self.is_main:
+            if self.is_main_process:
                 whole[name] = tensor.detach().to("cpu", copy=copy).contiguous()
         return whole
 
@@ -172,7 +172,7 @@ class ZeroLayout(Layout):
         if not is_zero3(parameter):
             return parameter
         start, _ = zero3_range(parameter)
-        return put_together([(start, local(parameter))], whole_shape(parameter), self.device)
+        return gather_full_tensor([(start, to_local(parameter))], full_shape(parameter), self.device)
 
     # ------------------------------------------------------------------------------------------------ words
 
@@ -198,7 +198,7 @@ class ZeroLayout(Layout):
 
 
 @dataclass(frozen=True)
-class Place:
+class Fragment:
     """Where a process has its part of a parameter: so many ``numbers`` from ``start`` on of the flattened parameter lie
     from ``offset`` on in ``row``, and the optimizer's state for them in rows like that one.
     """
@@ -212,7 +212,7 @@ class Place:
         return row.detach()[self.offset : self.offset + self.numbers]
 
 
-class ZeroOptimizers(Optimizers):
+class DeepSpeedOptimizers(Optimizers):
     """The AdamW that updates this process's rows of the engine."""
 
     def __init__(self, engine: Any):
@@ -263,20 +263,20 @@ class ZeroOptimizers(Optimizers):
 
     # ------------------------------------------------------------------------------------------------ by name
 
-    def place(self, parameter: Any) -> Place | None:
+    def place(self, parameter: Any) -> Fragment | None:
         """None where this process has no part of ``parameter``."""
         if self.stage == 3:
             index, offset, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = parameter.ds_zero_partition_rank * size
-            return Place(self.rows[index], offset, start, local(parameter).numel())
+            return Fragment(self.rows[index], offset, start, to_local(parameter).numel())
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return Place(self.rows[mapping.param_group_index], here.start, there.start, here.numel)
+        return Fragment(self.rows[mapping.param_group_index], here.start, there.start, here.numel)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The names of the state, for :meth:`ZeroLayout.gather`: what is behind them lies in rows."""
+        """The names of the state, for :meth:`DeepSpeedStrategy.gather`: what is behind them lies in rows."""
         if not self.zero.optimizer.state:
             return {}
         nothing = torch.empty(0)
@@ -291,9 +291,9 @@ class ZeroOptimizers(Optimizers):
         parameter = self.parameters[name]
         place = self.place(parameter)
         own = [] if place is None else [(place.start, place.of(state[place.row][key]))]
-        return put_together(own, whole_shape(parameter), self.engine.device)
+        return gather_full_tensor(own, full_shape(parameter), self.engine.device)
 
-    def load_state_tensors(self, saved: SavedTensors) -> None:
+    def load_state_tensors(self, saved: SafetensorsReader) -> None:
         there = with_state(saved, self.parameters, "AdamW")
         if not there:
             return
@@ -310,7 +310,7 @@ class ZeroOptimizers(Optimizers):
                     place.of(states[place.row][key]).copy_(part)
 
 
-def put_together(own: list[tuple[int, torch.Tensor]], shape: torch.Size, device: torch.device) -> torch.Tensor:
+def gather_full_tensor(own: list[tuple[int, torch.Tensor]], shape: torch.Size, device: torch.device) -> torch.Tensor:
     """On the main process, the tensor of which every process has ``own`` pieces, each with where it begins."""
     together = torch.zeros(shape.numel(), dtype=torch.float32, device=device)
     for start, piece in own:
@@ -322,13 +322,13 @@ def put_together(own: list[tuple[int, torch.Tensor]], shape: torch.Size, device:
 # ------------------------------------------------------------------------------------------------ the configuration
 
 
-def choose_zero() -> ZeroLayout:
-    """The stage that the configuration file of `accelerate launch` asks for; see :func:`asked_config`."""
-    config = asked_config()
-    return ZeroLayout(launched_accelerator(), config)
+def build_deepspeed_strategy() -> DeepSpeedStrategy:
+    """The stage that the configuration file of `accelerate launch` asks for; see :func:`requested_config`."""
+    config = requested_config()
+    return DeepSpeedStrategy(build_accelerator(), config)
 
 
-def asked_config() -> dict[str, Any]:
+def requested_config() -> dict[str, Any]:
     """DeepSpeed's configuration, from the configuration file of `accelerate launch`.
 
     Raises:

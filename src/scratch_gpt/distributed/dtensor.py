@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of ``tensor`` that this process holds; what changes in it changes in ``tensor``."""
     if is_zero3(tensor):
         start, end = zero3_range(tensor)
@@ -14,7 +14,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
+def full_shape(tensor: torch.Tensor) -> torch.Size:
     """The shape of ``tensor`` with all its parts."""
     return tensor.ds_shape if is_zero3(tensor) else tensor.shape
 
@@ -43,7 +43,7 @@ def num_shards(tensor: torch.Tensor) -> int:
     return shards
 
 
-def part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``whole``, of which every process has a copy, as ``like`` is held."""
     if is_zero3(like):
         start, end = zero3_range(like)

@@ -21,7 +21,7 @@ WITHOUT_LAYOUT = functools.partial(
 _parted: list[object] = []
 
 
-def part(accelerator: Accelerator) -> None:
+def shutdown(accelerator: Accelerator) -> None:
     """Take leave of the other processes of the launch; the memory of their group goes with this process.
 
     `DistributedDataParallel` has the group too. Were it the last to free it, it would wait for the group's threads with the
@@ -32,23 +32,23 @@ def part(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def sharing_processes() -> int:
+def requested_model_parallel_size() -> int:
     """How many processes of the launch share each row: its matrix products, or its columns."""
     tensor, context = (os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") for kind in ("TP", "CP"))
     return int(tensor) * int(context)
 
 
-def reading_processes() -> int:
+def data_parallel_size() -> int:
     """Over how many processes of the launch, or groups that share rows, the rows of a step are divided."""
-    return launched_processes().num_processes // sharing_processes()
+    return launch_state().num_processes // requested_model_parallel_size()
 
 
-def asks_for_deepspeed() -> bool:
+def deepspeed_requested() -> bool:
     """Whether the configuration file says distributed_type: DEEPSPEED; Accelerate's own state does not, see above."""
     return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
 
 
-def launched_processes(timeout: float | None = None) -> PartialState:
+def launch_state(timeout: float | None = None) -> PartialState:
     """Device and rank of this process.
 
     ``timeout``: the seconds of `--parallel.timeout`. torch's own time-out does not name a process that hangs and comes
@@ -73,13 +73,13 @@ def launched_processes(timeout: float | None = None) -> PartialState:
     return state
 
 
-def launched_accelerator() -> Accelerator:
+def build_accelerator() -> Accelerator:
     """Accelerate's view of the launch: the plugins and sizes of its configuration file.
 
     Raises:
         UserError: it refuses the combination.
     """
-    world = launched_processes().num_processes
+    world = launch_state().num_processes
     try:
         if (
             parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")

@@ -9,18 +9,18 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from scratch_gpt.distributed.dtensor import local, part_of, whole_shape
+from scratch_gpt.distributed.dtensor import full_shape, shard_like, to_local
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTRotaryEmbedding
 
 
-def make_room(model: Any, device: torch.device) -> None:
+def materialize(model: Any, device: torch.device) -> None:
     """Give the empty ``model`` memory on ``device``, not filled but for what follows from the config."""
     model.to_empty(device=device)
-    complete(model, device)
+    init_buffers(model, device)
 
 
-def complete(model: Any, device: torch.device) -> None:
+def init_buffers(model: Any, device: torch.device) -> None:
     """What follows from the config in a model, or a part of one, that has memory."""
     if model.config.tie_word_embeddings and None not in (model.lm_head, model.transformer.wte):
         model.lm_head.weight = model.transformer.wte.weight
@@ -28,19 +28,19 @@ def complete(model: Any, device: torch.device) -> None:
         model.transformer.rotary_emb = ScratchGPTRotaryEmbedding(model.config).to(device)
 
 
-def load_module(module: nn.Module, whole: Mapping[str, torch.Tensor | None]) -> None:
+def load_module_weights(module: nn.Module, whole: Mapping[str, torch.Tensor | None]) -> None:
     """Fill the parameters that ``module`` itself has, as they are spread, from whole ones."""
     for key, parameter in module.named_parameters(recurse=False):
         value = whole[key]
         assert value is not None
-        local(parameter).copy_(local(part_of(value.detach(), parameter)))
+        to_local(parameter).copy_(to_local(shard_like(value.detach(), parameter)))
 
 
 def build_model(config: ScratchGPTConfig, seed: int) -> ScratchGPTForCausalLM:
     """A new model in float32, the same for the same seed."""
     model = empty_model(config)
-    make_room(model, torch.device("cpu"))
-    initialise(model, seed)
+    materialize(model, torch.device("cpu"))
+    init_weights(model, seed)
     set_seed(seed)
     return model
 
@@ -52,7 +52,7 @@ def empty_model(config: ScratchGPTConfig) -> ScratchGPTForCausalLM:
 
 
 @torch.no_grad()
-def initialise(model: Any, seed: int) -> None:
+def init_weights(model: Any, seed: int) -> None:
     """Draw the weights of ``model``, as it is spread: the same for the same seed however that is.
 
     The random numbers of each module follow from the seed and its name. No more than one is ever whole.
@@ -65,10 +65,10 @@ def initialise(model: Any, seed: int) -> None:
         whole = copy.copy(module)
         whole._parameters = {
             **module._parameters,
-            **{key: nn.Parameter(torch.empty(whole_shape(p))) for key, p in own.items()},
+            **{key: nn.Parameter(torch.empty(full_shape(p))) for key, p in own.items()},
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
             model._init_weights(whole)
-        load_module(module, whole._parameters)
+        load_module_weights(module, whole._parameters)
         filled |= {id(parameter) for parameter in own.values()}

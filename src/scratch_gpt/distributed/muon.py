@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
-from scratch_gpt.distributed.dtensor import local, part_of
+from scratch_gpt.distributed.dtensor import shard_like, to_local
 
 
 class Muon(torch.optim.Muon):
@@ -29,7 +29,7 @@ class Muon(torch.optim.Muon):
         if isinstance(direction, DTensor):
             direction = direction.full_tensor()
         update = _zeropower_via_newtonschulz(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        weight = local(parameter)
+        weight = to_local(parameter)
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape)
-        weight.add_(local(part_of(update, parameter)), alpha=-rate)
+        weight.add_(to_local(shard_like(update, parameter)), alpha=-rate)

@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.distributed.dtensor import whole_shape
+from scratch_gpt.distributed.dtensor import full_shape
 from scratch_gpt.distributed.muon import Muon
-from scratch_gpt.distributed.safetensors_reader import SavedTensors
+from scratch_gpt.distributed.safetensors_reader import SafetensorsReader
 from scratch_gpt.errors import UserError
 
 EPSILON = 1e-8
@@ -52,7 +52,7 @@ class Optimizers:
             for key, value in optimizer.state[parameter].items()
         }
 
-    def load_state_tensors(self, saved: SavedTensors) -> None:
+    def load_state_tensors(self, saved: SafetensorsReader) -> None:
         """Inverse of :meth:`state_tensors`, for optimizers over parameters of the same names: each process reads its parts.
 
         Raises:
@@ -81,7 +81,7 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizers:
     others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         in_a_block = (
-            len(whole_shape(parameter)) >= 2 and id(parameter) not in embeddings and not name.startswith("lm_head")
+            len(full_shape(parameter)) >= 2 and id(parameter) not in embeddings and not name.startswith("lm_head")
         )
         (matrices if in_a_block else others).append((name, parameter))
     decayed = [{"params": some, "weight_decay": settings.weight_decay} for some in alike(matrices)]
@@ -108,7 +108,7 @@ def describe(optimizers: Optimizers) -> Iterator[str]:
     for optimizer in optimizers.optimizers:
         for group in optimizer.param_groups:
             modules = sorted({_kind(name) for name in group["param_names"]})
-            number = sum(whole_shape(parameter).numel() for parameter in group["params"])
+            number = sum(full_shape(parameter).numel() for parameter in group["params"])
             yield (
                 f"{type(optimizer).__name__:<5}  decay {group['weight_decay']:<5g}  {number:>13,} parameters in "
                 f"{len(group['params']):>3} tensors: {', '.join(modules)}"
@@ -120,7 +120,7 @@ def _kind(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("transformer", "h") and not part.isdigit())
 
 
-def with_state(saved: SavedTensors, names: Iterable[str], kind: str) -> list[str]:
+def with_state(saved: SafetensorsReader, names: Iterable[str], kind: str) -> list[str]:
     """Those of ``names`` of whose parameters ``saved`` has the state.
 
     Raises:
@@ -135,6 +135,6 @@ def with_state(saved: SavedTensors, names: Iterable[str], kind: str) -> list[str
         if states[name] != STATE_OF[kind]:
             raise UserError(
                 f"the state of {name} is that of another optimizer than {kind}: take the --training.optimizer that it was "
-                "saved with, or leave its state behind (--resume-optimizer false)"
+                "saved with, or leave its state behind (--init-optimizer false)"
             )
     return there

@@ -32,9 +32,9 @@ from torch.distributed.tensor import DTensor
 from scratch_gpt.compute.precision import autocast
 from scratch_gpt.config import ParallelSettings, PretrainSettings
 from scratch_gpt.data.batches import IGNORE_INDEX, Batch
-from scratch_gpt.distributed.dtensor import local, num_shards
-from scratch_gpt.distributed.materialize import complete
-from scratch_gpt.distributed.strategy import Layout
+from scratch_gpt.distributed.dtensor import num_shards, to_local
+from scratch_gpt.distributed.materialize import init_buffers
+from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.model.flops import flops_per_token
@@ -47,7 +47,7 @@ EMBEDDING = "transformer.wte.weight"
 
 
 @dataclass(frozen=True)
-class Split:
+class StageSplit:
     """Which blocks each stage has, and its share of the model's floating-point operations."""
 
     blocks: tuple[range, ...]
@@ -62,7 +62,7 @@ class Split:
             yield f"stage {stage} in place {stage % processes}: {', '.join(parts)}, {share:.0%} of the FLOPs"
 
 
-def split(config: ScratchGPTConfig, context_length: int, stages: int) -> Split:
+def split_into_stages(config: ScratchGPTConfig, context_length: int, stages: int) -> StageSplit:
     """The split whose slowest stage is fastest. The head counts as what it computes; looking up an embedding is free."""
     flops = flops_per_token(config, context_length).total
     head = 6 * config.padded_vocab_size * config.hidden_size
@@ -81,7 +81,7 @@ def split(config: ScratchGPTConfig, context_length: int, stages: int) -> Split:
     starts = [sum(sizes[:stage]) for stage in range(stages)]
     blocks = tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
     costs = [size * block + head * (stage == stages - 1) for stage, size in enumerate(sizes)]
-    return Split(blocks, tuple(cost / flops for cost in costs))
+    return StageSplit(blocks, tuple(cost / flops for cost in costs))
 
 
 # ------------------------------------------------------------------------------------------------ the stages
@@ -115,7 +115,7 @@ def _keep(model: Any, blocks: set[int], first: bool, last: bool) -> None:
         backbone.ln_f, model.lm_head = nn.Identity(), None
 
 
-class Stage(nn.Module):
+class StageModule(nn.Module):
     """Token ids or hidden states to hidden states (batch, seq, hidden), or on the last stage to the loss.
 
     It shares its weights with ``model``.
@@ -184,10 +184,11 @@ class Pipeline(nn.Module):
         self.rank, self.size = self.group.rank(), self.group.size()
         self.schedule, self.device = schedule, device
         self.num_stages = self.size * STAGES_PER_PROCESS[schedule]
-        self.split = split(model.config, context_length, self.num_stages)
+        self.split = split_into_stages(model.config, context_length, self.num_stages)
         own = range(self.rank, self.num_stages, self.size)
         self.stages = nn.ModuleList(
-            Stage(model, self.split.blocks[stage], stage == 0, stage == self.num_stages - 1, autocast) for stage in own
+            StageModule(model, self.split.blocks[stage], stage == 0, stage == self.num_stages - 1, autocast)
+            for stage in own
         )
         _keep(model, {i for stage in own for i in self.split.blocks[stage]}, 0 in own, self.num_stages - 1 in own)
         self.model = model if next(model.parameters()).is_meta else model.to(device)
@@ -208,12 +209,12 @@ class Pipeline(nn.Module):
         """Whether the processes of the data group have parts of the same stages."""
         return isinstance(self.stages[0], FSDPModule)
 
-    def make_room(self) -> None:
+    def materialize(self) -> None:
         """See :func:`layout.make_room`."""
         for stage in self.stages:
             stage.to_empty(device=self.device)
-            complete(stage.model, self.device)
-        complete(self.model, self.device)
+            init_buffers(stage.model, self.device)
+        init_buffers(self.model, self.device)
 
     def forward_backward(self, batches: list[Batch], num_targets: int, loss_factor: float = 1.0) -> torch.Tensor:
         """The loss of ``batches``, one micro-batch each, in nats per ``num_targets``: on every process of the pipeline.
@@ -240,7 +241,7 @@ class Pipeline(nn.Module):
             for parameter in self.model.parameters():
                 dist.all_reduce(parameter.grad, group=self.data_group)
         if self.tied_end is not None:
-            dist.all_reduce(local(self.tied_end.grad), group=self.tied_group)
+            dist.all_reduce(to_local(self.tied_end.grad), group=self.tied_group)
 
     def _schedule(self, micro_batches: int, shape: torch.Size) -> Any:
         """The schedule for so many micro-batches of this shape."""
@@ -287,7 +288,7 @@ class Pipeline(nn.Module):
         dist.broadcast(loss, group=self.group, group_src=self.size - 1)
         return loss
 
-    def gather(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
+    def gather_full(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
         """The tensors of all stages by name, whole and tied ones once: on the first process, on the CPU.
 
         All processes call it. What is there already is not copied, unless ``copy`` says so.
@@ -327,48 +328,48 @@ def _of_all_processes(own: list[int]) -> list[list[int]]:
 # ------------------------------------------------------------------------------------------------ the layout
 
 
-class PipelineLayout(Layout):
+class PipelineStrategy(Strategy):
     """Pipelines side by side with other data; process p has place p // pipelines in its own."""
 
-    def __init__(self, layout: Layout, settings: PretrainSettings, context_length: int):
+    def __init__(self, strategy: Strategy, settings: PretrainSettings, context_length: int):
         self.settings, self.context_length = settings.parallel, context_length
-        places, side_by_side = self.settings.pipeline, layout.world // self.settings.pipeline
-        data = "dp_shard" if layout.shards_blocks else "data"
-        mesh = init_device_mesh(layout.device.type, (places, side_by_side), mesh_dim_names=("pipeline", data))
-        super().__init__(layout.accelerator, "pipeline x fsdp2" if layout.shards_blocks else "pipeline", mesh)
+        places, side_by_side = self.settings.pipeline, strategy.world_size // self.settings.pipeline
+        data = "dp_shard" if strategy.uses_fsdp else "data"
+        mesh = init_device_mesh(strategy.device.type, (places, side_by_side), mesh_dim_names=("pipeline", data))
+        super().__init__(strategy.accelerator, "pipeline x fsdp2" if strategy.uses_fsdp else "pipeline", mesh)
         self.places = places
         self.pipeline: Pipeline
 
     @property
-    def data_size(self) -> int:
-        return self.world // self.places
+    def dp_size(self) -> int:
+        return self.world_size // self.places
 
     @property
-    def data_rank(self) -> int:
-        return self.rank % self.data_size
+    def dp_rank(self) -> int:
+        return self.rank % self.dp_size
 
     @property
-    def random_rank(self) -> int:
+    def rng_rank(self) -> int:
         return self.rank
 
-    def device_rows(self, rows: int, asked: int | None) -> int:
-        return rows_of_micro_batch(self.settings, rows, asked)
+    def device_batch_size(self, rows: int, asked: int | None) -> int:
+        return micro_batch_size(self.settings, rows, asked)
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return super().sum(tensor) / self.places  # in each place of a pipeline is the same
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return super().all_reduce_sum(tensor) / self.places  # in each place of a pipeline is the same
 
-    def spread(self, model: Any, precision: str) -> Pipeline:
+    def parallelize(self, model: Any, precision: str) -> Pipeline:
         assert self.mesh is not None
         schedule = self.settings.pipeline_schedule
         autocasting = functools.partial(autocast, self.device.type, precision)
         empty = next(model.parameters()).is_meta
         self.pipeline = Pipeline(model, self.mesh, schedule, self.context_length, self.device, autocasting)
-        if self.shards_blocks:
+        if self.uses_fsdp:
             for stage in self.pipeline.stages:
                 self._shard(stage, stage.blocks, precision, (stage,))
-        self._check_in_force(model)
+        self._verify_sharding(model)
         if empty:
-            self.pipeline.make_room()
+            self.pipeline.materialize()
         return self.pipeline
 
     @staticmethod
@@ -383,18 +384,18 @@ class PipelineLayout(Layout):
     def score(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return model.sum_of_losses(batch), (batch.labels != IGNORE_INDEX).sum()
 
-    def share(self, parameter: nn.Parameter) -> float:
-        return (0.5 if parameter is self.pipeline.tied_end else 1.0) * num_shards(parameter) / self.data_size
+    def grad_norm_weight(self, parameter: nn.Parameter) -> float:
+        return (0.5 if parameter is self.pipeline.tied_end else 1.0) * num_shards(parameter) / self.dp_size
 
-    def gather(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
-        return self.pipeline.gather(tensors, copy)
+    def gather_full(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
+        return self.pipeline.gather_full(tensors, copy)
 
     def describe(self, model: nn.Module, precision: str, data: str) -> list[str]:
         first, *others = super().describe(model, precision, data)
         return [f"{first}, {self.settings.pipeline_schedule}", *self.pipeline.split.describe(self.places), *others]
 
 
-def rows_of_micro_batch(settings: ParallelSettings, rows: int, asked: int | None) -> int:
+def micro_batch_size(settings: ParallelSettings, rows: int, asked: int | None) -> int:
     """Of the ``rows`` that a pipeline reads for a step; ``asked``: training.device_batch_size.
 
     Raises:
@@ -426,27 +427,27 @@ def rows_of_micro_batch(settings: ParallelSettings, rows: int, asked: int | None
     return asked
 
 
-def choose_pipeline(
-    layout: Layout, settings: PretrainSettings, config: ScratchGPTConfig, context_length: int
-) -> PipelineLayout:
+def build_pipeline_strategy(
+    strategy: Strategy, settings: PretrainSettings, config: ScratchGPTConfig, context_length: int
+) -> PipelineStrategy:
     """In place of ``layout``, which the configuration file of `accelerate launch` asks for.
 
     Raises:
         UserError: the processes, the model or the settings do not allow the pipeline that was asked for.
     """
     asked = f"--parallel.pipeline is {settings.parallel.pipeline}"
-    if layout.strategy not in ("single", "ddp", "fsdp2"):
+    if strategy.name not in ("single", "ddp", "fsdp2"):
         raise UserError(
-            f"{asked}, the configuration file says {layout.strategy}: take configs/accelerate/pipeline.yaml, or "
+            f"{asked}, the configuration file says {strategy.name}: take configs/accelerate/pipeline.yaml, or "
             "pipeline_fsdp2.yaml"
         )
-    if layout.world % settings.parallel.pipeline:
-        raise UserError(f"{asked}; it must divide the number of processes, which is {layout.world}")
-    if layout.strategy == "fsdp2" and layout.world == settings.parallel.pipeline:
+    if strategy.world_size % settings.parallel.pipeline:
+        raise UserError(f"{asked}; it must divide the number of processes, which is {strategy.world_size}")
+    if strategy.name == "fsdp2" and strategy.world_size == settings.parallel.pipeline:
         raise UserError(
             f"{asked}, and so is the number of processes: no two share a stage. Take configs/accelerate/pipeline.yaml"
         )
-    if layout.strategy == "fsdp2" and layout.offloads:
+    if strategy.name == "fsdp2" and strategy.offloads_to_cpu:
         raise UserError(f"{asked} and fsdp_offload_params is true, which is not tested with pipelines: leave it false")
     stages = settings.parallel.pipeline * STAGES_PER_PROCESS[settings.parallel.pipeline_schedule]
     if stages > config.num_hidden_layers:
@@ -464,4 +465,4 @@ def choose_pipeline(
             raise UserError(
                 f"{asked} and --training.{name} is given: no process has the model that would write; drop it"
             )
-    return PipelineLayout(layout, settings, context_length)
+    return PipelineStrategy(strategy, settings, context_length)

@@ -10,11 +10,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from scratch_gpt.distributed.dtensor import is_zero3, local, whole_shape, zero3_range
+from scratch_gpt.distributed.dtensor import full_shape, is_zero3, to_local, zero3_range
 from scratch_gpt.errors import UserError
 
 
-class SavedTensors:
+class SafetensorsReader:
     """The tensors in the safetensors files of ``folder`` by name, each whole, however what wrote them was spread."""
 
     def __init__(self, folder: Path, pattern: str):
@@ -54,7 +54,7 @@ class SavedTensors:
             UserError: as :meth:`read`.
         """
         saved = self._find(name, like)
-        width = whole_shape(like)[1:].numel()
+        width = full_shape(like)[1:].numel()
         first, last = start // width, -(-end // width)
         # safetensors does not read nothing
         rows = saved[first:last].flatten() if start < end else torch.empty(0)
@@ -64,14 +64,14 @@ class SavedTensors:
         if name not in self._place:
             raise UserError(f"{self.folder} holds no {name}: is it a model of this package, in safetensors?")
         saved = self._place[name].get_slice(name)
-        shape, expected = tuple(saved.get_shape()), tuple(whole_shape(like))
+        shape, expected = tuple(saved.get_shape()), tuple(full_shape(like))
         if shape not in ((), expected):
             raise UserError(f"{name} in {self.folder} has shape {shape}, the model's is {expected}")
         return saved
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, saved: SavedTensors) -> None:
+def load_weights(model: nn.Module, saved: SafetensorsReader) -> None:
     """Fill ``model`` as it is spread."""
     for name, parameter in model.named_parameters():
-        local(parameter).copy_(local(saved.read(name, parameter)))
+        to_local(parameter).copy_(to_local(saved.read(name, parameter)))

@@ -3,12 +3,12 @@
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 
-from scratch_gpt.distributed.launch import asks_for_deepspeed, launched_accelerator
-from scratch_gpt.distributed.strategy import Layout
+from scratch_gpt.distributed.launch import build_accelerator, deepspeed_requested
+from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.errors import UserError
 
 
-def choose_layout() -> Layout:
+def build_strategy() -> Strategy:
     """The layout that the configuration file of `accelerate launch` asks for.
 
     Raises:
@@ -16,11 +16,11 @@ def choose_layout() -> Layout:
     """
     if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM is not supported: take one of configs/accelerate/")
-    if asks_for_deepspeed():
-        from scratch_gpt.distributed.deepspeed import choose_zero
+    if deepspeed_requested():
+        from scratch_gpt.distributed.deepspeed import build_deepspeed_strategy
 
-        return choose_zero()
-    accelerator = launched_accelerator()
+        return build_deepspeed_strategy()
+    accelerator = build_accelerator()
     world: int = accelerator.num_processes
     shard_blocks = parse_flag_from_env("ACCELERATE_USE_FSDP")
     sizes: ParallelismConfig = accelerator.parallelism_config or ParallelismConfig(
@@ -37,19 +37,19 @@ def choose_layout() -> Layout:
     elif sizes.tp_size > 1:
         strategy = "tp"
     else:
-        return Layout(accelerator, "ddp" if world > 1 else "single")
-    return Layout(accelerator, strategy, sizes.get_device_mesh(accelerator.device.type))
+        return Strategy(accelerator, "ddp" if world > 1 else "single")
+    return Strategy(accelerator, strategy, sizes.get_device_mesh(accelerator.device.type))
 
 
-def sharing_layout(accelerator: Accelerator) -> Layout:
+def build_model_parallel_strategy(accelerator: Accelerator) -> Strategy:
     """Tensor or context parallel, as the configuration file asks for, over processes which to ``accelerator`` have copies."""
     sizes = ParallelismConfig()
     mesh = sizes.get_device_mesh(accelerator.device.type)
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return Layout(accelerator, "tp", mesh)
+        return Strategy(accelerator, "tp", mesh)
     strategy = "hsdp" if sizes.dp_replicate_size > 1 else "fsdp2"
     strategy += " x cp" if sizes.cp_size > 1 else " x tp"
-    return Layout(accelerator, strategy, mesh, FullyShardedDataParallelPlugin())
+    return Strategy(accelerator, strategy, mesh, FullyShardedDataParallelPlugin())
 
 
 def _check_plugin(accelerator: Accelerator) -> None:

@@ -6,7 +6,7 @@ a model that tensor parallelism has divided before, or whose rows context parall
 not used: under bf16 it reduces gradients in bf16 and returns a bf16 loss, and it recomputes activations with other random
 numbers.
 
-The loop asks a `Layout` which rows to read, how much a loss counts, and for norms and sums over everything. Checkpoints
+The loop asks a `Strategy` which rows to read, how much a loss counts, and for norms and sums over everything. Checkpoints
 hold whole tensors by name and say nothing of the layout, so that any layout goes on from any other.
 """
 
@@ -27,91 +27,91 @@ from torch.nn.parallel import DistributedDataParallel
 from scratch_gpt.compute.precision import COMPUTE_DTYPES, autocast
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.distributed import context_parallel
-from scratch_gpt.distributed.dtensor import local, num_shards, whole_shape
-from scratch_gpt.distributed.materialize import make_room
+from scratch_gpt.distributed.dtensor import full_shape, num_shards, to_local
+from scratch_gpt.distributed.materialize import materialize
 from scratch_gpt.distributed.optimizer import Optimizers
-from scratch_gpt.distributed.safetensors_reader import SavedTensors, load_weights
-from scratch_gpt.distributed.tensor_parallel import divide, partial_gradients
+from scratch_gpt.distributed.safetensors_reader import SafetensorsReader, load_weights
+from scratch_gpt.distributed.tensor_parallel import apply_tensor_parallel, partial_gradients
 from scratch_gpt.errors import UserError
 from scratch_gpt.evaluation.bits_per_byte import score_batch
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock
 
 
-class Layout:
+class Strategy:
     """One model on all processes of the launch. Every method is called by all of them.
 
     ``strategy`` is single, ddp, fsdp2, hsdp or tp, or "fsdp2 x tp", "fsdp2 x cp"; ``mesh`` names the dimensions that the
     processes are arranged in; ``plugin`` has Accelerate's settings of FSDP, by default those of ``accelerator``.
     """
 
-    def __init__(self, accelerator: Accelerator, strategy: str, mesh: DeviceMesh | None = None, plugin: Any = None):
-        self.accelerator, self.strategy, self.mesh = accelerator, strategy, mesh
+    def __init__(self, accelerator: Accelerator, name: str, mesh: DeviceMesh | None = None, plugin: Any = None):
+        self.accelerator, self.name, self.mesh = accelerator, name, mesh
         self.plugin: Any = plugin or getattr(accelerator.state, "fsdp_plugin", None)
         self.device: torch.device = accelerator.device
-        self.world: int = accelerator.num_processes
+        self.world_size: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
-        self.is_main: bool = accelerator.is_main_process
+        self.is_main_process: bool = accelerator.is_main_process
         sizes = {} if mesh is None else dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
-        self.tensor_size: int = sizes.get("tp", 1)
-        self.context_size: int = sizes.get("cp", 1)
-        self.shards_blocks: bool = "dp_shard" in sizes or "cp" in sizes
+        self.tp_size: int = sizes.get("tp", 1)
+        self.cp_size: int = sizes.get("cp", 1)
+        self.uses_fsdp: bool = "dp_shard" in sizes or "cp" in sizes
 
     # ------------------------------------------------------------------------------------------------ data
 
     @property
-    def sharing(self) -> int:
+    def model_parallel_size(self) -> int:
         """How many processes share each row: its matrix products, or its columns."""
-        return self.tensor_size * self.context_size
+        return self.tp_size * self.cp_size
 
     @property
-    def data_size(self) -> int:
+    def dp_size(self) -> int:
         """Into how many parts the rows of a step are divided."""
-        return self.world // self.sharing
+        return self.world_size // self.model_parallel_size
 
     @property
-    def data_rank(self) -> int:
+    def dp_rank(self) -> int:
         """Which part this process reads."""
-        return self.rank // self.sharing
+        return self.rank // self.model_parallel_size
 
     @property
-    def random_rank(self) -> int:
+    def rng_rank(self) -> int:
         """Processes of the same one draw the same random numbers."""
-        return self.rank // self.tensor_size
+        return self.rank // self.tp_size
 
-    def own_part(self, batch: Batch, model: nn.Module) -> tuple[Batch, Any]:
+    def shard_batch(self, batch: Batch, model: nn.Module) -> tuple[Batch, Any]:
         """Of the rows that this process reads, what it computes; and what the model is given as attention mask."""
-        if self.context_size == 1:
+        if self.cp_size == 1:
             return batch, None
         assert self.mesh is not None
-        return context_parallel.divide_rows(batch, self.unwrap(model).config, self.mesh["cp"].get_group())
+        return context_parallel.shard_batch(batch, self.unwrap(model).config, self.mesh["cp"].get_group())
 
-    def divide_inside(self, backbone: Any) -> None:
+    def apply_context_parallel(self, backbone: Any) -> None:
         """Where processes share columns: let ``backbone`` be given whole rows, and give them back."""
-        if self.context_size > 1:
+        if self.cp_size > 1:
             assert self.mesh is not None
-            context_parallel.divide_inside(backbone, self.mesh["cp"].get_group())
+            context_parallel.apply_context_parallel(backbone, self.mesh["cp"].get_group())
 
-    def device_rows(self, rows: int, asked: int | None) -> int:
+    def device_batch_size(self, rows: int, asked: int | None) -> int:
         """Rows of one forward pass of a process that reads ``rows`` a step."""
         return asked or rows
 
     @property
-    def gradient_divisor(self) -> int:
+    def gradient_divide_factor(self) -> int:
         """Over how many processes gradients are averaged, where their sum is wanted."""
-        return self.world // self.tensor_size
+        return self.world_size // self.tp_size
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` of every part of the data, added up; the same on all processes, bit for bit."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(tensor)
-        return tensor / self.tensor_size
+        return tensor / self.tp_size
 
-    def told_by_first(self, compute: Callable[[], Any]) -> Any:
+    def broadcast_from_first_rank(self, compute: Callable[[], Any]) -> Any:
         """What ``compute`` gives, or raises, in the first of the processes that read the same rows; the others do not call it."""
-        if self.sharing == 1:
+        if self.model_parallel_size == 1:
             return compute()
-        assert self.mesh is not None and 1 in (self.tensor_size, self.context_size)
-        mesh = self.mesh["tp" if self.tensor_size > 1 else "cp"]
+        assert self.mesh is not None and 1 in (self.tp_size, self.cp_size)
+        mesh = self.mesh["tp" if self.tp_size > 1 else "cp"]
         told: list[Any] = [None, None]
         if mesh.get_local_rank() == 0:
             try:
@@ -131,21 +131,21 @@ class Layout:
         return self.mesh is not None
 
     @property
-    def may_compile(self) -> bool:
+    def can_compile(self) -> bool:
         """Whether blocks can be compiled: in torch 2.13 the backward pass of a compiled block forgets how tensor
         parallelism divides the weights, and fails.
         """
-        return self.tensor_size == 1
+        return self.tp_size == 1
 
     def check(self, optimizer: str, precision: str, compiled: bool) -> None:
         """Raises a UserError if this layout cannot do what a run asks for, or has begun with."""
-        if compiled and not self.may_compile:
+        if compiled and not self.can_compile:
             raise UserError(
                 "--training.compile is on, and torch's compiler does not take blocks whose matrices are divided by tensor "
                 "parallelism: leave it at auto, or take configs/accelerate/fsdp2.yaml"
             )
 
-    def spread(self, model: Any, precision: str) -> nn.Module:
+    def parallelize(self, model: Any, precision: str) -> nn.Module:
         """Put ``model`` in force, whole and the same on every process, or empty; returns what to call in its place.
 
         An empty one (on torch's meta device) has memory for its parts then, to be filled.
@@ -153,27 +153,27 @@ class Layout:
         Raises:
             UserError: the layout that was asked for did not come true.
         """
-        return self.spread_for(model, precision, (model,))
+        return self.parallelize_roots(model, precision, (model,))
 
-    def spread_for(self, model: Any, precision: str, called: Iterable[nn.Module]) -> nn.Module:
+    def parallelize_roots(self, model: Any, precision: str, called: Iterable[nn.Module]) -> nn.Module:
         """:meth:`spread`, for a model of which ``called`` are called, together all that has weights."""
         empty = next(model.parameters()).is_meta
         if not empty:
             model.to(self.device)
         spread: nn.Module = model
-        if self.tensor_size > 1:
+        if self.tp_size > 1:
             assert self.mesh is not None
-            divide(model, self.mesh["tp"])
-        if self.context_size > 1:
+            apply_tensor_parallel(model, self.mesh["tp"])
+        if self.cp_size > 1:
             model.set_attn_implementation(context_parallel.ATTENTION)
-        if self.shards_blocks:
+        if self.uses_fsdp:
             self._shard(model, model.transformer.h, precision, called)
-        elif self.strategy == "ddp":
+        elif self.name == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
             spread = DistributedDataParallel(model, device_ids=devices)
-        self._check_in_force(spread)
+        self._verify_sharding(spread)
         if empty:
-            make_room(model, torch.device("cpu") if self.offloads else self.device)
+            materialize(model, torch.device("cpu") if self.offloads_to_cpu else self.device)
         return spread
 
     def _shard(
@@ -186,7 +186,7 @@ class Layout:
         they are one group, which belongs to the whole model. It stays float32, as autocast has embedding and residual
         stream; blocks are gathered in the dtype that autocast would cast them to.
         """
-        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offloads else OffloadPolicy()
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offloads_to_cpu else OffloadPolicy()
 
         def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
             return MixedPrecisionPolicy(
@@ -209,39 +209,39 @@ class Layout:
     def _shard_mesh(self) -> DeviceMesh:
         """The processes that have parts of a copy, which share rows or not, and if there are several copies those too."""
         assert self.mesh is not None
-        shards = "dp_shard_cp" if self.context_size > 1 else "dp_shard"  # one dimension of Accelerate's, made of two
+        shards = "dp_shard_cp" if self.cp_size > 1 else "dp_shard"  # one dimension of Accelerate's, made of two
         return self.mesh[("dp_replicate", shards) if "dp_replicate" in self.mesh.mesh_dim_names else shards]
 
     @property
-    def offloads(self) -> bool:
+    def offloads_to_cpu(self) -> bool:
         """Whether parts of the model lie in the memory of the CPU while they do not compute."""
-        return self.shards_blocks and isinstance(self.plugin.cpu_offload, CPUOffloadPolicy)
+        return self.uses_fsdp and isinstance(self.plugin.cpu_offload, CPUOffloadPolicy)
 
-    def _check_in_force(self, model: nn.Module) -> None:
+    def _verify_sharding(self, model: nn.Module) -> None:
         if self.mesh is not None:
-            shards = self._shard_mesh().shape[-1] if self.shards_blocks else 1
+            shards = self._shard_mesh().shape[-1] if self.uses_fsdp else 1
             wrong = [
                 name
                 for name, parameter in model.named_parameters()
                 # biases and norms are whole under tensor parallelism, and of two matrices of an adapter one
                 if num_shards(parameter)
-                not in {shards * self.tensor_size, shards if parameter.ndim == 1 or ".lora_" in name else 0}
+                not in {shards * self.tp_size, shards if parameter.ndim == 1 or ".lora_" in name else 0}
                 and not name.endswith("wpe.weight")
                 and ".score." not in f".{name}"
             ]
             if wrong:
                 raise UserError(
-                    f"{self.strategy} was asked for, but {', '.join(wrong[:3])} ({len(wrong)} parameters) are not in "
-                    f"{shards * self.tensor_size} shards"
+                    f"{self.name} was asked for, but {', '.join(wrong[:3])} ({len(wrong)} parameters) are not in "
+                    f"{shards * self.tp_size} shards"
                 )
-        elif (self.strategy == "ddp") != isinstance(model, DistributedDataParallel):
-            raise UserError(f"{self.strategy} was asked for, but the model is a {type(model).__name__}")
+        elif (self.name == "ddp") != isinstance(model, DistributedDataParallel):
+            raise UserError(f"{self.name} was asked for, but the model is a {type(model).__name__}")
 
-    def engage(self, model: nn.Module, optimizers: Optimizers) -> tuple[nn.Module, Optimizers]:
+    def wrap(self, model: nn.Module, optimizers: Optimizers) -> tuple[nn.Module, Optimizers]:
         """What to call in the place of a model that is spread and filled, and of the optimizers over its parameters."""
         return model, optimizers
 
-    def load_weights(self, model: nn.Module, saved: SavedTensors) -> None:
+    def load_weights(self, model: nn.Module, saved: SafetensorsReader) -> None:
         """Fill ``model``, which is in training."""
         load_weights(self.unwrap(model), saved)
 
@@ -259,12 +259,12 @@ class Layout:
             with model.no_sync():
                 yield
             return
-        for module in model.modules() if self.shards_blocks else ():
+        for module in model.modules() if self.uses_fsdp else ():
             if isinstance(module, FSDPModule):
                 module.set_requires_all_reduce(last, recurse=False)
         yield
-        if last and self.tensor_size > 1:
-            self._complete_gradients(model)
+        if last and self.tp_size > 1:
+            self._reduce_partial_gradients(model)
 
     def forward_backward(
         self, model: nn.Module, batches: Sequence[Batch], num_targets: int, precision: str, loss_scale: float = 1.0
@@ -276,9 +276,9 @@ class Layout:
         """
         total = torch.zeros((), device=self.device)
         # Data parallelism averages gradients over ranks; the gradient of the whole step's mean is their sum.
-        factor = self.gradient_divisor * loss_scale
+        factor = self.gradient_divide_factor * loss_scale
         for number, batch in enumerate(batches, start=1):
-            batch, attention_mask = self.own_part(batch.to(self.device), model)
+            batch, attention_mask = self.shard_batch(batch.to(self.device), model)
             with self.micro_batch(model, last=number == len(batches)):
                 with autocast(self.device.type, precision):
                     loss = model(
@@ -295,25 +295,25 @@ class Layout:
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of a batch's cross-entropies in nats and number of its targets, of the part that this rank computes."""
-        return score_batch(model, *self.own_part(batch, model))
+        return score_batch(model, *self.shard_batch(batch, model))
 
     def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
         """The backward pass of one micro-batch."""
         loss.backward()
 
-    def _complete_gradients(self, model: Any) -> None:
+    def _reduce_partial_gradients(self, model: Any) -> None:
         assert self.mesh is not None
         for parameter in model.parameters():  # torch leaves gradients as they come: in parts, whole or as summands
             if isinstance(parameter.grad, DTensor) and parameter.grad.placements != parameter.placements:
                 parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
-        gradients = [local(parameter.grad) for parameter in partial_gradients(model)]
+        gradients = [to_local(parameter.grad) for parameter in partial_gradients(model)]
         if gradients:
             together = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(together, group=self.mesh["tp"].get_group())
             for gradient, whole in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(whole.view_as(gradient))
 
-    def after_evaluation(self, model: Any) -> None:
+    def release_gathered_weights(self, model: Any) -> None:
         """Give up the weights that a forward pass has gathered for a backward pass that does not come."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -321,25 +321,27 @@ class Layout:
 
     # ------------------------------------------------------------------------------------------------ gradients
 
-    def share(self, parameter: nn.Parameter) -> float:
+    def grad_norm_weight(self, parameter: nn.Parameter) -> float:
         """What this process's gradient counts for: of equal copies on several processes each is a part."""
-        return num_shards(parameter) / self.world
+        return num_shards(parameter) / self.world_size
 
-    def own_gradients(self, parameters: Iterable[nn.Parameter]) -> tuple[list[torch.Tensor], list[float]]:
+    def local_gradients(self, parameters: Iterable[nn.Parameter]) -> tuple[list[torch.Tensor], list[float]]:
         """The gradients that this process holds, and the :meth:`share` of each."""
         there_is = [parameter for parameter in parameters if parameter.grad is not None]
-        return [local(parameter.grad) for parameter in there_is], [self.share(parameter) for parameter in there_is]
+        return [to_local(parameter.grad) for parameter in there_is], [
+            self.grad_norm_weight(parameter) for parameter in there_is
+        ]
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
         """Scale the gradients so that their norm over the whole model is at most ``max_norm``; returns what it was."""
-        pieces, shares = self.own_gradients(parameters)
+        pieces, shares = self.local_gradients(parameters)
         if not pieces:  # nowhere
             return 0.0
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         norms = torch.stack(torch._foreach_norm(pieces)).to(self.device, exact)
         squares = norms.square() * torch.tensor(shares, dtype=exact, device=self.device)
         total = squares.sum()
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(total)
         norm: float = total.sqrt().item()
         if norm > max_norm:
@@ -348,7 +350,7 @@ class Layout:
 
     # ------------------------------------------------------------------------------------------------ whole tensors
 
-    def gather(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
+    def gather_full(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
         """``tensors`` whole and on the CPU of the main process, one after the other; nothing on the other processes.
 
         What is whole on the CPU already is not copied, unless ``copy`` says so.
@@ -357,7 +359,7 @@ class Layout:
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):
                 tensor = tensor.to(self.device).full_tensor()
-            if self.is_main:
+            if self.is_main_process:
                 whole[name] = tensor.detach().to("cpu", copy=copy).contiguous()
         return whole
 
@@ -373,7 +375,7 @@ class Layout:
         parameters = list(model.parameters())
         blocks = [block for block in self.unwrap(model).transformer.h if isinstance(block, ScratchGPTBlock)]
         sharded = sum(num_shards(parameter) > 1 for parameter in parameters)
-        held, number = sum(local(p).numel() for p in parameters), sum(whole_shape(p).numel() for p in parameters)
+        held, number = sum(to_local(p).numel() for p in parameters), sum(full_shape(p).numel() for p in parameters)
         recomputed = sum(block.gradient_checkpointing for block in blocks)
         compiled = sum(block._compiled_call_impl is not None for block in blocks)
         line = (
@@ -382,15 +384,15 @@ class Layout:
             f"{recomputed} of {len(blocks)} blocks recomputed, {compiled} compiled"
             + (f"; data {data[:8]}" if data else "")
         )
-        lines = gather_object([line]) if self.world > 1 else [line]
+        lines = gather_object([line]) if self.world_size > 1 else [line]
         if len({line.rpartition(" ")[2] for line in lines}) > 1:
             raise UserError("the processes read different data: is the run directory on a file system that all share?")
         mesh = ""
         if self.mesh is not None:
             mesh = ", " + " x ".join(f"{n} {s}" for n, s in zip(self.mesh.mesh_dim_names, self.mesh.shape, strict=True))
-        said = [f"{self.strategy} on {self.world} process(es){mesh}, {self.device.type}"]
+        said = [f"{self.name} on {self.world_size} process(es){mesh}, {self.device.type}"]
         for line in dict.fromkeys(lines):
             processes = [rank for rank, its in enumerate(lines) if its == line]
-            who = "each" if len(processes) == self.world else f"process {', '.join(map(str, processes))}"
+            who = "each" if len(processes) == self.world_size else f"process {', '.join(map(str, processes))}"
             said.append(f"{who}: {line}")
         return said

@@ -33,7 +33,7 @@ def check_sizes(config: Any, size: int) -> None:
         raise UserError(f"tensor parallelism over {size} processes divides heads and MLP evenly; here {', '.join(odd)}")
 
 
-def divide(model: Any, mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
     """Divide the weights of ``model``, in place, over the one-dimensional ``mesh``; it may have LoRA's adapters around it."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_sizes(model.config, mesh.size())

@@ -23,32 +23,32 @@ LONGEST_INTERVAL = 15.0
 """Seconds between two signs of life."""
 
 
-class Watch:
+class Watchdog:
     """While active, ends this process where its main thread makes no :meth:`step` for ``timeout`` seconds.
 
     For runs of one process it does nothing.
     """
 
     def __init__(self, timeout: float, rank: int, world: int):
-        self.timeout, self.rank, self.world = timeout, rank, world
+        self.timeout, self.rank, self.world_size = timeout, rank, world
         self.interval = min(timeout / 4, LONGEST_INTERVAL)
         self._ended = threading.Event()
         targets = {"sign of life": self._beat_on, "watch": self._look_on}
         self._threads = [threading.Thread(target=job, name=name, daemon=True) for name, job in targets.items()]
         self._beats, self._leaving = 0, False
-        self.at("at the beginning")
+        self.heartbeat("at the beginning")
 
-    def at(self, place: str) -> None:
+    def heartbeat(self, place: str) -> None:
         """The main thread gets on: it is at ``place`` now."""
         self._place, self._since = place, time.monotonic()
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """The main thread says good-bye: from now on the others may be gone, and the store with them."""
         self._leaving = True
-        self.at("leaving the other processes")
+        self.heartbeat("leaving the other processes")
 
     def __enter__(self) -> Self:
-        if self.world > 1:
+        if self.world_size > 1:
             # A connection of its own, for the main thread may wait in torch's; new keys after each restart.
             store = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
@@ -109,7 +109,7 @@ class Watch:
         signs: list[dict[str, Any] | None] = []
 
         def ask() -> None:
-            keys = [str(rank) for rank in range(self.world)]
+            keys = [str(rank) for rank in range(self.world_size)]
             there = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
             found = dict(zip(there, map(json.loads, self._store.multi_get(there)), strict=True))
             signs.extend(found.get(key) for key in keys)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scratch_gpt.config import EvaluateSettings
-from scratch_gpt.console import say
+from scratch_gpt.console import print0
 from scratch_gpt.data.sources import bundled_corpus, find_files, read_documents
 from scratch_gpt.errors import UserError
 from scratch_gpt.evaluation.builtin_tasks import questions_for
@@ -73,7 +73,7 @@ def describe(score: Score) -> str:
 def evaluate_command(settings: EvaluateSettings) -> None:
     """`scratch-gpt evaluate`."""
     paths = [bundled_corpus("valid")] if settings.text is None else find_files(settings.text)
-    documents = list(read_documents(paths, settings.errors))
+    documents = list(read_documents(paths, settings.encoding_errors))
     from scratch_gpt.model.loading import load_model
 
     model, tokenizer = load_model(settings.model)
@@ -81,10 +81,10 @@ def evaluate_command(settings: EvaluateSettings) -> None:
         evaluation = evaluate(
             model, tokenizer, documents, task_folder=Path(folder), limit=settings.limit, seed=settings.seed
         )
-    say(f"bits per byte {evaluation.bits_per_byte:.4f}, loss {evaluation.loss:.4f} nats per token")
+    print0(f"bits per byte {evaluation.bits_per_byte:.4f}, loss {evaluation.loss:.4f} nats per token")
     for score in evaluation.scores:
-        say(describe(score))
+        print0(describe(score))
     if not evaluation.scores:
-        say("the text is too short to make questions from")
+        print0("the text is too short to make questions from")
     if settings.output is not None:
         write_json(Path(settings.output), {"model": settings.model, **evaluation.as_dict()})

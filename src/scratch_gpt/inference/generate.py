@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from scratch_gpt.config import GenerateSettings
-from scratch_gpt.console import say
+from scratch_gpt.console import print0
 from scratch_gpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,5 +66,5 @@ def generate_command(settings: GenerateSettings) -> None:
 
     model, tokenizer = load_model(settings.model)
     for text in continuations(model, tokenizer, settings.prompt, settings):
-        say(text)
-        say()
+        print0(text)
+        print0()

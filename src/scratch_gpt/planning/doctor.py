@@ -16,15 +16,15 @@ import torch
 from accelerate.utils import gather_object
 
 from scratch_gpt import __version__
-from scratch_gpt.compute.activation_checkpointing import checkpoint_activations
+from scratch_gpt.compute.activation_checkpointing import enable_activation_checkpointing
 from scratch_gpt.compute.precision import check_precision, has_bf16
 from scratch_gpt.config import DoctorSettings
-from scratch_gpt.console import say
+from scratch_gpt.console import print0
 from scratch_gpt.data.workers import available_cores
-from scratch_gpt.distributed.launch import part
+from scratch_gpt.distributed.launch import shutdown
 from scratch_gpt.distributed.optimizer import build_optimizer
-from scratch_gpt.distributed.pipeline import choose_pipeline
-from scratch_gpt.distributed.setup import choose_layout
+from scratch_gpt.distributed.pipeline import build_pipeline_strategy
+from scratch_gpt.distributed.setup import build_strategy
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "deepspeed", "torchao", "liger-kernel")
@@ -33,12 +33,14 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", 
 def doctor_command(settings: DoctorSettings) -> None:
     """`scratch-gpt doctor`."""
     cores, memory = available_cores(), psutil.virtual_memory().total
-    say(f"machine    {socket.gethostname()}, {platform.system()} {platform.machine()}, {cores} cores, {_size(memory)}")
-    say(f"versions   scratch-gpt {__version__}, Python {sys.version.split()[0]}, {', '.join(_versions())}")
+    print0(
+        f"machine    {socket.gethostname()}, {platform.system()} {platform.machine()}, {cores} cores, {_size(memory)}"
+    )
+    print0(f"versions   scratch-gpt {__version__}, Python {sys.version.split()[0]}, {', '.join(_versions())}")
 
-    layout = choose_layout()
+    strategy = build_strategy()
     asked = settings.training
-    layout.check(asked.optimizer, asked.precision, asked.compile == "on")
+    strategy.check(asked.optimizer, asked.precision, asked.compile == "on")
     tiny = ScratchGPTConfig(
         vocab_size=256,
         hidden_size=64,
@@ -48,23 +50,23 @@ def doctor_command(settings: DoctorSettings) -> None:
         max_position_embeddings=32,
     )
     if settings.parallel.pipeline > 1:
-        layout = choose_pipeline(layout, settings, tiny, tiny.max_position_embeddings)
+        strategy = build_pipeline_strategy(strategy, settings, tiny, tiny.max_position_embeddings)
     precision = settings.training.precision
     if precision == "auto":
-        precision = "bf16" if layout.device.type == "cuda" and has_bf16(layout.device) else "fp32"
-    check_precision(precision, layout.device)
+        precision = "bf16" if strategy.device.type == "cuda" and has_bf16(strategy.device) else "fp32"
+    check_precision(precision, strategy.device)
 
-    own = f"process {layout.rank} on {socket.gethostname()}: {_device(layout.device)}"
-    for number, line in enumerate(gather_object([own]) if layout.world > 1 else [own]):
-        say(("devices    " if number == 0 else "           ") + line)
+    own = f"process {strategy.rank} on {socket.gethostname()}: {_device(strategy.device)}"
+    for number, line in enumerate(gather_object([own]) if strategy.world_size > 1 else [own]):
+        print0(("devices    " if number == 0 else "           ") + line)
     torch.manual_seed(settings.seed)
     model = ScratchGPTForCausalLM(tiny).train()
-    checkpoint_activations(model, settings.training)
-    spread, _ = layout.engage(layout.spread(model, precision), build_optimizer(model, settings.training))
-    for number, line in enumerate(layout.describe(spread, precision, "")):
-        say(("layout     " if number == 0 else "           ") + line)
-    say("           (numbers of a tiny model, on which it was tried)")
-    part(layout.accelerator)
+    enable_activation_checkpointing(model, settings.training)
+    spread, _ = strategy.wrap(strategy.parallelize(model, precision), build_optimizer(model, settings.training))
+    for number, line in enumerate(strategy.describe(spread, precision, "")):
+        print0(("layout     " if number == 0 else "           ") + line)
+    print0("           (numbers of a tiny model, on which it was tried)")
+    shutdown(strategy.accelerator)
 
 
 def _versions() -> list[str]:

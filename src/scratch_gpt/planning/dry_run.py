@@ -21,9 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scratch_gpt.compute.precision import autocast
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.distributed.dtensor import local
+from scratch_gpt.distributed.dtensor import to_local
 from scratch_gpt.distributed.optimizer import build_optimizer
-from scratch_gpt.distributed.strategy import Layout
+from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 
 TOKENS = 8
@@ -31,7 +31,7 @@ TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Held:
+class MeasuredMemory:
     """Bytes on the first device after a step."""
 
     weights: int
@@ -42,7 +42,7 @@ class Held:
 
 
 @contextmanager
-def pretended_processes(number: int) -> Iterator[None]:
+def fake_process_group(number: int) -> Iterator[None]:
     """This process is the first of ``number`` whose collectives return at once and with nothing of use."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
     try:
@@ -51,7 +51,7 @@ def pretended_processes(number: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def pretended_layout(dimensions: dict[str, int], device: str) -> Layout:
+def fake_strategy(dimensions: dict[str, int], device: str) -> Strategy:
     """The layout over as many processes as there are; ``dimensions`` are those of `parallelism_config`, in its order."""
     mesh = init_device_mesh("cpu", tuple(dimensions.values()), mesh_dim_names=tuple(dimensions))
     accelerator: Any = SimpleNamespace(
@@ -62,19 +62,21 @@ def pretended_layout(dimensions: dict[str, int], device: str) -> Layout:
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_offload=None, reshard_after_forward=True)),
     )
     strategy = "hsdp" if "dp_replicate" in dimensions else "fsdp2"
-    return Layout(accelerator, f"{strategy} x tp" if "tp" in dimensions else strategy, mesh)
+    return Strategy(accelerator, f"{strategy} x tp" if "tp" in dimensions else strategy, mesh)
 
 
-def rehearse(config: ScratchGPTConfig, dimensions: dict[str, int], precision: str, training: TrainingSettings) -> Held:
+def dry_run(
+    config: ScratchGPTConfig, dimensions: dict[str, int], precision: str, training: TrainingSettings
+) -> MeasuredMemory:
     """A step over the product of ``dimensions`` processes."""
     processes = 1
     for size in dimensions.values():
         processes *= size
-    with pretended_processes(processes):
-        layout = pretended_layout(dimensions, "meta")
+    with fake_process_group(processes):
+        strategy = fake_strategy(dimensions, "meta")
         with torch.device("meta"):
             model = ScratchGPTForCausalLM(config).train()
-        layout.spread(model, precision)
+        strategy.parallelize(model, precision)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             optimizers = build_optimizer(model, training)
@@ -88,8 +90,8 @@ def rehearse(config: ScratchGPTConfig, dimensions: dict[str, int], precision: st
         parameters = dict(model.named_parameters())
         gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
         moments = [value for value in optimizers.state_tensors().values() if value.ndim]
-        return Held(_bytes(parameters.values()), _bytes(gradients), _bytes(moments), parameters)
+        return MeasuredMemory(_bytes(parameters.values()), _bytes(gradients), _bytes(moments), parameters)
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(local(tensor).nbytes for tensor in tensors)
+    return sum(to_local(tensor).nbytes for tensor in tensors)

@@ -1,6 +1,6 @@
 """The largest device batch, found by trying: real steps of larger and larger batches until memory runs out.
 
-    scratch-gpt find-batch-size --model.preset modern-30m --training.context_length 512 --limit-memory 4GB
+    scratch-gpt find-batch-size --model.preset modern-30m --training.context_length 512 --max-memory 4GB
 
 Each try is a process of its own, so that one that the system kills for its memory is an answer like any other. Beside it
 `out_of_memory_advice`: what to say when a run itself meets its limit.
@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 import torch
 
-from scratch_gpt.compute.activation_checkpointing import checkpoint_activations
+from scratch_gpt.compute.activation_checkpointing import enable_activation_checkpointing
 from scratch_gpt.compute.float8 import use_float8
 from scratch_gpt.compute.precision import autocast, check_precision, has_bf16
 from scratch_gpt.config import FindBatchSizeSettings, PretrainSettings, parse_bytes
-from scratch_gpt.console import say
+from scratch_gpt.console import print0
 from scratch_gpt.distributed.materialize import build_model
 from scratch_gpt.distributed.optimizer import build_optimizer
 from scratch_gpt.errors import UserError
@@ -56,7 +56,7 @@ def find_batch_size_command(settings: FindBatchSizeSettings) -> None:
     limit = _limit(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_precision(settings.training.precision, torch.device(device))
-    say(
+    print0(
         f"{settings.model.preset}, vocabulary {config.vocab_size:,} ({vocabulary}), context {context:,}, "
         f"{precision(settings, device)} on {device}, at most {limit / GB:.1f} GB"
     )
@@ -67,10 +67,10 @@ def find_batch_size_command(settings: FindBatchSizeSettings) -> None:
             told = f"{result.tokens_per_second:10,.0f} tokens/s   peak {result.peak_bytes / GB:6.2f} GB"
         else:
             told = result.why_not
-        say(f"  {rows:5,} rows   {told}")
+        print0(f"  {rows:5,} rows   {told}")
         return result
 
-    fitting = [one for one in search(attempt, settings.limit_rows) if one.fits]
+    fitting = [one for one in search(attempt, settings.max_batch_size) if one.fits]
     if not fitting:
         raise UserError(
             f"not even one row of {context:,} tokens fits into {limit / GB:.1f} GB: "
@@ -78,17 +78,19 @@ def find_batch_size_command(settings: FindBatchSizeSettings) -> None:
         )
     largest = max(fitting, key=lambda one: one.rows)
     fastest = max(fitting, key=lambda one: one.tokens_per_second)
-    at_limit = " (the limit of this search, --limit-rows)" if largest.rows == settings.limit_rows else ""
-    say(f"largest    --training.device_batch_size {largest.rows}{at_limit}: {largest.tokens_per_second:,.0f} tokens/s")
+    at_limit = " (the limit of this search, --max-batch-size)" if largest.rows == settings.max_batch_size else ""
+    print0(
+        f"largest    --training.device_batch_size {largest.rows}{at_limit}: {largest.tokens_per_second:,.0f} tokens/s"
+    )
     if fastest.rows != largest.rows:
-        say(f"fastest    --training.device_batch_size {fastest.rows}: {fastest.tokens_per_second:,.0f} tokens/s")
+        print0(f"fastest    --training.device_batch_size {fastest.rows}: {fastest.tokens_per_second:,.0f} tokens/s")
 
 
-def search(attempt: Callable[[int], Try], limit_rows: int) -> list[Try]:
-    """Try 1, 2, 4, ... rows up to ``limit_rows``; after the first that does not fit, halve the interval in between."""
+def search(attempt: Callable[[int], Try], max_batch_size: int) -> list[Try]:
+    """Try 1, 2, 4, ... rows up to ``max_batch_size``; after the first that does not fit, halve the interval in between."""
     tries = [attempt(1)]
-    while tries[-1].fits and tries[-1].rows < limit_rows:
-        tries.append(attempt(min(2 * tries[-1].rows, limit_rows)))
+    while tries[-1].fits and tries[-1].rows < max_batch_size:
+        tries.append(attempt(min(2 * tries[-1].rows, max_batch_size)))
     if tries[-1].fits:
         return tries
     low, high = max((one.rows for one in tries if one.fits), default=0), tries[-1].rows
@@ -130,7 +132,7 @@ def try_batch(settings: FindBatchSizeSettings, rows: int, limit: int) -> Try:
     try:
         _hold_to(limit, device)
         model = build_model(config, settings.seed).to(device).train()
-        checkpoint_activations(model, settings.training)
+        enable_activation_checkpointing(model, settings.training)
         if settings.training.precision == "fp8":
             use_float8(model)
         optimizer = build_optimizer(model, settings.training)
@@ -164,8 +166,8 @@ def precision(settings: PretrainSettings, device: str) -> str:
 
 
 def _limit(settings: FindBatchSizeSettings) -> int:
-    if settings.limit_memory is not None:
-        return parse_bytes(settings.limit_memory, "limit-memory")
+    if settings.max_memory is not None:
+        return parse_bytes(settings.max_memory, "max-memory")
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return psutil.virtual_memory().available

@@ -151,7 +151,7 @@ def optimizer_bytes(
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedActivation:
     """A tensor that the forward pass keeps for the backward pass."""
 
     what: str
@@ -168,18 +168,20 @@ class Saved:
         return self.elements * self.bytes * times / (load.tensor_parallel if self.split else 1)
 
 
-def saved_in_block(config: ScratchGPTConfig, layer: int, load: Workload) -> list[Saved]:
+def saved_in_block(config: ScratchGPTConfig, layer: int, load: Workload) -> list[SavedActivation]:
     """What one block saves, in the order of its forward pass. The weights themselves are not listed."""
     low = load.matmul_bytes
     hidden, inner = config.hidden_size, config.intermediate_size
     return [
         *_norm("ln_1", hidden, FP32, 1, config),
         # Each projection under autocast makes a bfloat16 copy of its own; in float32 they share the norm's output.
-        Saved("input of q_proj, k_proj, v_proj", hidden * _copies(3, load), low),
+        SavedActivation("input of q_proj, k_proj, v_proj", hidden * _copies(3, load), low),
         *_attention(config, layer, load),
         *_dropout("mask of attn.resid_dropout", hidden, low, config.hidden_dropout, load),
         *_norm("ln_2", hidden, FP32, 1, config),
-        Saved("input of gate_proj, up_proj", hidden * _copies(2 if config.mlp_type == "gated" else 1, load), low),
+        SavedActivation(
+            "input of gate_proj, up_proj", hidden * _copies(2 if config.mlp_type == "gated" else 1, load), low
+        ),
         *_mlp(config, inner, low),
         *_dropout("mask of mlp.resid_dropout", hidden, low, config.hidden_dropout, load),
     ]
@@ -191,16 +193,16 @@ def _copies(readers: int, load: Workload) -> int:
 
 def _norm(
     name: str, size: int, element: int, vectors: int, config: ScratchGPTConfig, split: bool = False
-) -> list[Saved]:
+) -> list[SavedActivation]:
     """`vectors` normalised vectors of length `size`: RMSNorm keeps one float32 statistic of each, LayerNorm two."""
     statistics = 1 if config.norm_type == "rmsnorm" else 2
     return [
-        Saved(f"input of {name}", size * vectors, element, split),
-        Saved(f"statistics of {name}", statistics * vectors, FP32, split),
+        SavedActivation(f"input of {name}", size * vectors, element, split),
+        SavedActivation(f"statistics of {name}", statistics * vectors, FP32, split),
     ]
 
 
-def _attention(config: ScratchGPTConfig, layer: int, load: Workload) -> list[Saved]:
+def _attention(config: ScratchGPTConfig, layer: int, load: Workload) -> list[SavedActivation]:
     low, heads, kv_heads, head_dim = (
         load.matmul_bytes,
         config.num_attention_heads,
@@ -213,7 +215,7 @@ def _attention(config: ScratchGPTConfig, layer: int, load: Workload) -> list[Sav
         saved += _norm("q_norm", head_dim, element, heads, config, split=True)
         saved += _norm("k_norm", head_dim, element, kv_heads, config, split=True)
     if low == BF16 and _has_rope(config, layer):
-        saved += [Saved("cosines and sines", 2 * head_dim, BF16, per="position")]
+        saved += [SavedActivation("cosines and sines", 2 * head_dim, BF16, per="position")]
 
     if attention_is_materialised(config, load):
         return saved + _materialised_attention(config, load)
@@ -221,16 +223,16 @@ def _attention(config: ScratchGPTConfig, layer: int, load: Workload) -> list[Sav
     copies = heads if masked else kv_heads  # kernels with a mask take no groups of heads
     return [
         *saved,
-        *([Saved("mask", load.context, low)] if masked else []),
-        Saved("queries", heads * head_dim, low, split=True),
-        Saved("keys", copies * head_dim, low, split=True),
-        Saved("values", copies * head_dim, low, split=True),
-        Saved("logarithm of the softmax's denominator", heads, FP32, split=True),
-        Saved("output, the input of o_proj", heads * head_dim, low, split=True),
+        *([SavedActivation("mask", load.context, low)] if masked else []),
+        SavedActivation("queries", heads * head_dim, low, split=True),
+        SavedActivation("keys", copies * head_dim, low, split=True),
+        SavedActivation("values", copies * head_dim, low, split=True),
+        SavedActivation("logarithm of the softmax's denominator", heads, FP32, split=True),
+        SavedActivation("output, the input of o_proj", heads * head_dim, low, split=True),
     ]
 
 
-def _materialised_attention(config: ScratchGPTConfig, load: Workload) -> list[Saved]:
+def _materialised_attention(config: ScratchGPTConfig, load: Workload) -> list[SavedActivation]:
     low, heads, head_dim, scores = (
         load.matmul_bytes,
         config.num_attention_heads,
@@ -241,15 +243,15 @@ def _materialised_attention(config: ScratchGPTConfig, load: Workload) -> list[Sa
     ours = config._attn_implementation == "eager" or _is_short_bf16(load)
     inside = low if ours else FP32
     saved = [
-        Saved("queries", heads * head_dim, inside, split=True),
-        Saved("keys, one copy per query head", heads * head_dim, inside, split=True),
-        Saved("softmax", scores, FP32, split=True),
+        SavedActivation("queries", heads * head_dim, inside, split=True),
+        SavedActivation("keys, one copy per query head", heads * head_dim, inside, split=True),
+        SavedActivation("softmax", scores, FP32, split=True),
         *_dropout("mask of attn_dropout", scores, inside, config.attention_dropout, load, split=True),
-        Saved("values, one copy per query head", heads * head_dim, inside, split=True),
-        Saved("input of o_proj", heads * head_dim, low, split=True),
+        SavedActivation("values, one copy per query head", heads * head_dim, inside, split=True),
+        SavedActivation("input of o_proj", heads * head_dim, low, split=True),
     ]
     if inside == BF16 or config.attention_dropout:
-        saved += [Saved("attention weights, rounded or dropped out", scores, inside, split=True)]
+        saved += [SavedActivation("attention weights, rounded or dropped out", scores, inside, split=True)]
     return saved
 
 
@@ -273,54 +275,56 @@ def _has_rope(config: ScratchGPTConfig, layer: int) -> bool:
     )
 
 
-def _mlp(config: ScratchGPTConfig, inner: int, low: int) -> list[Saved]:
+def _mlp(config: ScratchGPTConfig, inner: int, low: int) -> list[SavedActivation]:
     """ReLU's derivative is told from its result; other activations keep their input, too."""
-    before = [] if config.hidden_act == "relu" else [Saved("input of the activation", inner, low, split=True)]
+    before = [] if config.hidden_act == "relu" else [SavedActivation("input of the activation", inner, low, split=True)]
     if config.mlp_type == "plain":
-        return [*before, Saved("input of down_proj", inner, low, split=True)]
+        return [*before, SavedActivation("input of down_proj", inner, low, split=True)]
     return [
         *before,
-        Saved("result of the activation", inner, low, split=True),
-        Saved("output of up_proj", inner, low, split=True),
-        Saved("input of down_proj", inner, low, split=True),
+        SavedActivation("result of the activation", inner, low, split=True),
+        SavedActivation("output of up_proj", inner, low, split=True),
+        SavedActivation("input of down_proj", inner, low, split=True),
     ]
 
 
 def _dropout(
     what: str, elements: float, element: int, probability: float, load: Workload, split: bool = False
-) -> list[Saved]:
+) -> list[SavedActivation]:
     """CUDA keeps a boolean per element, the CPU a number."""
-    return [Saved(what, elements, 1 if load.device == "cuda" else element, split)] if probability else []
+    return [SavedActivation(what, elements, 1 if load.device == "cuda" else element, split)] if probability else []
 
 
-def copied_weights(config: ScratchGPTConfig) -> Saved:
+def copied_weights(config: ScratchGPTConfig) -> SavedActivation:
     """The bfloat16 copies of a block's weights that autocast makes and the backward pass reads."""
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     mlp = (3 if config.mlp_type == "gated" else 2) * config.intermediate_size
-    return Saved("bf16 weights", config.hidden_size * (2 * queries + 2 * keys + mlp), BF16, split=True, per="model")
+    return SavedActivation(
+        "bf16 weights", config.hidden_size * (2 * queries + 2 * keys + mlp), BF16, split=True, per="model"
+    )
 
 
-def saved_outside_blocks(config: ScratchGPTConfig, load: Workload) -> list[Saved]:
+def saved_outside_blocks(config: ScratchGPTConfig, load: Workload) -> list[SavedActivation]:
     """Embeddings, positions and the final norm."""
-    saved = [Saved("input_ids", 1, INT64)]
+    saved = [SavedActivation("input_ids", 1, INT64)]
     if config.position_embedding_type == "learned":
-        saved += [Saved("position_ids", 1, INT64, per="position")]
+        saved += [SavedActivation("position_ids", 1, INT64, per="position")]
     rope = any(_has_rope(config, layer) for layer in range(config.num_hidden_layers))
     if rope and load.precision == "fp32" and not load.checkpointing:
-        saved += [Saved("cosines and sines", 2 * config.head_dim, FP32, per="position")]
+        saved += [SavedActivation("cosines and sines", 2 * config.head_dim, FP32, per="position")]
     saved += _dropout("mask of drop", config.hidden_size, FP32, config.embedding_dropout, load)
     return [*saved, *_norm("ln_f", config.hidden_size, FP32, 1, config)]
 
 
-def saved_by_loss(config: ScratchGPTConfig) -> list[Saved]:
+def saved_by_loss(config: ScratchGPTConfig) -> list[SavedActivation]:
     """The chunked loss computes its gradients in the forward pass and keeps them, not the logits."""
     return [
-        Saved("gradient of the hidden states", config.hidden_size, FP32),
-        Saved("gradient of the head", config.padded_vocab_size * config.hidden_size, FP32, per="model"),
+        SavedActivation("gradient of the hidden states", config.hidden_size, FP32),
+        SavedActivation("gradient of the head", config.padded_vocab_size * config.hidden_size, FP32, per="model"),
     ]
 
 
-def saved_for_backward(config: ScratchGPTConfig, load: Workload, copies: bool = True) -> list[Saved]:
+def saved_for_backward(config: ScratchGPTConfig, load: Workload, copies: bool = True) -> list[SavedActivation]:
     """All that lies between the forward and the backward pass, but for what the loss saves.
 
     `copies`: autocast's copies of the weights count. Where the weights are sharded, and gathered in bfloat16 for one
@@ -329,7 +333,7 @@ def saved_for_backward(config: ScratchGPTConfig, load: Workload, copies: bool = 
     layers = range(config.num_hidden_layers)
     saved = saved_outside_blocks(config, load)
     if load.checkpointing:
-        return [*saved, *(Saved(f"input of block {layer}", config.hidden_size, FP32) for layer in layers)]
+        return [*saved, *(SavedActivation(f"input of block {layer}", config.hidden_size, FP32) for layer in layers)]
     for layer in layers:
         saved += saved_in_block(config, layer, load)
         if copies and load.copies_weights:
@@ -337,7 +341,7 @@ def saved_for_backward(config: ScratchGPTConfig, load: Workload, copies: bool = 
     return saved
 
 
-def bytes_of(saved: list[Saved], load: Workload) -> float:
+def bytes_of(saved: list[SavedActivation], load: Workload) -> float:
     return sum(one.size(load) for one in saved)
 
 

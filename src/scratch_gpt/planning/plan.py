@@ -1,6 +1,6 @@
 """A run on paper: what it computes, holds, takes and costs, and which layout of the devices to choose.
 
-    scratch-gpt plan --config run.yaml --devices 8 --device-memory 80GB --flops 990e12 --price 3
+    scratch-gpt plan --config run.yaml --devices 8 --device-memory 80GB --peak-flops 990e12 --price 3
 
 It prints the number of parameters, FLOPs per token, the memory of each device by part for each layout, the largest device
 batch that fits, tokens per second, hours and cost, and the simplest layout that fits. `footprint.py` has the formulas of
@@ -17,13 +17,14 @@ import psutil
 import torch
 
 from scratch_gpt.config import FindBatchSizeSettings, PlanSettings, parse_bytes
-from scratch_gpt.console import say
+from scratch_gpt.console import print0
 from scratch_gpt.data.tokenizer import load_tokenizer
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig
+from scratch_gpt.model.flops import flops_per_token
 from scratch_gpt.model.loading import build_config, configure
 from scratch_gpt.planning import memory as footprint
-from scratch_gpt.planning.dry_run import rehearse
+from scratch_gpt.planning.dry_run import dry_run
 from scratch_gpt.planning.memory import FP32, Parameters, Precision, Workload
 
 GB = 1e9
@@ -217,7 +218,7 @@ class Plan:
         self.config, self.vocabulary = planned_config(settings)
         self.parameters = footprint.count(self.config)
         self.context = planned_context(settings, self.config)
-        self.flops = footprint.flops_per_token(self.config, self.context)
+        self.flops = flops_per_token(self.config, self.context)
         self.device: Literal["cuda", "cpu"] = _device(settings)
         self.device_bytes = _device_bytes(settings, self.device)
         self.optimizer: str = settings.training.optimizer
@@ -266,10 +267,10 @@ class Plan:
 
     def tokens_per_second(self, row: Row) -> float | None:
         """MFU counts the work that is needed; what checkpointing computes again takes time and does not count."""
-        if self.settings.flops is None:
+        if self.settings.peak_flops is None:
             return None
         computed = self.flops.total + (self.flops.recomputed if row.load.checkpointing else 0)
-        return row.layout.devices * self.settings.flops * self.settings.mfu / computed
+        return row.layout.devices * self.settings.peak_flops * self.settings.mfu / computed
 
 
 def planned_config(settings: PlanSettings | FindBatchSizeSettings) -> tuple[ScratchGPTConfig, str]:
@@ -319,7 +320,7 @@ def _device_bytes(settings: PlanSettings, device: str) -> int:
 def plan_command(settings: PlanSettings) -> None:
     """`scratch-gpt plan`."""
     for line in describe(Plan(settings)):
-        say(line)
+        print0(line)
 
 
 def describe(plan: Plan) -> Iterator[str]:
@@ -351,7 +352,7 @@ def _rehearse(plan: Plan, chosen: Row) -> str:
     copies = layout.replicas // layout.weight_shards
     sizes = {"dp_replicate": copies, "dp_shard": layout.weight_shards, "tp": layout.tensor_parallel}
     sizes = {name: size for name, size in sizes.items() if size > 1}
-    held = rehearse(plan.config, sizes, chosen.load.precision, plan.settings.training)
+    held = dry_run(plan.config, sizes, chosen.load.precision, plan.settings.training)
     parts = [
         f"{getattr(held, part) / GB:,.3f} GB of {part} ({getattr(chosen.memory, part) / GB:,.3f} planned)"
         for part in ("weights", "gradients", "optimizer")
@@ -455,7 +456,7 @@ def _why(plan: Plan, chosen: Row, rows: list[Row]) -> str:
 def _time_and_cost(plan: Plan, chosen: Row | None, tokens: float) -> str:
     rate = plan.tokens_per_second(chosen) if chosen else None
     if chosen is None or rate is None:
-        return "time unknown" + ("" if plan.settings.flops else " (give --flops, the peak of a device)")
+        return "time unknown" + ("" if plan.settings.peak_flops else " (give --peak-flops, the peak of a device)")
     hours = tokens / rate / 3600
     time = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
     cost = ""

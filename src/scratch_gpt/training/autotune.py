@@ -17,7 +17,7 @@ COMPILE_WORTH_TRYING_SECONDS = 240.0
 
 
 @dataclass
-class Arithmetic:
+class PrecisionChoice:
     precision: str
     """fp32, or under autocast bf16, fp16 (with a loss scale) or fp8 (in the blocks, the rest in bf16)."""
     compiled: bool
@@ -26,14 +26,14 @@ class Arithmetic:
     reason: str
 
 
-def choose_arithmetic(
+def autotune(
     model: ScratchGPTForCausalLM,
     batch: Batch,
     micro_batches: int,
     settings: TrainingSettings,
     max_steps: int | None,
     budget_seconds: float | None = None,
-) -> Arithmetic:
+) -> PrecisionChoice:
     """Measure forward + backward on ``batch`` and leave ``model`` as it was, compiled if that is the choice.
 
     For fp8 the model must have its layers already.
@@ -69,7 +69,7 @@ def choose_arithmetic(
             uncompile_blocks(model)
     model.zero_grad(set_to_none=True)
     torch.set_rng_state(rng)
-    return Arithmetic(precision, compiled, eager_seconds, reason)
+    return PrecisionChoice(precision, compiled, eager_seconds, reason)
 
 
 def measure(model: ScratchGPTForCausalLM, batch: Batch, precision: str, repeats: int = 5) -> float:

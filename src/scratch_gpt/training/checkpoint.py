@@ -22,12 +22,12 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.console import say
-from scratch_gpt.data.mixture import Cursor
-from scratch_gpt.distributed.launch import launched_processes
+from scratch_gpt.console import print0
+from scratch_gpt.data.mixture import DataPosition
+from scratch_gpt.distributed.launch import launch_state
 from scratch_gpt.distributed.optimizer import Optimizers
-from scratch_gpt.distributed.safetensors_reader import SavedTensors
-from scratch_gpt.distributed.strategy import Layout
+from scratch_gpt.distributed.safetensors_reader import SafetensorsReader
+from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, flush, new_folder, remove_folder, sha256, write_json
 from scratch_gpt.model import ScratchGPTForCausalLM
@@ -38,7 +38,7 @@ BEST = "best.json"
 
 
 @dataclass
-class TrainerState:
+class TrainingState:
     """What resume needs beside weights, optimizer and random numbers."""
 
     step: int
@@ -47,7 +47,7 @@ class TrainerState:
     """Target tokens consumed."""
     data: str
     """Fingerprint of the token shards."""
-    cursor: Cursor
+    cursor: DataPosition
     """Which of their rows were consumed."""
     precision: str
     """bf16, fp32, fp16 or fp8, as chosen at the start of the run."""
@@ -74,21 +74,21 @@ class Snapshot:
     rng: dict[str, torch.Tensor]
     """By kind of generator, each (processes, bytes)."""
     state: dict[str, Any]
-    """Fields of :class:`TrainerState`."""
+    """Fields of :class:`TrainingState`."""
 
 
 def take_snapshot(
-    layout: Layout, model: torch.nn.Module, optimizer: Optimizers, state: TrainerState, copy: bool
+    strategy: Strategy, model: torch.nn.Module, optimizer: Optimizers, state: TrainingState, copy: bool
 ) -> Snapshot:
     """What all processes have at this moment, on the main process; on the others there are no tensors in it.
 
     ``copy``: into memory of its own, which later steps do not change; else good until the next step only.
     """
     return Snapshot(
-        weights=layout.gather(weight_tensors(layout.unwrap(model)), copy),
-        optimizer=layout.gather(optimizer.state_tensors(), copy),
+        weights=strategy.gather_full(weight_tensors(strategy.unwrap(model)), copy),
+        optimizer=strategy.gather_full(optimizer.state_tensors(), copy),
         rng={
-            kind: layout.accelerator.gather(own.unsqueeze(0).to(layout.device)).cpu()
+            kind: strategy.accelerator.gather_full(own.unsqueeze(0).to(strategy.device)).cpu()
             for kind, own in _rng_states().items()
         },
         state=dataclasses.asdict(state),
@@ -101,7 +101,7 @@ def write_checkpoint(
     """Write ``run_dir/checkpoint-{step}`` and then delete all but the newest ``keep_last``, the best, and those of
     every ``keep_every``-th step.
 
-    ``plain``: see :func:`plain_model`.
+    ``plain``: see :func:`unsharded_model`.
 
     Raises:
         UserError: it could not be written (a full disk); earlier checkpoints are untouched.
@@ -171,7 +171,7 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def plain_model(model: Any, model_class: type = ScratchGPTForCausalLM) -> Any:
+def unsharded_model(model: Any, model_class: type = ScratchGPTForCausalLM) -> Any:
     """``model`` without its weights and as no layout has changed it: a sharded model is of a class nobody can load."""
     with torch.device("meta"):
         plain = model_class(model.config)
@@ -183,15 +183,15 @@ def plain_model(model: Any, model_class: type = ScratchGPTForCausalLM) -> Any:
 def save_model(plain: Any, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
     """A plain Hugging Face directory: weights, config, generation config, code, tokenizer, chat template.
 
-    ``plain``: see :func:`plain_model`; ``weights``: whole.
+    ``plain``: see :func:`unsharded_model`; ``weights``: whole.
     """
     plain.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 
-def saved_weights(folder: Path) -> SavedTensors:
+def saved_weights(folder: Path) -> SafetensorsReader:
     """Of a model's folder, by name."""
-    return SavedTensors(folder, "model*.safetensors")
+    return SafetensorsReader(folder, "model*.safetensors")
 
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -208,28 +208,28 @@ def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest valid checkpoint, as the main process finds it for all; newer folders that are not one are named."""
     found: list[Path | None] = [None]
-    if launched_processes().is_main_process:
+    if launch_state().is_main_process:
         found[0], problems = find_checkpoint(run_dir)
         for problem in problems:
-            say(problem)
+            print0(problem)
     broadcast_object_list(found)
     return found[0]
 
 
-def load_checkpoint(layout: Layout, folder: Path, optimizer: Optimizers) -> TrainerState:
+def load_checkpoint(strategy: Strategy, folder: Path, optimizer: Optimizers) -> TrainingState:
     """Restore optimizer and random numbers; the weights were loaded with ``from_pretrained(folder)``."""
     load_optimizer(folder, optimizer)
     rng = load_file(folder / STATE / "rng.safetensors")  # each (processes, bytes)
-    if len(rng["cpu"]) == layout.world:
-        torch.set_rng_state(rng["cpu"][layout.rank].clone())  # torch 2.13 crashes over a view into a larger tensor
+    if len(rng["cpu"]) == strategy.world_size:
+        torch.set_rng_state(rng["cpu"][strategy.rank].clone())  # torch 2.13 crashes over a view into a larger tensor
         if "cuda" in rng and torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng["cuda"][layout.rank].clone())
+            torch.cuda.set_rng_state(rng["cuda"][strategy.rank].clone())
     return read_state(folder)
 
 
 def load_optimizer(folder: Path, optimizer: Optimizers) -> None:
     """Raises a UserError if the checkpoint's optimizer is of another kind."""
-    optimizer.load_state_tensors(SavedTensors(folder / STATE, "optimizer.safetensors"))
+    optimizer.load_state_tensors(SafetensorsReader(folder / STATE, "optimizer.safetensors"))
 
 
 def _rng_states() -> dict[str, torch.Tensor]:
@@ -240,9 +240,9 @@ def _rng_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def read_state(folder: Path) -> TrainerState:
+def read_state(folder: Path) -> TrainingState:
     state = json.loads((folder / STATE / "state.json").read_text())
-    return TrainerState(**{**state, "cursor": Cursor(**state["cursor"])})
+    return TrainingState(**{**state, "cursor": DataPosition(**state["cursor"])})
 
 
 def _folders(run_dir: Path) -> Iterator[Path]:
@@ -276,29 +276,29 @@ def problem_with(folder: Path) -> str | None:
     return None
 
 
-class Saver:
+class Checkpointer:
     """Saves the checkpoints of a run, one at a time. All processes call it in the same order; the main one writes.
 
     As a context manager it waits, at the end of its block, for what was begun.
     """
 
-    def __init__(self, layout: Layout, run_dir: Path, model: Any, tokenizer: Any, settings: TrainingSettings):
-        self.layout, self.run_dir, self.model, self.settings = layout, run_dir, model, settings
-        self.plain_model = plain_model(layout.unwrap(model))
+    def __init__(self, strategy: Strategy, run_dir: Path, model: Any, tokenizer: Any, settings: TrainingSettings):
+        self.strategy, self.run_dir, self.model, self.settings = strategy, run_dir, model, settings
+        self.plain_model = unsharded_model(strategy.unwrap(model))
         self.tokenizer = deepcopy(tokenizer)  # another thread may not use a tokenizer that is in use
-        on_gpu = layout.device.type != "cpu"
+        on_gpu = strategy.device.type != "cpu"
         self.in_background = settings.async_save == "on" or (settings.async_save == "auto" and on_gpu)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._begun: list[Future[None]] = []
 
-    def save(self, optimizer: Optimizers, state: TrainerState) -> None:
+    def save(self, optimizer: Optimizers, state: TrainingState) -> None:
         """Write a checkpoint of this moment.
 
         Raises:
             UserError: it, or the one before, could not be written; see :func:`write_checkpoint`.
         """
         self.wait()
-        snapshot = take_snapshot(self.layout, self.model, optimizer, state, copy=self.in_background)
+        snapshot = take_snapshot(self.strategy, self.model, optimizer, state, copy=self.in_background)
         keep_last, keep_every = self.settings.keep_last, self.settings.keep_every
         self._begin(write_checkpoint, snapshot, self.run_dir, self.plain_model, self.tokenizer, keep_last, keep_every)
 
@@ -326,7 +326,7 @@ class Saver:
             raise UserError(message[0])
 
     def _begin(self, job: Callable[..., None], *arguments: Any) -> None:
-        if self.layout.is_main:
+        if self.strategy.is_main_process:
             self._begun.append(self._thread.submit(job, *arguments))
         if not self.in_background:
             self.wait()
@@ -347,6 +347,6 @@ class Saver:
             if kind is None:
                 self.wait()
             elif (problem := self._finish()) is not None:  # what ended the block is told by its own exception
-                say(f"{type(problem).__name__}: {problem}")
+                print0(f"{type(problem).__name__}: {problem}")
         finally:
             self._thread.shutdown()

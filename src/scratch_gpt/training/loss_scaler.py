@@ -17,7 +17,7 @@ GROWTH_INTERVAL = 2000
 SMALLEST = 1.0
 
 
-class LossScale:
+class LossScaler:
     """A power of two, so that scaling and unscaling rounds nothing. Not ``enabled`` it is 1 and stays so."""
 
     def __init__(self, enabled: bool, scale: float = 2.0**16, good_steps: int = 0):

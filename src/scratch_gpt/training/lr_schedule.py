@@ -14,12 +14,12 @@ def learning_rate(step: int, max_steps: int, settings: TrainingSettings) -> floa
     - linear: a straight line;
     - constant.
 
-    The end is ``final_learning_rate`` times the peak; by default a tenth for cosine and zero for wsd and linear.
+    The end is ``min_lr_ratio`` times the peak; by default a tenth for cosine and zero for wsd and linear.
     """
     warmup = min(settings.warmup_steps, max_steps // 2)
     if step < warmup:
         return settings.learning_rate * (step + 1) / (warmup + 1)
-    floor = settings.final_learning_rate
+    floor = settings.min_lr_ratio
     if floor is None:
         floor = 0.1 if settings.schedule == "cosine" else 0.0
     left = 1.0  # of the way from the floor to the peak
@@ -32,7 +32,7 @@ def learning_rate(step: int, max_steps: int, settings: TrainingSettings) -> floa
     return settings.learning_rate * (floor + (1 - floor) * left)
 
 
-def rows_at(step: int, full: int, smallest: int, settings: TrainingSettings) -> int:
+def batch_size_at(step: int, full: int, smallest: int, settings: TrainingSettings) -> int:
     """Rows of optimizer step ``step``: with ``batch_warmup_steps`` they grow linearly to ``full``, in multiples of
     ``smallest`` (what one micro-batch on every process takes). A small batch early saves tokens that a large one would
     waste on a gradient that is far from noisy (McCandlish et al., 2018, arXiv:1812.06162).

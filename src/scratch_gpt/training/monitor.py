@@ -15,12 +15,12 @@ import torch
 
 from scratch_gpt.compute.precision import autocast
 from scratch_gpt.config import PretrainSettings, TrainingSettings
-from scratch_gpt.console import say, shown
-from scratch_gpt.distributed.strategy import Layout
-from scratch_gpt.training.checkpoint import TrainerState
+from scratch_gpt.console import print0, printable
+from scratch_gpt.distributed.strategy import Strategy
+from scratch_gpt.training.checkpoint import TrainingState
 from scratch_gpt.training.metrics import MetricsFile
-from scratch_gpt.training.profiler import Profiling, check_profiling
-from scratch_gpt.training.trackers import Trackers, chosen
+from scratch_gpt.training.profiler import Profiler, check_profiler
+from scratch_gpt.training.trackers import Trackers, resolve_trackers
 
 Scores = dict[str, dict[str, float]]
 """By task and metric."""
@@ -35,45 +35,47 @@ class Looks:
     benchmark: Callable[[Any, Any], Scores]
 
 
-def check_observation(training: TrainingSettings, device: torch.device) -> None:
+def check_monitoring(training: TrainingSettings, device: torch.device) -> None:
     """Raises a UserError for what can be known to fail before a run starts."""
-    chosen(training.trackers)
-    check_profiling(training, device)
+    resolve_trackers(training.trackers)
+    check_profiler(training, device)
 
 
-class Observer:
+class Monitor:
     """Around a run as a context manager; the loop says what happens."""
 
     def __init__(
         self,
         settings: PretrainSettings,
         run_dir: Path,
-        layout: Layout,
+        strategy: Strategy,
         model: Any,
         tokenizer: Any,
-        state: TrainerState,
+        state: TrainingState,
         looks: Looks | None,
     ):
         self.settings, self.training, self.run_dir = settings, settings.training, run_dir
-        self.layout, self.model, self.tokenizer = layout, model, tokenizer
+        self.strategy, self.model, self.tokenizer = strategy, model, tokenizer
         self.state, self.looks = state, looks
-        self.profiling = Profiling(self.training, run_dir / "profile", layout.device, layout.rank)
+        self.profiler = Profiler(self.training, run_dir / "profile", strategy.device, strategy.rank)
         self.samples: MetricsFile | None = None
         if self.training.sample_every is not None:
-            self.samples = MetricsFile(run_dir / "samples.jsonl", state.step, state.cursor.row, write=layout.is_main)
+            self.samples = MetricsFile(
+                run_dir / "samples.jsonl", state.step, state.cursor.row, write=strategy.is_main_process
+            )
 
     def written(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
         self.trackers.log(record)
 
     def __enter__(self) -> Self:
-        if self.layout.is_main:
-            self.trackers = Trackers(self.layout.accelerator, self.settings, self.run_dir, self.state.step)
+        if self.strategy.is_main_process:
+            self.trackers = Trackers(self.strategy.accelerator, self.settings, self.run_dir, self.state.step)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.profiling.finish()
-        if self.layout.is_main:
+        self.profiler.finish()
+        if self.strategy.is_main_process:
             self.trackers.finish()
 
     def due(self) -> bool:
@@ -96,14 +98,14 @@ class Observer:
 
     def _look(self, name: str, action: Callable[[Any], dict[str, Any]], metrics: MetricsFile) -> None:
         event = {"event": name, "step": self.state.step, "row": self.state.cursor.row}
-        model = self.layout.unwrap(self.model)
+        model = self.strategy.unwrap(self.model)
         try:
-            with undisturbed(model), autocast(self.layout.device.type, self.state.precision):
+            with evaluation_mode(model), autocast(self.strategy.device.type, self.state.precision):
                 seen = action(model)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is reported and the run goes on)
             seen = {"event": f"{name} failed", "reason": f"{type(error).__name__}: {error}"}
-            say(f"  step {self.state.step:>5,}  {seen['event']}, training goes on: {seen['reason']}")
-        self.layout.after_evaluation(self.model)
+            print0(f"  step {self.state.step:>5,}  {seen['event']}, training goes on: {seen['reason']}")
+        self.strategy.release_gathered_weights(self.model)
         if seen:
             metrics.write(event | seen)
 
@@ -111,7 +113,7 @@ class Observer:
         assert self.looks is not None and self.samples is not None
         step, texts = self.state.step, self.looks.sample(model, self.tokenizer)
         for text in texts:
-            say(f"  step {step:>5,}  > {shown(text)}")
+            print0(f"  step {step:>5,}  > {printable(text)}")
         self.samples.write({"step": step, "samples": texts})
         return {}
 
@@ -120,12 +122,12 @@ class Observer:
         scores = self.looks.benchmark(model, self.tokenizer)
         for task, metrics in scores.items():
             values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            say(f"  step {self.state.step:>5,}  {task}: {values}")
+            print0(f"  step {self.state.step:>5,}  {task}: {values}")
         return {"scores": scores}
 
 
 @contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards mode and random numbers are what they were.
 
     Compiled blocks run eagerly: other shapes would have them compiled anew, and training may get another graph by it.

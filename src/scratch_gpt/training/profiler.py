@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.console import say
+from scratch_gpt.console import print0
 from scratch_gpt.errors import UserError
 
 ROWS = 15
 """Operators in the printed table."""
 
 
-def check_profiling(training: TrainingSettings, device: torch.device) -> None:
+def check_profiler(training: TrainingSettings, device: torch.device) -> None:
     """Raises a UserError for a window that is none, or for a memory snapshot of anything but a CUDA GPU."""
     window = training.profile_steps
     if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
@@ -25,7 +25,7 @@ def check_profiling(training: TrainingSettings, device: torch.device) -> None:
         )
 
 
-class Profiling:
+class Profiler:
     """Writes ``run_dir/profile/``, a file for each process."""
 
     def __init__(self, training: TrainingSettings, folder: Path, device: torch.device, process: int):
@@ -52,7 +52,7 @@ class Profiling:
             target = self.folder / f"memory-step-{step}-process-{self.process}.pickle"
             torch.cuda.memory._dump_snapshot(str(target))
             torch.cuda.memory._record_memory_history(enabled=None)
-            say(f"profile    {target}: drop it on https://pytorch.org/memory_viz")
+            print0(f"profile    {target}: drop it on https://pytorch.org/memory_viz")
             self.snapshot_step = None  # a step that is not taken is tried again, with the same number
 
     def finish(self) -> None:
@@ -64,6 +64,6 @@ class Profiling:
         target = self.folder / f"steps-{self.first}-{self.last}-process-{self.process}.json.gz"
         self.profiler.export_chrome_trace(str(target))
         by = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        say(self.profiler.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=50))
-        say(f"profile    {target}: open it in https://ui.perfetto.dev")
+        print0(self.profiler.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=50))
+        print0(f"profile    {target}: open it in https://ui.perfetto.dev")
         self.profiler, self.last = None, 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from scratch_gpt.config import FREE_KEYS, PretrainSettings, StageSettings, flatten, save_settings
+from scratch_gpt.config import FREE_KEYS, PretrainSettings, RecipeSettings, flatten, save_settings
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import is_partial, remove_folder, remove_partial
 
@@ -33,7 +33,7 @@ FREE |= {"training.memory_snapshot_step"}
 STAGES = ("sft", "reward", "dpo", "kto", "grpo", "rloo", "ppo")
 FREE |= {f"{stage}.{name}" for stage in STAGES for name in ("save_every", "keep_last", "eval_every", "log_every")}
 FREE |= {"trackers"}
-RunSettings = PretrainSettings | StageSettings
+RunSettings = PretrainSettings | RecipeSettings
 
 
 @contextmanager

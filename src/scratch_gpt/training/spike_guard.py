@@ -26,7 +26,7 @@ STEPS_NAMED = 10
 
 
 @dataclass
-class Guard:
+class SpikeGuard:
     settings: GuardSettings
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Guard:
         return (_log(value) - mean) / max(deviation, NARROWEST)
 
 
-def summarise(events: list[dict[str, Any]]) -> str:
+def summarize_events(events: list[dict[str, Any]]) -> str:
     """What the guard did in a run, kind by kind with the steps, from the events of its metrics; empty if nothing."""
     steps: dict[str, list[int]] = {}
     for event in events:

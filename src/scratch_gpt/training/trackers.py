@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, filter_trackers
 
 from scratch_gpt.config import PretrainSettings, flatten
-from scratch_gpt.console import say
+from scratch_gpt.console import print0
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import write_json
 
@@ -27,7 +27,7 @@ SENT = ("model.", "training.", "tokenizer.", "guard.", "max_steps", "seed")
 NOT_SENT = ("benchmark_path",)
 
 
-def chosen(asked: str | list[str]) -> list[str]:
+def resolve_trackers(asked: str | list[str]) -> list[str]:
     """The trackers of ``--training.trackers``; "auto" is trackio where it is installed.
 
     Raises:
@@ -49,7 +49,7 @@ class Trackers:
 
     def __init__(self, accelerator: Accelerator, settings: PretrainSettings, run_dir: Path, step: int):
         self.alive: list[GeneralTracker] = []
-        names = chosen(settings.training.trackers)
+        names = resolve_trackers(settings.training.trackers)
         if not names:
             return
         run = _run_name(run_dir)
@@ -63,16 +63,16 @@ class Trackers:
         for name in names:
             accelerator.log_with, accelerator.trackers = filter_trackers([name], folder), []
             try:
-                accelerator.init_trackers(PROJECT, described(settings), options)
+                accelerator.init_trackers(PROJECT, settings_to_track(settings), options)
             except Exception as error:  # noqa: BLE001 (whatever ails a guest)
-                _dropped(name, error)
+                _report_dropped(name, error)
             else:
                 self.alive += accelerator.trackers
         accelerator.trackers = []  # ours to finish: one that fails then must not end the run either
 
     def log(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl: the numbers of a step, or an event in words and the numbers it has."""
-        values: dict[str, Any] = numbers(record)
+        values: dict[str, Any] = flatten_numbers(record)
         if "event" in record:
             values["event"] = f"{record['event']}: {record['reason']}" if "reason" in record else record["event"]
         self._each(lambda tracker: tracker.log(values, step=record["step"]))
@@ -87,7 +87,7 @@ class Trackers:
                 action(tracker)
             except Exception as error:  # noqa: BLE001 (whatever ails a guest)
                 self.alive.remove(tracker)
-                _dropped(tracker.name, error)
+                _report_dropped(tracker.name, error)
 
 
 # wandb would send the command line, the repository's address and what the terminal shows.
@@ -95,7 +95,7 @@ WANDB_SETTINGS = {"console": "off", "disable_code": True, "disable_git": True, "
 WANDB_SETTINGS |= {"x_disable_stats": True, "silent": True}
 
 
-def described(settings: PretrainSettings) -> dict[str, str | int | float | bool | None]:
+def settings_to_track(settings: PretrainSettings) -> dict[str, str | int | float | bool | None]:
     """The settings that trackers are told, each a plain value under its name on the command line."""
     told = {name: value for name, value in flatten(settings).items() if name.startswith(SENT)}
     return {
@@ -105,12 +105,12 @@ def described(settings: PretrainSettings) -> dict[str, str | int | float | bool 
     }
 
 
-def numbers(record: dict[str, Any], prefix: str = "") -> dict[str, int | float]:
+def flatten_numbers(record: dict[str, Any], prefix: str = "") -> dict[str, int | float]:
     """``{"validation": {"stories": {"loss": 2}}}`` to ``{"validation/stories/loss": 2}``; words and None left out."""
     found: dict[str, int | float] = {}
     for name, value in record.items():
         if isinstance(value, dict):
-            found |= numbers(value, f"{prefix}{name}/")
+            found |= flatten_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and (prefix or name not in ("step", "row", "time")):
             found[prefix + name] = value
     return found
@@ -124,5 +124,5 @@ def _run_name(run_dir: Path) -> str:
     return json.loads(file.read_text())["run"]
 
 
-def _dropped(name: str, error: Exception) -> None:
-    say(f"tracker    {name} failed and gets nothing more ({type(error).__name__}: {error}); metrics.jsonl goes on")
+def _report_dropped(name: str, error: Exception) -> None:
+    print0(f"tracker    {name} failed and gets nothing more ({type(error).__name__}: {error}); metrics.jsonl goes on")

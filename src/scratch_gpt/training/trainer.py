@@ -1,6 +1,6 @@
 """The training loop: read, forward and backward, judge, step, record, save, validate.
 
-The `Layout` says how model and data are spread over the processes. The loop owns the data order, the schedule and the
+The `Strategy` says how model and data are spread over the processes. The loop owns the data order, the schedule and the
 checkpoints, because each of them must follow from a few integers, the step and the rows consumed: then the same command
 after a crash writes the same losses, on any number of processes.
 """
@@ -14,84 +14,84 @@ from typing import Any
 
 import torch
 
-from scratch_gpt.compute.mfu import ModelFlops
+from scratch_gpt.compute.mfu import MFUMeter
 from scratch_gpt.config import PretrainSettings
-from scratch_gpt.console import duration, progress_bar, say
-from scratch_gpt.data.loader import ReadAhead, StepData, TrainingData
+from scratch_gpt.console import format_duration, print0, progress_bar
+from scratch_gpt.data.loader import Prefetcher, StepData, TrainingData
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.distributed.optimizer import Optimizers
-from scratch_gpt.distributed.strategy import Layout
-from scratch_gpt.distributed.watchdog import Watch
+from scratch_gpt.distributed.strategy import Strategy
+from scratch_gpt.distributed.watchdog import Watchdog
 from scratch_gpt.errors import StoppedOnRequest, UserError
 from scratch_gpt.training.checkpoint import (
-    Saver,
-    TrainerState,
+    Checkpointer,
+    TrainingState,
     load_checkpoint,
     newest_checkpoint,
     read_state,
     saved_weights,
 )
-from scratch_gpt.training.loss_scaler import LossScale
-from scratch_gpt.training.lr_schedule import learning_rate, rows_at
+from scratch_gpt.training.loss_scaler import LossScaler
+from scratch_gpt.training.lr_schedule import batch_size_at, learning_rate
 from scratch_gpt.training.metrics import MetricsFile, speed
-from scratch_gpt.training.monitor import Looks, Observer
-from scratch_gpt.training.spike_guard import Guard
+from scratch_gpt.training.monitor import Looks, Monitor
+from scratch_gpt.training.spike_guard import SpikeGuard
 from scratch_gpt.training.stop import StopRequest
 from scratch_gpt.training.validation import validate
 
 
 @dataclass(frozen=True)
-class BatchShape:
+class BatchSizes:
     """How the rows of an optimizer step are spread."""
 
     rows: int
     """Rows of a whole step, over all processes."""
-    device_rows: int
+    device_batch_size: int
     """Rows of one forward pass of one process."""
     parts: int
     """Into how many parts the layout divides them."""
 
     def at(self, step: int, settings: PretrainSettings) -> tuple[int, int]:
         """(rows over all processes, forward passes per process) of ``step``, which may belong to the warm-up."""
-        smallest = self.device_rows * self.parts
-        rows = rows_at(step, self.rows, smallest, settings.training)
+        smallest = self.device_batch_size * self.parts
+        rows = batch_size_at(step, self.rows, smallest, settings.training)
         return rows, rows // smallest
 
 
-class Loop:
+class Trainer:
     """A run from ``state`` to its last step. All processes call it with the same arguments."""
 
     def __init__(
         self,
         settings: PretrainSettings,
         run_dir: Path,
-        layout: Layout,
+        strategy: Strategy,
         model: Any,
         tokenizer: Any,
         optimizer: Optimizers,
         data: TrainingData,
         validation_streams: Mapping[str, TokenStream],
-        shape: BatchShape,
-        state: TrainerState,
+        shape: BatchSizes,
+        state: TrainingState,
         looks: Looks | None = None,
     ):
         self.settings, self.training, self.run_dir = settings, settings.training, run_dir
-        self.layout, self.model, self.optimizer = layout, model, optimizer
+        self.strategy, self.model, self.optimizer = strategy, model, optimizer
         self.data, self.validation_streams, self.shape, self.state = data, validation_streams, shape, state
-        self.guard = Guard(settings.guard, **state.guard)
-        self.loss_scale = LossScale(state.precision == "fp16", **state.loss_scale)
-        self.observer = Observer(settings, run_dir, layout, model, tokenizer, state, looks)
+        self.guard = SpikeGuard(settings.guard, **state.guard)
+        self.loss_scaler = LossScaler(state.precision == "fp16", **state.loss_scale)
+        self.monitor = Monitor(settings, run_dir, strategy, model, tokenizer, state, looks)
         self.metrics = MetricsFile(
             run_dir / "metrics.jsonl",
             state.step,
             state.cursor.row,
-            write=layout.is_main,
-            written=self.observer.written,
+            write=strategy.is_main_process,
+            written=self.monitor.written,
         )
-        self.saver = Saver(layout, run_dir, model, tokenizer, settings.training)
-        self.watch = Watch(settings.parallel.timeout, layout.rank, layout.world)
+        self.checkpointer = Checkpointer(strategy, run_dir, model, tokenizer, settings.training)
+        self.watchdog = Watchdog(settings.parallel.timeout, strategy.rank, strategy.world_size)
         self.clock = Clock()
-        self.flops = ModelFlops(layout.accelerator, layout.unwrap(model).config, data.context_length, state.precision)
+        self.flops = MFUMeter(strategy.accelerator, strategy.unwrap(model).config, data.context_length, state.precision)
 
     def run(self) -> None:
         """Train to the last step; inside of :attr:`watch`.
@@ -102,47 +102,47 @@ class Loop:
         """
         state, max_steps = self.state, self.settings.max_steps
         with (
-            self.observer,
+            self.monitor,
             StopRequest(self.settings.max_hours) as stop,
             progress_bar("pretraining", max_steps, state.step) as bar,
-            self.saver,
+            self.checkpointer,
         ):
             if state.record and self.metrics.last_step < state.step:  # killed between its checkpoint and its line
                 self._finish_record(left="?")
             while state.step < max_steps:
-                with ReadAhead(self._read_steps()) as reader:  # anew after a step that was not taken
+                with Prefetcher(self._read_steps()) as reader:  # anew after a step that was not taken
                     while state.step < max_steps and self._train_step(reader, stop):
                         status = f"step {state.step:>5,}/{max_steps:,}  loss {state.record['loss']:.3f}"
                         bar.update(state.step, f"{status}  {speed(state.record)}")
 
-    def _train_step(self, reader: ReadAhead[StepData], stop: StopRequest) -> bool:
+    def _train_step(self, reader: Prefetcher[StepData], stop: StopRequest) -> bool:
         """One optimizer step; False if it was not taken, or undone by a rollback."""
         state, max_steps = self.state, self.settings.max_steps
         rate = learning_rate(state.step, max_steps, self.training) * state.learning_rate_scale
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-        self.observer.profiling.before_step(state.step + 1)
-        self.watch.at(f"reading the rows of step {state.step + 1:,}")
+        self.monitor.profiler.before_step(state.step + 1)
+        self.watchdog.heartbeat(f"reading the rows of step {state.step + 1:,}")
         asked = time.perf_counter()
         data = next(reader)
         data_seconds = time.perf_counter() - asked
-        self.watch.at(f"in step {state.step + 1:,}")
+        self.watchdog.heartbeat(f"in step {state.step + 1:,}")
         loss = self.forward_backward(data)
-        self.loss_scale.unscale(self.model.parameters())
-        grad_norm = self.layout.clip_grad_norm(self.model.parameters(), self.training.max_grad_norm)
-        must_stop = stop.requested or self.saver.failed
+        self.loss_scaler.unscale(self.model.parameters())
+        grad_norm = self.strategy.clip_grad_norm(self.model.parameters(), self.training.max_grad_norm)
+        must_stop = stop.requested or self.checkpointer.failed
         shared = torch.stack([loss, torch.tensor(float(must_stop), device=loss.device)])
-        step_loss, stop_votes = self.layout.sum(shared).tolist()
+        step_loss, stop_votes = self.strategy.all_reduce_sum(shared).tolist()
 
         state.cursor = data.cursor
         state.tokens += data.num_targets
-        overflow = self.loss_scale.overflow(step_loss, grad_norm)
+        overflow = self.loss_scaler.overflow(step_loss, grad_norm)
         problem = overflow or self.guard.problem(step_loss, grad_norm)
         if problem is None:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.observer.profiling.after_step(state.step + 1)
+        self.monitor.profiler.after_step(state.step + 1)
         if overflow is not None:  # says nothing of the data: the next rows are tried with a smaller scale
             self._event("overflow", overflow)
             return False
@@ -150,7 +150,7 @@ class Loop:
             self._do_not_take(problem, finite=math.isfinite(step_loss) and math.isfinite(grad_norm))
             return False
         state.step += 1
-        state.guard, state.loss_scale = self.guard.state(), self.loss_scale.state()
+        state.guard, state.loss_scale = self.guard.state(), self.loss_scaler.state()
 
         tokens_per_second = data.num_targets / self.clock.tick()
         order = self.data.order
@@ -161,24 +161,24 @@ class Loop:
             "grad_norm": grad_norm,
             "tokens": state.tokens,
             "tokens_per_second": round(tokens_per_second, 1),
-            "mfu": self.flops.utilisation(tokens_per_second),
+            "mfu": self.flops.mfu(tokens_per_second),
             "data_seconds": round(data_seconds, 6),
             "phase": data.cursor.phase,
             "epochs": {name: round(epochs, 4) for name, epochs in order.epochs(data.cursor).items()},
             "time": round(time.time(), 3),
         }
         last = state.step == max_steps
-        self.watch.at(f"recording step {state.step:,}")
-        if state.step % self.training.save_every == 0 or last or stop_votes or self.observer.due():
+        self.watchdog.heartbeat(f"recording step {state.step:,}")
+        if state.step % self.training.save_every == 0 or last or stop_votes or self.monitor.due():
             self.metrics.flush()  # a checkpoint may not know of steps whose lines a power failure takes
-            self.saver.save(self.optimizer, state)
-        self._finish_record(left=duration((max_steps - state.step) * self.clock.mean))
-        if self.observer.due() and not stop_votes:
-            self.saver.wait()  # a look may end the process
-            self.observer.look(self.metrics)
+            self.checkpointer.save(self.optimizer, state)
+        self._finish_record(left=format_duration((max_steps - state.step) * self.clock.mean))
+        if self.monitor.due() and not stop_votes:
+            self.checkpointer.wait()  # a look may end the process
+            self.monitor.look(self.metrics)
         self.clock.skip()
         if stop_votes and not last:
-            self.saver.wait()
+            self.checkpointer.wait()
             raise StoppedOnRequest(
                 f"stopped after step {state.step:,} of {max_steps:,}, saved in "
                 f"{self.run_dir}/checkpoint-{state.step}. The same command goes on from there."
@@ -187,8 +187,8 @@ class Loop:
 
     def forward_backward(self, data: StepData) -> torch.Tensor:
         """Accumulate the gradients of a step; returns this rank's part of its loss, in nats per target of the whole step."""
-        return self.layout.forward_backward(
-            self.model, data.batches, data.num_targets, self.state.precision, self.loss_scale.scale
+        return self.strategy.forward_backward(
+            self.model, data.batches, data.num_targets, self.state.precision, self.loss_scaler.scale
         )
 
     def _do_not_take(self, problem: str, finite: bool) -> None:
@@ -197,7 +197,7 @@ class Loop:
         self._event("skipped", problem)
         if not self.guard.must_roll_back:
             return
-        self.saver.wait()
+        self.checkpointer.wait()
         checkpoint = newest_checkpoint(self.run_dir)
         if checkpoint is None or self.guard.must_give_up:
             if not finite:
@@ -211,16 +211,16 @@ class Loop:
             return
         before = read_state(checkpoint)
         self.guard.rolled_back(before.guard)
-        self.layout.load_weights(self.model, saved_weights(checkpoint))
-        load_checkpoint(self.layout, checkpoint, self.optimizer)
+        self.strategy.load_weights(self.model, saved_weights(checkpoint))
+        load_checkpoint(self.strategy, checkpoint, self.optimizer)
         state.step, state.record = before.step, before.record
-        state.learning_rate_scale *= self.settings.guard.rollback_learning_rate
+        state.learning_rate_scale *= self.settings.guard.rollback_lr_factor
         self.metrics.roll_back(state.step)
         self._event("rolled back", f"to {checkpoint.name}, learning rate x {state.learning_rate_scale:g}")
 
     def _event(self, event: str, reason: str) -> None:
         state = self.state
-        say(f"  step {state.step + 1:>5,}  {event}: {reason}")
+        print0(f"  step {state.step + 1:>5,}  {event}: {reason}")
         self.metrics.write({"event": event, "step": state.step + 1, "row": state.cursor.row, "reason": reason})
 
     def _finish_record(self, left: str) -> None:
@@ -229,7 +229,7 @@ class Loop:
         step = record["step"]
         if step % self.training.eval_every == 0 or step == self.settings.max_steps:
             result, by_source = validate(
-                self.layout,
+                self.strategy,
                 self.model,
                 self.validation_streams,
                 self.data.context_length,
@@ -239,8 +239,8 @@ class Loop:
             record |= {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
             if len(by_source) > 1:
                 record["validation"] = {name: vars(one) for name, one in by_source.items()}
-            self.saver.record_best(step, result.bits_per_byte)
-            say(
+            self.checkpointer.record_best(step, result.bits_per_byte)
+            print0(
                 f"  step {step:>5,}  loss {record['loss']:.3f}  validation {result.bits_per_byte:.3f} bits per byte  "
                 f"{speed(record)}  {left} left"
             )
@@ -254,8 +254,8 @@ class Loop:
         for step in range(self.state.step, max_steps):
             cursor = order.at_step(cursor, step, max_steps)
             rows, micro_batches = self.shape.at(step, self.settings)
-            data = self.data.read_step(cursor, rows, micro_batches, self.layout.data_rank, self.layout.data_size)
-            if self.layout.device.type == "cuda":
+            data = self.data.read_step(cursor, rows, micro_batches, self.strategy.dp_rank, self.strategy.dp_size)
+            if self.strategy.device.type == "cuda":
                 data = replace(data, batches=[batch.pin_memory() for batch in data.batches])
             yield data
             cursor = data.cursor

@@ -7,12 +7,12 @@ from torch import nn
 
 from scratch_gpt.compute.precision import autocast
 from scratch_gpt.data.shards import TokenStream
-from scratch_gpt.distributed.strategy import Layout
+from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.evaluation.bits_per_byte import Validation, as_validation, score_stream
 
 
 def validate(
-    layout: Layout,
+    strategy: Strategy,
     model: nn.Module,
     streams: Mapping[str, TokenStream],
     context_length: int,
@@ -23,23 +23,23 @@ def validate(
 
     Each process takes a share of the batches. ``document_mask``: as the model was trained.
     """
-    vocab_size = layout.unwrap(model).config.vocab_size
-    with autocast(layout.device.type, precision):
+    vocab_size = strategy.unwrap(model).config.vocab_size
+    with autocast(strategy.device.type, precision):
         nats = [
             score_stream(
                 model,
                 stream,
                 context_length,
                 vocab_size,
-                rank=layout.data_rank,
-                world_size=layout.data_size,
+                rank=strategy.dp_rank,
+                world_size=strategy.dp_size,
                 document_mask=document_mask,
-                score=layout.score,
+                score=strategy.score,
             )
             for stream in streams.values()
         ]
-    layout.after_evaluation(model)
-    sums = layout.sum(torch.stack(nats).to(layout.device))  # (sources, 2)
+    strategy.release_gathered_weights(model)
+    sums = strategy.all_reduce_sum(torch.stack(nats).to(strategy.device))  # (sources, 2)
     by_source = {
         name: as_validation(total, targets, stream.num_bytes)
         for (name, stream), (total, targets) in zip(streams.items(), sums.tolist(), strict=True)

@@ -119,7 +119,7 @@ def test_a_reward_model_of_ours_and_merged_adapters(material):
         ({"reward": None}, "give one of --reward-model FOLDER and --reward MODULE:FUNCTION"),
         (
             {"steps": 30},
-            "a rollout takes 8 steps (ppo.epochs x ppo.mini_batches), so give a multiple of that, such as 32",
+            "a rollout takes 8 steps (ppo.num_ppo_epochs x ppo.num_mini_batches), so give a multiple of that, such as 32",
         ),
         ({"reward": "rewards_of_test:nothing"}, "give MODULE:FUNCTION"),
         ({"reward": "no_such_module:f"}, "cannot import no_such_module here"),

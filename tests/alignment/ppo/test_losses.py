@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from scratch_gpt.alignment.ppo.losses import (
     KLController,
     ScoreNormalizer,

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from scratch_gpt.alignment.ppo.rollout import completion_logits, completion_mask, token_logprobs
 
 LENGTH = 3

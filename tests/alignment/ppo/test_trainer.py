@@ -9,11 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
 from scratch_gpt.alignment.ppo.config import PPOConfig
 from scratch_gpt.alignment.ppo.rollout import completion_mask, generate
 from scratch_gpt.alignment.ppo.trainer import RolloutSampler
-from transformers import AutoModelForCausalLM, GenerationConfig
-
 from tests.alignment.conftest import PROMPTS, share_of_w2
 
 STYLES = {

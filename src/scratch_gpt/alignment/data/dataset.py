@@ -30,8 +30,8 @@ import pyarrow.parquet as pq
 from datasets import DatasetDict, load_dataset, load_from_disk
 
 from scratch_gpt.alignment.data import demo as bundled
-from scratch_gpt.config import StageSettings
-from scratch_gpt.console import say
+from scratch_gpt.config import RecipeSettings
+from scratch_gpt.console import print0
 from scratch_gpt.data.inputs import damaged_arrow
 from scratch_gpt.errors import UserError
 
@@ -61,7 +61,7 @@ UNKNOWN_TO_US = ("tools", "history", "image", "images", "video", "videos", "audi
 
 
 @dataclass(frozen=True)
-class Told:
+class FilteredRows:
     """Rows, and how many were left out for which reason."""
 
     rows: list[Row]
@@ -140,7 +140,7 @@ def _read_lines(path: Path, text: str) -> Iterator[Row]:
 
 
 @dataclass(frozen=True)
-class LearningData:
+class PreparedDataset:
     """Encoded rows to learn from and to validate on."""
 
     train: list[Row]
@@ -151,12 +151,12 @@ class LearningData:
     """For the card: where they are from, and what was left out."""
 
 
-def learning_data(
-    settings: StageSettings,
-    read: Callable[[StageSettings, str], Told],
+def prepare_dataset(
+    settings: RecipeSettings,
+    read: Callable[[RecipeSettings, str], FilteredRows],
     encode: Callable[[Row], tuple[Row, int]],
     longest: int,
-) -> LearningData:
+) -> PreparedDataset:
     """What ``read`` finds, encoded a row at a time, without the rows that are longer than ``longest`` tokens; says so.
 
     ``encode`` gives an encoded row and how many tokens it takes. Rows to validate on are drawn by the seed, where they have
@@ -166,7 +166,7 @@ def learning_data(
         UserError: nothing is left to learn from, or to validate on.
     """
     told = read(settings, settings.data)
-    say(f"data       {settings.data}: {told.describe()}")
+    print0(f"data       {settings.data}: {told.describe()}")
     facts: dict[str, Any] = {"data": f"`{settings.data}`, {told.describe()}"}
     if settings.validation_data is not None:
         parts = {"training": told.rows, "held out": read(settings, settings.validation_data).rows}
@@ -182,14 +182,14 @@ def learning_data(
                 f"{settings.data}, {name}: no row is left of {len(rows):,}, all are longer than {longest:,} tokens"
             )
         too_long = {f"longer than {longest:,} tokens": len(rows) - len(fitting)} if len(fitting) < len(rows) else {}
-        facts[name] = Told(fitting, too_long).describe()
-        say(f"           {name}: {facts[name]}")
+        facts[name] = FilteredRows(fitting, too_long).describe()
+        print0(f"           {name}: {facts[name]}")
         encoded[name] = fitting
     chat = not isinstance(told.rows[0].get("prompt"), str)
-    return LearningData(encoded["training"], encoded["held out"], chat, facts)
+    return PreparedDataset(encoded["training"], encoded["held out"], chat, facts)
 
 
-def _drawn(settings: StageSettings, rows: list[Row]) -> dict[str, list[Row]]:
+def _drawn(settings: RecipeSettings, rows: list[Row]) -> dict[str, list[Row]]:
     """``rows`` in two parts. Rows of the same prompt are in the same one."""
     asked = [json.dumps(row.get("prompt", row.get("messages"))) for row in rows]
     prompts = list(dict.fromkeys(asked))
@@ -209,34 +209,34 @@ def _drawn(settings: StageSettings, rows: list[Row]) -> dict[str, list[Row]]:
 # ------------------------------------------------------------------------------------------------ one form
 
 
-def conversations(settings: StageSettings, name: str) -> Told:
+def conversations(settings: RecipeSettings, name: str) -> FilteredRows:
     """Rows with `prompt` and `completion`, or with `messages` where all the assistant's turns are learnt from."""
-    return _told(settings, name, "conversations", _conversation)
+    return _read_filtered(settings, name, "conversations", _conversation)
 
 
-def pairs(settings: StageSettings, name: str) -> Told:
+def preference(settings: RecipeSettings, name: str) -> FilteredRows:
     """Rows with `prompt`, `chosen` and `rejected`."""
-    return _told(settings, name, "pairs", _pair)
+    return _read_filtered(settings, name, "pairs", _pair)
 
 
-def feedback(settings: StageSettings, name: str) -> Told:
+def unpaired_preference(settings: RecipeSettings, name: str) -> FilteredRows:
     """Rows with `prompt`, `completion` and `label`; a pair becomes two of them."""
-    return _told(settings, name, "feedback", _feedback)
+    return _read_filtered(settings, name, "feedback", _feedback)
 
 
-def prompts(settings: StageSettings, name: str) -> Told:
+def prompt_only(settings: RecipeSettings, name: str) -> FilteredRows:
     """Rows with `prompt`, and whatever else they have, for reward functions."""
-    return _told(settings, name, "prompts", _prompt)
+    return _read_filtered(settings, name, "prompts", _prompt)
 
 
 Reader = Callable[[Row, bool], list[Row]]
 
 
-class Unusable(ValueError):
+class SkipRow(ValueError):
     """A row that nothing can be learnt from, for a reason that is counted."""
 
 
-def _told(settings: StageSettings, name: str, kind: str, read: Reader) -> Told:
+def _read_filtered(settings: RecipeSettings, name: str, kind: str, read: Reader) -> FilteredRows:
     rows: list[Row] = []
     left_out: dict[str, int] = {}
     for number, row in enumerate(read_rows(name, settings.split), 1):
@@ -246,7 +246,7 @@ def _told(settings: StageSettings, name: str, kind: str, read: Reader) -> Told:
                     f"the column {unknown[0]} is not empty, and no stage here can make it a part of a prompt"
                 )
             rows += read(row, settings.plain_text == "chat")
-        except Unusable as reason:
+        except SkipRow as reason:
             left_out[str(reason)] = left_out.get(str(reason), 0) + 1
         except KeyError as error:
             raise UserError(
@@ -260,7 +260,7 @@ def _told(settings: StageSettings, name: str, kind: str, read: Reader) -> Told:
     forms = {isinstance(row.get("prompt", row.get("messages")), str) for row in rows}
     if len(forms) > 1:
         raise UserError(f"{name}: plain texts and messages are mixed; --data.plain-text chat makes messages of all")
-    return Told(rows, left_out)
+    return FilteredRows(rows, left_out)
 
 
 def _conversation(row: Row, chat: bool) -> list[Row]:
@@ -272,9 +272,9 @@ def _conversation(row: Row, chat: bool) -> list[Row]:
     if _is_conversation(row):
         messages = _whole_conversation(row)
         if not any(message["role"] == "assistant" for message in messages):
-            raise Unusable("without a turn of the assistant")
+            raise SkipRow("without a turn of the assistant")
         if not all(message["content"].strip() for message in messages if message["role"] == "assistant"):
-            raise Unusable("with an empty answer")
+            raise SkipRow("with an empty answer")
         return [{"messages": messages}]
     question, (answer,) = _exchange(row, [_single_answer(row)], chat)
     return [{"prompt": question, "completion": answer}]
@@ -289,14 +289,14 @@ def _pair(row: Row, chat: bool) -> list[Row]:
     else:
         question, (chosen, rejected) = _exchange(row, sides, chat)
     if chosen == rejected:
-        raise Unusable("with two equal sides")
+        raise SkipRow("with two equal sides")
     return [{"prompt": question, "chosen": chosen, "rejected": rejected}]
 
 
 def _split_pair(row: Row, chosen: Any, rejected: Any, chat: bool) -> tuple[Any, Any, Any]:
     """Two whole conversations or texts to what they have in common, and how each goes on."""
     if chosen == rejected:
-        raise Unusable("with two equal sides")
+        raise SkipRow("with two equal sides")
     if isinstance(chosen, str) and isinstance(rejected, str):
         spoken = [_human_and_assistant(text) for text in (chosen, rejected)] if chat else []
         if not spoken or None in spoken:
@@ -309,7 +309,7 @@ def _split_pair(row: Row, chosen: Any, rejected: Any, chat: bool) -> tuple[Any, 
     if not question or not all(ends):
         raise ValueError("chosen and rejected do not begin alike and then differ")
     if any(len(end) > 1 for end in ends):
-        raise Unusable("whose sides differ in more than the last turn")
+        raise SkipRow("whose sides differ in more than the last turn")
     _check_question(question)
     return question, *(_answer(end, chat=True) for end in ends)
 
@@ -328,7 +328,7 @@ def _split_texts(chosen: str, rejected: str, chat: bool) -> tuple[Any, Any, Any]
     common = os.path.commonprefix([chosen, rejected])
     end = max((place for place, character in enumerate(common) if character.isspace()), default=0)
     if not common[:end].strip():
-        raise Unusable("with two sides that do not begin alike")
+        raise SkipRow("with two sides that do not begin alike")
     question, ends = common[:end], (chosen[end:], rejected[end:])
     if not chat:
         return question, *(_answer(text, chat) for text in ends)
@@ -348,7 +348,7 @@ def _feedback(row: Row, chat: bool) -> list[Row]:
     if _is_conversation(row):
         messages = _whole_conversation(row)
         if messages[-1]["role"] != "assistant":
-            raise Unusable("whose last turn is not the assistant's")
+            raise SkipRow("whose last turn is not the assistant's")
         question, answer = messages[:-1], _answer(messages[-1:], chat=True)
         _check_question(question)
     else:
@@ -362,7 +362,7 @@ def _prompt(row: Row, chat: bool) -> list[Row]:
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not any(message["role"] == "user" for message in messages):
-            raise Unusable("without a question")
+            raise SkipRow("without a question")
         return [{**row, "prompt": messages}]
     return [{**row, "prompt": _exchange(row, [], chat)[0]}]
 
@@ -382,7 +382,7 @@ def _is_conversation(row: Row) -> bool:
 def _whole_conversation(row: Row) -> list[dict[str, str]]:
     messages = _with_system(row, _messages(row["messages"] if has(row, "messages") else row["conversations"]))
     if not messages:
-        raise Unusable("with an empty conversation")
+        raise SkipRow("with an empty conversation")
     return messages
 
 
@@ -419,7 +419,7 @@ def _exchange(row: Row, answers: list[Any], chat: bool) -> tuple[Any, list[Any]]
     chat = chat or has(row, "system") or not all(isinstance(text, str) for text in (question, *answers))
     if isinstance(question, str):
         if not question.strip():
-            raise Unusable("with an empty prompt")
+            raise SkipRow("with an empty prompt")
         question = [{"role": "user", "content": question}] if chat else question
     else:
         question = _messages(question)
@@ -431,7 +431,7 @@ def _exchange(row: Row, answers: list[Any], chat: bool) -> tuple[Any, list[Any]]
 
 def _check_question(messages: list[dict[str, str]]) -> None:
     if not any(message["content"].strip() for message in messages):
-        raise Unusable("with an empty prompt")
+        raise SkipRow("with an empty prompt")
     if messages[-1]["role"] == "assistant":
         raise ValueError("a prompt ends with a turn of the assistant, which has nothing to answer then")
 
@@ -439,13 +439,13 @@ def _check_question(messages: list[dict[str, str]]) -> None:
 def _answer(value: Any, chat: bool) -> Any:
     if isinstance(value, str):
         if not value.strip():
-            raise Unusable("with an empty answer")
+            raise SkipRow("with an empty answer")
         return [{"role": "assistant", "content": value}] if chat else value
     messages = _messages([value] if isinstance(value, dict) else value)
     if not messages or not all(message["content"].strip() for message in messages):
-        raise Unusable("with an empty answer")
+        raise SkipRow("with an empty answer")
     if len(messages) > 1:
-        raise Unusable("whose answer is more than one turn")
+        raise SkipRow("whose answer is more than one turn")
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"an answer is a turn of the {messages[-1]['role']}, not the assistant's")
     return messages

@@ -12,15 +12,15 @@ from typing import Any
 from datasets import Dataset
 
 from scratch_gpt.alignment.data.chat_template import encode_prompt
-from scratch_gpt.alignment.data.dataset import learning_data, prompts
+from scratch_gpt.alignment.data.dataset import prepare_dataset, prompt_only
 from scratch_gpt.alignment.models import context_of
 from scratch_gpt.alignment.ppo.config import PPOConfig
 from scratch_gpt.alignment.ppo.trainer import PPOTrainer
-from scratch_gpt.alignment.recipe import Stage, describe_model, lora, run_stage
+from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe
 from scratch_gpt.alignment.rewards import check_reward, reward_function, reward_of
 from scratch_gpt.config import PPOSettings
-from scratch_gpt.console import say
-from scratch_gpt.distributed.launch import launched_processes, reading_processes
+from scratch_gpt.console import print0
+from scratch_gpt.distributed.launch import data_parallel_size, launch_state
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.loading import load_model
 from scratch_gpt.training.metrics import read_metrics
@@ -55,20 +55,20 @@ PASSED_ON = (
 
 def ppo_command(settings: PPOSettings) -> None:
     """`scratch-gpt ppo`."""
-    run_stage(settings, "ppo", build, check)
+    run_recipe(settings, "ppo", build, check)
 
 
 def check(settings: PPOSettings) -> None:
     """Raises one UserError with all that is wrong and can be known before models are loaded."""
     problems = check_reward(settings)
-    per_rollout = settings.ppo.epochs * settings.ppo.mini_batches
+    per_rollout = settings.ppo.num_ppo_epochs * settings.ppo.num_mini_batches
     if settings.max_steps % per_rollout:
         nearest = max(1, round(settings.max_steps / per_rollout)) * per_rollout
         problems.append(
-            f"--max-steps is {settings.max_steps}; a rollout takes {per_rollout} steps (ppo.epochs x ppo.mini_batches), so "
+            f"--max-steps is {settings.max_steps}; a rollout takes {per_rollout} steps (ppo.num_ppo_epochs x ppo.num_mini_batches), so "
             f"give a multiple of that, such as {nearest}"
         )
-    world = reading_processes()
+    world = data_parallel_size()
     rows, remainder = divmod(settings.ppo.mini_batch_size, world * (settings.ppo.device_batch_size or 1))
     if remainder or not rows:
         problems.append(
@@ -81,7 +81,7 @@ def check(settings: PPOSettings) -> None:
         raise UserError("\n".join(problems))
 
 
-def build(settings: PPOSettings, run_dir: Path) -> Stage:
+def build(settings: PPOSettings, run_dir: Path) -> Recipe:
     """Models, data and trainer put together."""
     model, tokenizer = load_model(settings.model)
     ppo = settings.ppo
@@ -91,9 +91,11 @@ def build(settings: PPOSettings, run_dir: Path) -> Stage:
             f"--ppo.max_completion_length is {ppo.max_completion_length}, the model's whole context {context_of(model)} tokens"
         )
     longest = min(ppo.max_prompt_length or longest, longest)
-    data = learning_data(settings, prompts, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest)
+    data = prepare_dataset(
+        settings, prompt_only, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest
+    )
     data.facts["reward"] = f"`{reward_of(settings)}`"
-    per_process = ppo.mini_batch_size // reading_processes()
+    per_process = ppo.mini_batch_size // data_parallel_size()
     device_batch_size = ppo.device_batch_size or per_process
     trainer = PPOTrainer(
         model,
@@ -102,8 +104,8 @@ def build(settings: PPOSettings, run_dir: Path) -> Stage:
             output_dir=str(run_dir),
             per_device_train_batch_size=device_batch_size,
             gradient_accumulation_steps=per_process // device_batch_size,
-            num_mini_batches=ppo.mini_batches,
-            num_ppo_epochs=ppo.epochs,
+            num_mini_batches=ppo.num_mini_batches,
+            num_ppo_epochs=ppo.num_ppo_epochs,
             max_steps=settings.max_steps,
             eval_strategy="steps",
             eval_steps=ppo.eval_every,
@@ -113,24 +115,24 @@ def build(settings: PPOSettings, run_dir: Path) -> Stage:
             seed=settings.seed,
             report_to=settings.trackers,
             disable_tqdm=True,
-            use_cpu=launched_processes().device.type == "cpu",
+            use_cpu=launch_state().device.type == "cpu",
             **{name: getattr(ppo, name) for name in PASSED_ON},
         ),
         train_dataset=Dataset.from_list(data.train),
         eval_dataset=Dataset.from_list(data.validation),
         processing_class=tokenizer,
-        peft_config=lora(settings, "CAUSAL_LM"),
+        peft_config=peft_config(settings, "CAUSAL_LM"),
     )
     trainer.model.policy.generation_config.eos_token_id = trainer.stop_ids
     describe_model(settings, trainer.model.policy)
-    say(f"reward     {reward_of(settings)}")
-    rollout = ppo.mini_batch_size * ppo.mini_batches
-    say(f"rollouts   {settings.max_steps // trainer.args.steps_per_rollout:,} of {rollout:,} completions")
-    return Stage(
+    print0(f"reward     {reward_of(settings)}")
+    rollout = ppo.mini_batch_size * ppo.num_mini_batches
+    print0(f"rollouts   {settings.max_steps // trainer.args.steps_per_rollout:,} of {rollout:,} completions")
+    return Recipe(
         trainer,
         describe,
         steps_per_rollout=trainer.args.steps_per_rollout,
-        report=lambda: ({}, in_words(read_metrics(run_dir / "metrics.jsonl"))),
+        report=lambda: ({}, to_markdown(read_metrics(run_dir / "metrics.jsonl"))),
         facts=data.facts,
     )
 
@@ -145,7 +147,7 @@ def describe(logs: dict[str, Any]) -> str:
     )
 
 
-def in_words(records: list[dict[str, Any]]) -> str:
+def to_markdown(records: list[dict[str, Any]]) -> str:
     """For the card: the first and the last entry of the metrics."""
     training = [record for record in records if "loss" in record]
     lines = ["| | first rollouts | last rollouts |", "|---|---|---|"]

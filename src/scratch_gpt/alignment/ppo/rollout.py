@@ -15,11 +15,11 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
 
-from scratch_gpt.alignment.models import base_of
+from scratch_gpt.alignment.models import unwrap_peft
 
 
 @dataclass
-class Batch:
+class RolloutBatch:
     """Prompts padded on the left, completions on the right: every completion begins at the same column."""
 
     input_ids: torch.Tensor
@@ -35,9 +35,9 @@ class Batch:
     def completion_ids(self) -> torch.Tensor:
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
-    def first(self, count: int) -> "Batch":
+    def first(self, count: int) -> "RolloutBatch":
         """The batch without the rows behind."""
-        return Batch(*(getattr(self, part.name)[:count] for part in fields(self)))
+        return RolloutBatch(*(getattr(self, part.name)[:count] for part in fields(self)))
 
     def sequences(self) -> list[torch.Tensor]:
         """Prompt and completion of each row, without padding, on the CPU."""
@@ -64,10 +64,10 @@ def generate(
     temperature: float,
     stop_ids: Sequence[int],
     pad_id: int,
-) -> Batch:
+) -> RolloutBatch:
     """Draw one completion per prompt, with the key/value cache. `generate` sees that a model is sharded, and goes on in all processes
     until the last is done."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     width = max(map(len, prompt_ids))
     padded = [[pad_id] * (width - len(ids)) + ids for ids in prompt_ids]
     mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
@@ -86,7 +86,7 @@ def generate(
     with _only(base, config):
         sequences = base.generate(input_ids=input_ids, attention_mask=attention_mask)
     completions, ended = completion_mask(sequences[:, width:], stop_ids)
-    return Batch(sequences, torch.cat([attention_mask, completions], 1), completions, ended)
+    return RolloutBatch(sequences, torch.cat([attention_mask, completions], 1), completions, ended)
 
 
 @contextmanager
@@ -100,16 +100,16 @@ def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
         model.generation_config = own
 
 
-def concatenate(batches: list[Batch], pad_id: int) -> Batch:
+def concatenate(batches: list[RolloutBatch], pad_id: int) -> RolloutBatch:
     """Batches of different prompt and completion lengths as one."""
     prompt = max(batch.input_ids.shape[1] - batch.completion_mask.shape[1] for batch in batches)
     completion = max(batch.completion_mask.shape[1] for batch in batches)
 
-    def widen(tensor: torch.Tensor, batch: Batch, value: int) -> torch.Tensor:
+    def widen(tensor: torch.Tensor, batch: RolloutBatch, value: int) -> torch.Tensor:
         right = completion - batch.completion_mask.shape[1]
         return F.pad(tensor, (prompt + completion - tensor.shape[1] - right, right), value=value)
 
-    return Batch(
+    return RolloutBatch(
         torch.cat([widen(batch.input_ids, batch, pad_id) for batch in batches]),
         torch.cat([widen(batch.attention_mask, batch, 0) for batch in batches]),
         torch.cat(
@@ -130,7 +130,7 @@ def completion_logits(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int, temperature: float
 ) -> torch.Tensor:
     """The logits, by temperature, that each completion token was drawn from (rows, completion, vocabulary), in float32."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     arguments: dict[str, Any] = position_arguments(base, attention_mask)
     if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
         arguments["logits_to_keep"] = completion_length + 1

@@ -54,18 +54,18 @@ from scratch_gpt.alignment.ppo.losses import (
     whiten,
 )
 from scratch_gpt.alignment.ppo.rollout import (
-    Batch,
-    base_of,
+    RolloutBatch,
     completion_logits,
     concatenate,
     entropy,
     generate,
     position_arguments,
     token_logprobs,
+    unwrap_peft,
 )
 from scratch_gpt.alignment.rewards import Completions, FunctionReward, Reward, RewardModel, load_rewards, score
-from scratch_gpt.alignment.trainer_checkpoints import Resumable, fill, write_model
-from scratch_gpt.distributed.strategy import Layout
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin, fill, write_model
+from scratch_gpt.distributed.strategy import Strategy
 
 logger = logging.get_logger(__name__)
 
@@ -97,12 +97,12 @@ class ActorCritic(nn.Module):
         logprobs = token_logprobs(logits, input_ids[:, -completion_length:])
         return logprobs, entropy(logits), self.values(input_ids, attention_mask, completion_length)
 
-    def generate(self, prompt_ids: list[list[int]], **settings: Any) -> Batch:
+    def generate(self, prompt_ids: list[list[int]], **settings: Any) -> RolloutBatch:
         """Of the policy; Trainer lets a sharded module have a second method of this name that begins like `forward`."""
         return generate(self.policy, prompt_ids, temperature=self.temperature, **settings)
 
     def values(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int) -> torch.Tensor:
-        base = base_of(self.value_model)
+        base = unwrap_peft(self.value_model)
         hidden_states = base.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -121,7 +121,7 @@ class ActorCritic(nn.Module):
 class Rollout:
     """Completions of this process and what is learnt from them; each tensor but the batch's is (rows, completion)."""
 
-    batch: Batch
+    batch: RolloutBatch
     logprobs: torch.Tensor
     values: torch.Tensor
     advantages: torch.Tensor
@@ -132,7 +132,7 @@ class Rollout:
     """(epochs, mini-batches): completion tokens in each, over all processes."""
 
 
-class PPOTrainer(Resumable):
+class PPOTrainer(ResumableTrainerMixin):
     """PPO with TRL's look and feel.
 
     Args:
@@ -154,7 +154,7 @@ class PPOTrainer(Resumable):
     """
 
     args: PPOConfig
-    draws = True
+    generates = True
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ class PPOTrainer(Resumable):
             if isinstance(reward, RewardModel) and reward.tokenizer is None and hasattr(reward.model, "score"):
                 _restore_forward(reward.model)
                 return copy.deepcopy(reward.model).requires_grad_(True)
-        base = base_of(policy)
+        base = unwrap_peft(policy)
         config = copy.deepcopy(base.config)
         config.num_labels = 1
         trusted = type(base).__module__.startswith("transformers_modules.")  # its owner has loaded this code already
@@ -283,12 +283,12 @@ class PPOTrainer(Resumable):
 
     def shard(self) -> None:
         """Policy and value model, so that each computes by itself, too."""
-        if self.layout is not None:
+        if self.strategy is not None:
             super().shard()
             return
         # Or Accelerate would give out the weights of the main process once more, as if they were whole.
         self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
-        policy, value_model = base_of(self.model.policy), base_of(self.model.value_model)
+        policy, value_model = unwrap_peft(self.model.policy), unwrap_peft(self.model.value_model)
         shard(self.accelerator, policy)
         shard(self.accelerator, value_model, value_model.base_model, value_model.score)
 
@@ -296,10 +296,10 @@ class PPOTrainer(Resumable):
     def trained(self) -> list[Any]:
         return [self.model.policy, self.model.value_model]
 
-    def divide_trained(self, layout: Layout, precision: str) -> None:
-        policy, value_model = map(base_of, self.trained)
-        layout.spread(policy, precision)
-        layout.spread_for(value_model, precision, (value_model.base_model, value_model.score))
+    def parallelize_trained(self, strategy: Strategy, precision: str) -> None:
+        policy, value_model = map(unwrap_peft, self.trained)
+        strategy.parallelize(policy, precision)
+        strategy.parallelize_roots(value_model, precision, (value_model.base_model, value_model.score))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's, with a learning rate of its own for the value model where that is asked for."""
@@ -325,8 +325,8 @@ class PPOTrainer(Resumable):
             num_prompts=len(self.train_dataset),
             rows=self.args.rows_per_rollout,
             repeats=self.args.steps_per_rollout * self.args.gradient_accumulation_steps,
-            process=self.data_rank,
-            processes=self.data_size,
+            process=self.dp_rank,
+            processes=self.dp_size,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
         )
         return _RolloutLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)
@@ -381,7 +381,7 @@ class PPOTrainer(Resumable):
         averages["objective/kl_coef"] = coefficient
         for name, value in averages.items():
             self._averages[name].append(value)
-        self.kl_controller.update(averages["objective/kl"], len(examples) * self.data_size)
+        self.kl_controller.update(averages["objective/kl"], len(examples) * self.dp_size)
 
         order = torch.stack([torch.randperm(len(examples)) for _ in range(args.num_ppo_epochs)])
         tokens = mask.sum(1).cpu()[order].view(args.num_ppo_epochs, args.num_mini_batches, -1).sum(2)
@@ -390,7 +390,7 @@ class PPOTrainer(Resumable):
         return Rollout(batch, logprobs, values, advantages, returns, order.to(mask.device), tokens)
 
     @torch.no_grad()
-    def _draw(self, examples: list[dict[str, Any]]) -> tuple[Batch, *tuple[torch.Tensor, ...]]:
+    def _draw(self, examples: list[dict[str, Any]]) -> tuple[RolloutBatch, *tuple[torch.Tensor, ...]]:
         """Completions and, of each token, log-probability, that of the reference, entropy and value; then scores
         (rows, rewards)."""
         args = self.args
@@ -399,7 +399,7 @@ class PPOTrainer(Resumable):
             for first in range(0, len(examples), args.rollout_batch_size)
         ]
         policy = self.model.policy
-        with self.drawing(), self.accelerator.autocast():
+        with self.generating(), self.accelerator.autocast():
             batches = [
                 self.model.generate(
                     [example["prompt_ids"] for example in piece],
@@ -425,7 +425,7 @@ class PPOTrainer(Resumable):
             scores = self._score(batch, examples)
         return batch, *(torch.cat(parts) for parts in zip(*scored, strict=True)), scores
 
-    def _score(self, batch: Batch, examples: list[dict[str, Any]]) -> torch.Tensor:
+    def _score(self, batch: RolloutBatch, examples: list[dict[str, Any]]) -> torch.Tensor:
         """(rows, rewards), before any normalisation."""
         sequences = batch.sequences()
         lengths = batch.completion_mask.sum(1).tolist()
@@ -447,7 +447,7 @@ class PPOTrainer(Resumable):
             },
         )
         scores = [
-            self.told_by_first(functools.partial(score, reward, rollout))
+            self.broadcast_from_first_rank(functools.partial(score, reward, rollout))
             if isinstance(reward, FunctionReward)
             else score(reward, rollout)
             for reward in self.rewards
@@ -464,7 +464,7 @@ class PPOTrainer(Resumable):
 
     def _describe(
         self,
-        batch: Batch,
+        batch: RolloutBatch,
         scores: torch.Tensor,
         weighted: torch.Tensor,
         logprobs: torch.Tensor,
@@ -543,7 +543,7 @@ class PPOTrainer(Resumable):
             statistics += [share(policy_clipped.float()), share(entropies), share((logprobs - old_logprobs).exp())]
             statistics += [share(value_clipped.float())]
             self._step_statistics += torch.stack(statistics)
-        return loss * self.data_size  # data parallelism averages the gradients of processes; this sums them
+        return loss * self.dp_size  # data parallelism averages the gradients of processes; this sums them
 
     def _finish_step(self) -> None:
         args = self.args
@@ -583,15 +583,15 @@ class PPOTrainer(Resumable):
         if data is None:
             raise ValueError("evaluate: there is no eval_dataset")
         # Of sharded models all processes compute as often: who has a row less takes one that does not count.
-        rows = list(range(self.data_rank, len(data), self.data_size))
-        count, most = len(rows), math.ceil(len(data) / self.data_size)
+        rows = list(range(self.dp_rank, len(data), self.dp_size))
+        count, most = len(rows), math.ceil(len(data) / self.dp_size)
         mine = data.select(rows + [0] * (most - count)).to_list()
         was_training = self.model.training
         self.model.eval()
         sums, names = torch.zeros(0), []
         devices = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(args.seed + self.data_rank)
+            torch.manual_seed(args.seed + self.dp_rank)
             batch, *parts = self._draw(mine)
             logprobs, ref_logprobs, entropies, _, scores = (part[:count] for part in parts)
             if count:
@@ -736,12 +736,12 @@ def _stop_ids(
 
 
 def _check_value_model(value_model: Any, policy: Any) -> None:
-    base, name = base_of(value_model), type(base_of(value_model)).__name__
+    base, name = unwrap_peft(value_model), type(unwrap_peft(value_model)).__name__
     if base.config.num_labels != 1 or not hasattr(base, "score"):
         raise ValueError(
             f"{name} cannot be the value model: that is a decoder with num_labels=1 and a head named score"
         )
-    if base.config.vocab_size < base_of(policy).config.vocab_size:
+    if base.config.vocab_size < unwrap_peft(policy).config.vocab_size:
         raise ValueError(f"the value model knows {base.config.vocab_size} tokens, fewer than the policy")
 
 
@@ -757,7 +757,7 @@ def _add_adapters(policy: PreTrainedModel, value_model: PreTrainedModel, peft_co
 
 def _restore_forward(model: Any) -> None:
     """Undo what TRL's trainers leave on a model: a `forward` that, copied with it, would still run the original."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     if not hasattr(base, "_hf_hook"):  # Accelerate's, of a model spread over devices
         base.__dict__.pop("forward", None)
 
