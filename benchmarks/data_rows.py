@@ -68,7 +68,7 @@ def rows_per_second(data: TrainingData, rows: int, rows_per_step: int = 8) -> fl
 def mask_cost(data: TrainingData, model: torch.nn.Module, rows: int, precision: str, repeats: int) -> list[float]:
     """Seconds with the mask over seconds without, of the same rows: one ratio per pair of turns."""
     [masked] = data.read_step(data.order.at_step(DataPosition(), 0, 1), rows, 1).batches
-    plain = Batch(masked.input_ids, masked.labels)
+    plain = Batch(masked.input_ids, masked.targets)
     ratios = []
     for _ in range(repeats):
         with_mask, without = (measure(model, batch, precision, repeats=3) for batch in (masked, plain))

@@ -40,8 +40,7 @@ class MeasuredLoop(Trainer):
                         loss = self.model(
                             input_ids=batch.input_ids,
                             position_ids=batch.position_ids,
-                            labels=batch.labels,
-                            shift_labels=batch.labels,
+                            shift_labels=batch.targets,
                             num_items_in_batch=data.num_targets,
                         ).loss
                     loss.backward()

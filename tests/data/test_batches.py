@@ -36,7 +36,7 @@ def training_data(streams, context, packing="concat", document_mask=False, seed=
 
 
 def targets(batch):
-    return batch.labels[batch.labels != IGNORE_INDEX].tolist()
+    return batch.targets[batch.targets != IGNORE_INDEX].tolist()
 
 
 def read_run(data, steps, world=1, micro_batches=1, cursor=None):
@@ -45,7 +45,7 @@ def read_run(data, steps, world=1, micro_batches=1, cursor=None):
     for step, size in enumerate(steps):
         cursor = data.order.at_step(cursor, step, len(steps))
         parts = [data.read_step(cursor, size, micro_batches, process, world) for process in range(world)]
-        labels = [torch.cat([batch.labels for batch in part.batches]) for part in parts]
+        labels = [torch.cat([batch.targets for batch in part.batches]) for part in parts]
         whole = torch.stack(labels, dim=1).flatten(0, 1)  # process p had rows p, p + world, ...
         assert {part.num_targets for part in parts} == {int((whole != IGNORE_INDEX).sum())}
         assert len({part.cursor.row for part in parts}) == 1
@@ -104,13 +104,13 @@ def test_inputs_precede_their_targets_and_positions_count_from_the_document(leng
     rows = data.order.packings["text"].rows_per_epoch
     assert all(count > 0 for index in range(rows) for _, count in data.order.packings["text"].row(index))
     [batch] = data.read_step(cursor, rows, 1).batches
-    real = batch.labels != IGNORE_INDEX
-    assert torch.equal(((batch.input_ids + 1) % len(stream))[real], batch.labels[real])
-    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    real = batch.targets != IGNORE_INDEX
+    assert torch.equal(((batch.input_ids + 1) % len(stream))[real], batch.targets[real])
+    assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
     if not packing[1]:
         assert batch.position_ids is None
         return
-    for labels, positions in zip(batch.labels.tolist(), batch.position_ids.tolist(), strict=True):
+    for labels, positions in zip(batch.targets.tolist(), batch.position_ids.tolist(), strict=True):
         previous = position = -1
         for column, label in enumerate(labels):
             padding_begins = label == IGNORE_INDEX != previous
@@ -129,9 +129,7 @@ def test_a_masked_row_gives_the_loss_of_its_documents_apart():
     data = training_data({"text": stream}, 16, "best_fit", True)
     rows = data.order.packings["text"].rows_per_epoch
     [batch] = data.read_step(data.order.at_step(DataPosition(), 0, 1), rows, 1).batches
-    packed = model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels, shift_labels=batch.labels
-    ).loss
+    packed = model(input_ids=batch.input_ids, position_ids=batch.position_ids, shift_labels=batch.targets).loss
     apart = 0.0
     for start, length in zip(np.cumsum([0, *lengths]), lengths, strict=False):
         tokens = torch.from_numpy(stream.read(int(start) - 1, length + 1))[None]  # its end-of-text token before it

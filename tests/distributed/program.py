@@ -37,7 +37,7 @@ def run(trainer, original=Trainer.run):
 
     def note(model, inputs, arguments, output):
         loss_dtypes.update([] if output.loss is None else [str(output.loss.dtype)])
-        columns.update([] if "labels" not in arguments else [arguments["labels"].shape[1]])
+        columns.update([] if "shift_labels" not in arguments else [arguments["shift_labels"].shape[1]])
 
     hook = trainer.model.register_forward_hook(note, with_kwargs=True)
 

@@ -49,8 +49,7 @@ def loss_and_gradients(model, batch, attention_mask=None):
         batch.input_ids,
         attention_mask=attention_mask,
         position_ids=batch.position_ids,
-        labels=batch.labels,
-        shift_labels=batch.labels,
+        shift_labels=batch.targets,
         num_items_in_batch=IDS.numel() - 2,
     )
     outputs.loss.backward()

@@ -61,7 +61,7 @@ def work(rank, folder, store_file):
             own = [batch for one in range(2) if shape[1] == 1 or one == copy for batch in batches(one)]
             pipeline = Pipeline(build(style), mesh, schedule, CONTEXT, torch.device("cpu"), contextlib.nullcontext)
             parameters = dict(pipeline.model.named_parameters())
-            num_targets = sum(int((batch.labels != -100).sum()) for one in range(2) for batch in batches(one))
+            num_targets = sum(int((batch.targets != -100).sum()) for one in range(2) for batch in batches(one))
             loss = pipeline.forward_backward(own, num_targets, loss_factor=8.0)
             result = {
                 "loss": loss,
@@ -89,15 +89,15 @@ def folder(tmp_path_factory):
 def test_a_step_through_the_pipeline_is_that_of_one_process(folder, style, strategy):
     model = build(style)
     everything = [batch for copy in range(2) for batch in batches(copy)]
-    num_targets = sum(int((batch.labels != -100).sum()) for batch in everything)
+    num_targets = sum(int((batch.targets != -100).sum()) for batch in everything)
     loss = torch.zeros(())
     for batch in everything:
-        arguments = {"labels": batch.labels, "shift_labels": batch.labels, "num_items_in_batch": num_targets}
+        arguments = {"shift_labels": batch.targets, "num_items_in_batch": num_targets}
         part = model(batch.input_ids, position_ids=batch.position_ids, **arguments).loss
         part.backward()
         loss += part.detach()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    arguments = {"labels": SMALL.labels, "shift_labels": SMALL.labels, "num_items_in_batch": 1}
+    arguments = {"shift_labels": SMALL.targets, "num_items_in_batch": 1}
     validation = model(SMALL.input_ids, position_ids=SMALL.position_ids, **arguments).loss.detach()
 
     shape, schedule = LAYOUTS[strategy]

@@ -31,7 +31,7 @@ def poison(monkeypatch):
             if effect is None:
                 return original(self, data)
             for batch in data.batches:
-                batch.labels[:] = 5  # garbage: the same token everywhere
+                batch.targets[:] = 5  # garbage: the same token everywhere
             loss = original(self, data)
             for parameter in self.model.parameters():
                 parameter.grad.mul_(effect)

@@ -82,7 +82,7 @@ def loss_of(folder, batches):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
         logits = torch.cat([model(batch.input_ids, position_ids=batch.position_ids).logits for batch in batches])
-    return cross_entropy(logits.flatten(0, 1), torch.cat([batch.labels for batch in batches]).flatten()).item()
+    return cross_entropy(logits.flatten(0, 1), torch.cat([batch.targets for batch in batches]).flatten()).item()
 
 
 def test_it_is_resumed_itself_bit_for_bit_though_the_other_run_is_gone(origin, continued, tmp_path):

@@ -196,8 +196,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(document_mask):
             batch = read_rows(rows[first : first + size], 16, document_mask)
             loss = model(
                 input_ids=batch.input_ids,
-                labels=batch.labels,
-                shift_labels=batch.labels,
+                shift_labels=batch.targets,
                 position_ids=batch.position_ids,
                 num_items_in_batch=200,
             ).loss

@@ -20,7 +20,7 @@ class Batch:
     """
 
     input_ids: torch.Tensor
-    labels: torch.Tensor
+    targets: torch.Tensor
     position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
@@ -32,7 +32,7 @@ class Batch:
         return Batch(*(t if t is None else t.pin_memory() for t in self._tensors()))
 
     def _tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return self.input_ids, self.labels, self.position_ids
+        return self.input_ids, self.targets, self.position_ids
 
 
 def read_rows(rows: Sequence[tuple[TokenStream, Row]], context_length: int, document_mask: bool) -> Batch:
@@ -41,14 +41,14 @@ def read_rows(rows: Sequence[tuple[TokenStream, Row]], context_length: int, docu
     With ``document_mask`` positions restart at each segment, and at the padding.
     """
     shape = (len(rows), context_length)
-    input_ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    input_ids, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64) if document_mask else None
     for number, (stream, row) in enumerate(rows):
         column = 0
         for first, count in row:
             tokens = stream.read(first - 1, count + 1)
             segment = slice(column, column + count)
-            input_ids[number, segment], labels[number, segment] = tokens[:-1], tokens[1:]
+            input_ids[number, segment], targets[number, segment] = tokens[:-1], tokens[1:]
             if position_ids is not None:
                 position_ids[number, segment] = np.arange(count)
             column += count
@@ -56,7 +56,7 @@ def read_rows(rows: Sequence[tuple[TokenStream, Row]], context_length: int, docu
             position_ids[number, column:] = np.arange(context_length - column)
     return Batch(
         torch.from_numpy(input_ids),
-        torch.from_numpy(labels),
+        torch.from_numpy(targets),
         None if position_ids is None else torch.from_numpy(position_ids),
     )
 

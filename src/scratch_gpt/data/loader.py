@@ -65,7 +65,7 @@ class TrainingData:
 
     def _check_vocabulary(self, batch: Batch, sources: list[str]) -> None:
         # in numpy: torch would start a second set of OpenMP threads for this one
-        highest_ids = np.maximum(batch.input_ids.numpy().max(1), batch.labels.numpy().max(1))
+        highest_ids = np.maximum(batch.input_ids.numpy().max(1), batch.targets.numpy().max(1))
         for source, highest in zip(sources, highest_ids.tolist(), strict=True):
             if highest >= self.vocab_size:
                 raise UserError(

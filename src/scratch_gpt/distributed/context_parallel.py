@@ -71,7 +71,7 @@ def shard_batch(batch: Batch, config: Any, group: dist.ProcessGroup) -> tuple[Ba
     if batch.position_ids is not None:
         positions = batch.position_ids
         documents = documents_of(positions)
-    own = Batch(batch.input_ids[:, columns], batch.labels[:, columns], positions[:, columns])
+    own = Batch(batch.input_ids[:, columns], batch.targets[:, columns], positions[:, columns])
     return own, own_parts(config, length, documents, group, device)
 
 

@@ -142,7 +142,7 @@ class StageModule(nn.Module):
     def forward(
         self,
         inputs: torch.Tensor,
-        labels: torch.Tensor,
+        targets: torch.Tensor,
         num_items_in_batch: int,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -152,8 +152,7 @@ class StageModule(nn.Module):
                 return self.model.transformer(position_ids=position_ids, **arguments).last_hidden_state
             return self.model(
                 position_ids=position_ids,
-                labels=labels,
-                shift_labels=labels,
+                shift_labels=targets,
                 num_items_in_batch=num_items_in_batch,
                 skip_logits=True,
                 **arguments,
@@ -223,14 +222,14 @@ class Pipeline(nn.Module):
         """
         # parts of gradients are averaged over the processes that share a stage; what we want is their sum
         self.loss_factor = loss_factor * (self.data_group.size() if self.is_sharded else 1)
-        labels = torch.cat([batch.labels for batch in batches])
-        arguments: dict[str, Any] = {"labels": labels, "num_items_in_batch": num_targets}
+        targets = torch.cat([batch.targets for batch in batches])
+        arguments: dict[str, Any] = {"targets": targets, "num_items_in_batch": num_targets}
         if batches[0].position_ids is not None:
             arguments["position_ids"] = torch.cat([batch.position_ids for batch in batches])
         inputs = (torch.cat([batch.input_ids for batch in batches]),) if self.rank == 0 else ()
         losses: list[torch.Tensor] = []
         schedule = self._schedule(len(batches), batches[0].input_ids.shape)
-        schedule.step(*inputs, target=labels, losses=losses, return_outputs=False, **arguments)
+        schedule.step(*inputs, target=targets, losses=losses, return_outputs=False, **arguments)
         self._reduce_gradients()
         loss = torch.stack(losses).detach().sum() / self.loss_factor if losses else torch.zeros((), device=self.device)
         dist.all_reduce(loss, group=self.group)
@@ -262,7 +261,7 @@ class Pipeline(nn.Module):
                 )
                 for number, stage in enumerate(self.stages)
             ]
-            of_loss = {"loss_fn": lambda loss, labels: loss * self.loss_factor, "scale_grads": False}
+            of_loss = {"loss_fn": lambda loss, targets: loss * self.loss_factor, "scale_grads": False}
             self._schedules[micro_batches, shape] = (
                 Schedule1F1B(stages[0], micro_batches, **of_loss)
                 if self.schedule == "1f1b"
@@ -277,7 +276,7 @@ class Pipeline(nn.Module):
         for index in range(self.num_stages):
             here, there = index % self.size, (index + 1) % self.size
             if here == self.rank:
-                output = self.stages[index // self.size](inputs, batch.labels, 1, batch.position_ids)
+                output = self.stages[index // self.size](inputs, batch.targets, 1, batch.position_ids)
                 if index == self.num_stages - 1:
                     loss = output
                 else:
@@ -382,7 +381,7 @@ class PipelineStrategy(Strategy):
         return model.forward_backward([batch.to(self.device) for batch in batches], num_targets, loss_scale)
 
     def score(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        return model.sum_of_losses(batch), (batch.labels != IGNORE_INDEX).sum()
+        return model.sum_of_losses(batch), (batch.targets != IGNORE_INDEX).sum()
 
     def grad_norm_weight(self, parameter: nn.Parameter) -> float:
         return (0.5 if parameter is self.pipeline.tied_end else 1.0) * num_shards(parameter) / self.dp_size

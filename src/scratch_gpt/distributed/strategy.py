@@ -285,8 +285,7 @@ class Strategy:
                         input_ids=batch.input_ids,
                         attention_mask=attention_mask,
                         position_ids=batch.position_ids,
-                        labels=batch.labels,
-                        shift_labels=batch.labels,
+                        shift_labels=batch.targets,
                         num_items_in_batch=num_targets,
                     ).loss
                 self.backward(model, loss * factor)

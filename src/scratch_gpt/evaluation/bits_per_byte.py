@@ -37,9 +37,9 @@ def score_batch(model: nn.Module, batch: Batch, attention_mask: Any = None) -> t
         batch.input_ids, attention_mask=attention_mask, position_ids=batch.position_ids, use_cache=False
     ).logits
     nats = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    return nats, (batch.labels != IGNORE_INDEX).sum()
+    return nats, (batch.targets != IGNORE_INDEX).sum()
 
 
 @torch.no_grad()

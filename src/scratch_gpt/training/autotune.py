@@ -84,8 +84,7 @@ def _forward_backward(model: ScratchGPTForCausalLM, batch: Batch, precision: str
         model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            labels=batch.labels,
-            shift_labels=batch.labels,
+            shift_labels=batch.targets,
         ).loss.backward()
     if device == "cuda":
         torch.cuda.synchronize()
