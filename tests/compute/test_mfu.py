@@ -16,7 +16,7 @@ from scratch_gpt.compute import mfu as utilisation
 from scratch_gpt.compute.mfu import GPU_PEAKS, MFUMeter, data_sheet_peak, measured_peak
 from scratch_gpt.model.presets import preset
 from scratch_gpt.training.metrics import read_metrics, speed
-from tests.training.test_runs import arguments
+from tests.training.runs import arguments
 
 
 def test_mfu_is_the_models_flops_per_second_over_the_peak(monkeypatch, corpus, tmp_path, capsys):
