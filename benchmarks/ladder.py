@@ -24,7 +24,7 @@ BF16 = {**CHUNKED, "precision": "bf16"}
 KEPT = {**BF16, "keep_memory": True}
 COMPILED = {**KEPT, "compiled": True}
 RUNGS = {
-    "float32, eager, logits of the whole batch": PLAIN,
+    "float32, eager, logits of the full batch": PLAIN,
     "+ the loss in chunks": CHUNKED,
     "+ bf16 (`--training.precision bf16`)": BF16,
     "+ freed memory kept": KEPT,

@@ -180,6 +180,6 @@ def test_compiled_blocks_are_refused_where_tensor_parallelism_divides_them(corpu
     with fake_process_group(2):
         monkeypatch.setattr(build, "build_strategy", lambda: fake_strategy({"tp": 2}, "cpu"))
         assert main(go_on) == 0 and compiled and not any(compiled)
-        assert "except that tp cannot compile blocks" in capsys.readouterr().out
+        assert "except that fsdp2 x tp cannot compile blocks" in capsys.readouterr().out
         assert main([*arguments(tmp_path / "new", corpus), "--dry-run", "--training.compile", "on"]) == 2
     assert "torch's compiler does not take blocks whose matrices are divided" in capsys.readouterr().err

@@ -22,7 +22,7 @@ class Poison(TrainerCallback):
         self.factors = factors
 
     def factor(self, data):
-        """By the step that reads this data in an undisturbed run; None: leave it alone."""
+        """By the step that reads this data in an uninterrupted run; None: leave it alone."""
         return self.factors.get(data.cursor.row // SEQUENCES_PER_STEP)
 
     def on_step_begin(self, trainer, data):
@@ -41,7 +41,7 @@ class Poison(TrainerCallback):
 
 @pytest.fixture
 def poison(callbacks):
-    """``poison({step: factor})``: spoil the data that an undisturbed run reads at these steps (see :class:`Poison`)."""
+    """``poison({step: factor})``: spoil the data that an uninterrupted run reads at these steps (see :class:`Poison`)."""
 
     def install(factors):
         callbacks[:] = [Poison(factors)]

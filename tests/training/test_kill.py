@@ -1,4 +1,4 @@
-"""A run that is killed or meets a full disk, anywhere and any number of times, ends like an undisturbed one."""
+"""A run that is killed or meets a full disk, anywhere and any number of times, ends like an uninterrupted one."""
 
 import errno
 import math
@@ -22,22 +22,22 @@ EXACT = ("loss", "grad_norm", "learning_rate", "tokens", "validation_loss", "val
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus, tmp_path_factory):
-    """(run directory, number of file operations) of an undisturbed run."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(corpus, tmp_path_factory):
+    """(run directory, number of file operations) of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     code, operations = call(command, arguments(folder / "run", corpus), folder / "output")
     assert code == 0, (folder / "output").read_text()
     return folder / "run", operations
 
 
-def assert_as_if_undisturbed(run_dir, undisturbed):
-    assert_same_run(run_dir, undisturbed[0])
-    mine, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (run_dir, undisturbed[0]))
+def assert_same_as_uninterrupted(run_dir, uninterrupted):
+    assert_same_run(run_dir, uninterrupted[0])
+    mine, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (run_dir, uninterrupted[0]))
     assert [record["step"] for record in mine] == list(range(1, STEPS + 1))
     for one, other in zip(mine, theirs, strict=True):
         assert {key: one.get(key) for key in EXACT} == {key: other.get(key) for key in EXACT}
     for name in ("model.safetensors", "trainer_state/optimizer.safetensors", "trainer_state/rng.safetensors"):
-        one, other = (folder / f"checkpoint-{STEPS}" / name for folder in (run_dir, undisturbed[0]))
+        one, other = (folder / f"checkpoint-{STEPS}" / name for folder in (run_dir, uninterrupted[0]))
         assert one.read_bytes() == other.read_bytes()
 
 
@@ -49,11 +49,11 @@ def some_kill(rng, operations):
 
 
 @pytest.mark.parametrize(("async_save", "seed"), [("off", 1), ("on", 2)])
-def test_a_run_killed_at_random_resumes_bit_for_bit(async_save, seed, undisturbed, corpus, tmp_path):
+def test_a_run_killed_at_random_resumes_bit_for_bit(async_save, seed, uninterrupted, corpus, tmp_path):
     run, output = arguments(tmp_path / "run", corpus, "--training.async_save", async_save), tmp_path / "output"
     rng, kills = random.Random(seed), []
     for _ in range(5):
-        faults = some_kill(rng, undisturbed[1])
+        faults = some_kill(rng, uninterrupted[1])
         code, _ = call(command, run, output, faults=faults)
         assert code in (0, KILLED), output.read_text()
         if code == KILLED:
@@ -61,12 +61,12 @@ def test_a_run_killed_at_random_resumes_bit_for_bit(async_save, seed, undisturbe
     assert len(kills) > 2, kills
     code, _ = call(command, run, output)
     assert code == 0, output.read_text()
-    assert_as_if_undisturbed(tmp_path / "run", undisturbed)
+    assert_same_as_uninterrupted(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("async_save", ["off", "on"])
-def test_a_run_killed_at_twenty_random_times_resumes_bit_for_bit(async_save, undisturbed, corpus, tmp_path):
+def test_a_run_killed_at_twenty_random_times_resumes_bit_for_bit(async_save, uninterrupted, corpus, tmp_path):
     seed = time.time_ns()
     print("seed", seed)
     rng, run_dir, kills = random.Random(seed), tmp_path / "run", 0
@@ -82,7 +82,7 @@ def test_a_run_killed_at_twenty_random_times_resumes_bit_for_bit(async_save, und
         output, _ = process.communicate()
         assert process.returncode in (0, KILLED), output
         if process.returncode == 0:
-            assert_as_if_undisturbed(run_dir, undisturbed)
+            assert_same_as_uninterrupted(run_dir, uninterrupted)
             for path in (*run_dir.glob("checkpoint-*"), run_dir / "final"):
                 path.rename(tmp_path / f"{path.name}-{kills}")  # start once more
         kills += process.returncode == KILLED
@@ -94,11 +94,11 @@ def written(file):
 
 @pytest.mark.parametrize(("async_save", "seed"), [("off", 1), ("on", 2)])
 def test_a_run_that_fills_the_disk_tells_and_resumes_when_there_is_space(
-    async_save, seed, undisturbed, corpus, tmp_path
+    async_save, seed, uninterrupted, corpus, tmp_path
 ):
     run, output = arguments(tmp_path / "run", corpus, "--training.async_save", async_save), tmp_path / "output"
     rng = random.Random(seed)
-    full_from = rng.randrange(undisturbed[1] // 3, undisturbed[1])
+    full_from = rng.randrange(uninterrupted[1] // 3, uninterrupted[1])
     for kill_at in (full_from + rng.randrange(1, 6), 10**9):
         code, _ = call(command, run, output, faults=Faults(full_from=full_from, kill_at=kill_at))
         assert code in (KILLED, EXIT_USER_ERROR), output.read_text()
@@ -108,7 +108,7 @@ def test_a_run_that_fills_the_disk_tells_and_resumes_when_there_is_space(
     code, _ = call(command, run, output)
     assert code == 0, output.read_text()
     assert "resumed" in output.read_text()
-    assert_as_if_undisturbed(tmp_path / "run", undisturbed)
+    assert_same_as_uninterrupted(tmp_path / "run", uninterrupted)
 
 
 def test_partial_files_of_a_killed_process_are_removed(corpus, tmp_path):
@@ -120,8 +120,8 @@ def test_partial_files_of_a_killed_process_are_removed(corpus, tmp_path):
     assert not list(run_dir.glob(".*.partial"))
 
 
-def test_a_longer_run_killed_at_its_start_does_not_count_as_finished(undisturbed, corpus, tmp_path, monkeypatch):
-    shutil.copytree(undisturbed[0], tmp_path / "run")
+def test_a_longer_run_killed_at_its_start_does_not_count_as_finished(uninterrupted, corpus, tmp_path, monkeypatch):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
     longer = [*arguments(tmp_path / "run", corpus), "--max-steps", "14"]
 
     def interrupt(*_):
@@ -135,8 +135,8 @@ def test_a_longer_run_killed_at_its_start_does_not_count_as_finished(undisturbed
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 14
 
 
-def test_a_dry_run_does_not_change_the_run(undisturbed, corpus, tmp_path):
-    shutil.copytree(undisturbed[0], tmp_path / "run")
+def test_a_dry_run_does_not_change_the_run(uninterrupted, corpus, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
     longer = [*arguments(tmp_path / "run", corpus), "--max-steps", "14"]
     assert main([*longer, "--dry-run"]) == 0
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()

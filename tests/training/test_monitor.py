@@ -21,7 +21,7 @@ from tests.training.runs import assert_same_run
 
 SAMPLES = ["--training.sample_every", "3", "--training.sample_prompts", '["It was", "She"]']
 BENCHMARK = ["--training.benchmark_every", "5", "--training.benchmark_limit", "10"]
-LONGER = ["--model.max_position_embeddings", "128", "--training.context_length", "32"]  # whole sentences fit
+LONGER = ["--model.max_position_embeddings", "128", "--training.context_length", "32"]  # full sentences fit
 
 
 def arguments(run_dir, corpus, *more):

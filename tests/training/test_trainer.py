@@ -2,13 +2,17 @@
 
 import json
 import math
+from copy import deepcopy
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from scratch_gpt.cli import main
+from scratch_gpt.config import TrainingSettings
 from scratch_gpt.evaluation.bits_per_byte import TextScore
 from scratch_gpt.training.checkpoint import best_step, find_checkpoint
+from scratch_gpt.training.lr_schedule import learning_rate
 from scratch_gpt.training.metrics import read_events, read_metrics
 from scratch_gpt.training.trainer import TrainerCallback
 from tests.training.runs import SEQUENCES_PER_STEP, arguments, assert_same_run, losses
@@ -182,3 +186,38 @@ def test_callbacks_see_every_step_in_order_and_may_change_its_loss(callbacks, co
     callbacks.clear()
     assert main([*arguments(tmp_path / "plain", corpus), "--max-steps", "2"]) == 0
     assert changed == {step: pytest.approx(loss + 1) for step, loss in losses(tmp_path / "plain").items()}
+
+
+def test_losses_gradient_norms_and_weights_are_those_of_a_plain_torch_loop(callbacks, corpus, tmp_path):
+    class Collect(TrainerCallback):
+        def on_train_begin(self, trainer):
+            self.model, self.batches = deepcopy(trainer.model), []
+
+        def on_step_begin(self, trainer, data):
+            self.batches.append(data.batches)
+
+    callbacks.append(Collect())
+    more = ["--training.device_batch_size", "2", "--training.max_grad_norm", "0.5"]
+    assert main([*arguments(tmp_path / "run", corpus, *more), "--model.overrides.hidden_dropout", "0.0"]) == 0
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+    model, training = callbacks[0].model, TrainingSettings(warmup_steps=2)
+    matrices = [parameter for name, parameter in model.named_parameters() if name.endswith("_proj.weight")]
+    others = [parameter for name, parameter in model.named_parameters() if not name.endswith("_proj.weight")]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for step, (micro_batches, record) in enumerate(zip(callbacks[0].batches, records, strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(records), training)
+        inputs, targets = (torch.cat([getattr(b, name) for b in micro_batches]) for name in ("input_ids", "targets"))
+        assert len(micro_batches) == 4 and inputs.shape == (8, 32)
+        loss = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(grad_norm.item(), rel=1e-4) and grad_norm > 0.5
+    final = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(final[name], parameter.detach(), rtol=1e-3, atol=1e-4)
