@@ -126,7 +126,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="tiny Shakespeare (input.txt)")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of github.com/karpathy/nanoGPT")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions, with another seed of scratch-gpt each")
-    parser.add_argument("--compile", action="store_true", help="let nanoGPT compile (its README advises against it on a CPU)")
+    parser.add_argument(
+        "--compile", action="store_true", help="let nanoGPT compile (its README advises against it on a CPU)"
+    )
     parser.add_argument("--train-for", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
