@@ -23,7 +23,7 @@ def scaled(monkeypatch):
     """``scaled(scale)``: runs begin with this loss scale, whatever their precision."""
 
     def begin(scale=2.0**16):
-        monkeypatch.setattr(loop, "LossScale", lambda _, **state: LossScaler(True, **({"scale": scale} | state)))
+        monkeypatch.setattr(loop, "LossScaler", lambda _, **state: LossScaler(True, **({"scale": scale} | state)))
 
     return begin
 
@@ -37,7 +37,7 @@ def overflow(monkeypatch):
 
         def forward_backward(self, data):
             loss = original(self, data)
-            if self.loss_scale.scale > limits.get(data.cursor.row // ROWS_PER_STEP, math.inf):
+            if self.loss_scaler.scale > limits.get(data.cursor.row // ROWS_PER_STEP, math.inf):
                 next(self.model.parameters()).grad[0, 0] = math.inf
             return loss
 
