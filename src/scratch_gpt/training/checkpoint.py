@@ -110,13 +110,8 @@ def take_snapshot(
         weights=strategy.gather_full(weight_tensors(strategy.unwrap(model)), copy),
         optimizer=strategy.gather_full(optimizer.state_tensors(), copy),
         rng={
-<<<<<<< HEAD
             kind: strategy.accelerator.gather(rng_state.unsqueeze(0).to(strategy.device)).cpu()
             for kind, rng_state in _rng_states().items()
-=======
-            kind: strategy.accelerator.gather(own.unsqueeze(0).to(strategy.device)).cpu()
-            for kind, own in _rng_states().items()
->>>>>>> main
         },
         state=state.to_dict(),
     )
