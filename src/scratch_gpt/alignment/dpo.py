@@ -24,7 +24,7 @@ from scratch_gpt.model.loading import load_model
 class ResumableDPOTrainer(ResumableTrainerMixin, DPOTrainer):
     """DPOTrainer on rows that are tokens already, in which no text of a user has become a special one."""
 
-    own_order = True
+    uses_resumable_sampler = True
 
     def _prepare_dataset(self, dataset: Any, *arguments: Any, **keywords: Any) -> Any:
         return dataset

@@ -33,7 +33,8 @@ from scratch_gpt.alignment.rewards import (
     score,
 )
 from scratch_gpt.alignment.sampler import RepeatingSampler
-from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin, gather_full
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
+from scratch_gpt.alignment.trainer_parallel import gather_full
 from scratch_gpt.config import GroupTrainingSettings, GRPOSettings, OnlineSettings, RLOOSettings
 from scratch_gpt.console import print0
 from scratch_gpt.distributed.launch import data_parallel_size, requested_model_parallel_size
@@ -69,7 +70,7 @@ class EncodedPrompts(ResumableTrainerMixin):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # to Trainer the whole run is one pass
-        prompt_only = self.rows_per_step / self.num_generations / self.num_iterations
+        prompt_only = self.samples_per_step / self.num_generations / self.num_iterations
         self.state.epoch = self.state.global_step * prompt_only / len(self.train_dataset)
         super().log(logs, start_time)
 
@@ -186,7 +187,7 @@ def _build(
             shard(trainer.accelerator, reward.model)
         else:
             reward.model.to(trainer.args.device)
-            trainer.frozen = [reward.model]
+            trainer.frozen_models = [reward.model]
     describe_model(settings, trainer.model)
     print0(f"reward     {reward_of(settings)}")
     return Recipe(trainer, describe, steps_per_rollout=group.num_iterations, facts=data.facts)

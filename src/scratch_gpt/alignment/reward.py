@@ -30,7 +30,7 @@ from scratch_gpt.files import write_text
 class ResumableRewardTrainer(ResumableTrainerMixin, RewardTrainer):
     """RewardTrainer in runs that go on."""
 
-    own_order = True
+    uses_resumable_sampler = True
 
 
 def reward_command(settings: RewardSettings) -> None:
@@ -64,7 +64,7 @@ def build(settings: RewardSettings, run_dir: Path) -> Recipe:
 
     def tell() -> tuple[dict[str, Any], str]:
         found = score_pairs(
-            trainer.result, data.validation, settings.reward.device_batch_size or settings.reward.batch_size
+            trainer.output_model, data.validation, settings.reward.device_batch_size or settings.reward.batch_size
         )
         if trainer.accelerator.is_main_process:
             write_text(run_dir / "calibration.svg", calibration_plot(found.bins))

@@ -18,8 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from scratch_gpt.alignment.data.chat_template import encode_answer, encode_chat, require_generation_marks, stop_tokens
 from scratch_gpt.alignment.data.dataset import conversations, prepare_dataset
-from scratch_gpt.alignment.models import context_of, load_for_training
-from scratch_gpt.alignment.ppo.rollout import unwrap_peft
+from scratch_gpt.alignment.models import context_of, load_for_training, unwrap_peft
 from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe, training_arguments
 from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.config import SFTSettings
@@ -32,12 +31,12 @@ class ResumableSFTTrainer(ResumableTrainerMixin, SFTTrainer):
     """SFTTrainer in runs that go on. Its validation loss is the mean over all held-out tokens of the assistant: Trainer's own
     is one over batches, whatever number of tokens is in them."""
 
-    own_order = True
+    uses_resumable_sampler = True
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
         if "position_ids" in inputs:  # packed: the model parts a row where they begin anew, if no mask says otherwise
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        if isinstance(unwrap_peft(self.result), ScratchGPTForCausalLM):
+        if isinstance(unwrap_peft(self.output_model), ScratchGPTForCausalLM):
             # The model's own loss is that of TRL's head, in a sixth of its time on CPU: that one makes entropies as well.
             return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, *arguments, **keywords)
         return super().compute_loss(model, inputs, *arguments, **keywords)
