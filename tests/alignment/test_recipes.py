@@ -19,13 +19,11 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import pack_dataset
-from trl.trainer.utils import RepeatSampler
 
 from scratch_gpt.alignment import grpo, sft
 from scratch_gpt.alignment import recipe as stage
 from scratch_gpt.alignment.data.chat_template import encode_answer
 from scratch_gpt.alignment.data.dataset import conversations
-from scratch_gpt.alignment.sampler import RepeatingSampler
 from scratch_gpt.alignment.sft import encode
 from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.cli import main
@@ -120,7 +118,7 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(pairs, capsys, verb, end):
     process.send_signal(end)
     _, errors = process.communicate()
     if end == signal.SIGTERM:
-        assert process.returncode == 75 and "The same command goes on" in errors
+        assert process.returncode == 75 and "Run the same command again" in errors
     else:
         (pairs / "ended" / "checkpoint-4").mkdir(exist_ok=True)  # as if it had been saving
         (pairs / "ended" / "checkpoint-4" / "trainer_state" / "complete.json").unlink(missing_ok=True)
@@ -136,11 +134,11 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(pairs, capsys, verb, end):
 
 
 SLOW = """
-log = stage._Metrics.on_log
+log = stage._MetricsCallback.on_log
 def slowly(*arguments, **keywords):
     log(*arguments, **keywords)
     time.sleep(0.3)
-stage._Metrics.on_log = slowly
+stage._MetricsCallback.on_log = slowly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -269,19 +267,6 @@ def test_prompts_go_on_in_a_later_pass_as_if_nothing_had_been(pairs, verb, done)
     assert last["epoch"] == (done + 1) / 4
 
 
-def test_each_pass_takes_all_prompts_in_an_order_of_its_own():
-    one_pass = RepeatSampler(range(10), mini_repeat_count=2, batch_size=3, repeat_count=2, seed=5)
-    trls = list(one_pass)
-    passes = RepeatingSampler(one_pass, 3 * len(trls) - 1, 5)
-    rows = list(passes)
-    assert rows == list(passes) and len(rows) == len(passes)
-    each = [rows[start : start + len(trls)] for start in range(0, len(rows), len(trls))]
-    assert each[0] == trls and each[0] != each[1] != each[2]
-    assert all(len(set(some)) == 9 for some in each[:2])
-    with pytest.raises(ValueError, match="2 prompts are fewer than the 3 of one batch"):
-        RepeatingSampler(RepeatSampler(range(2), mini_repeat_count=2, batch_size=3, seed=5), 12, 5)
-
-
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("verb", ["sft", "dpo", "kto", "grpo", "rloo"])
 def test_adapters_are_trained_over_weights_in_4_bits_and_the_run_goes_on(pairs, capsys, monkeypatch, verb):
@@ -343,7 +328,7 @@ def test_drawing_raises_the_score(pairs):
         ("sft", ["--load-in-4bit"], "needs adapters to train: give --lora-rank"),
         ("sft", ["--trackers", "[nobody]"], "there is no tracker 'nobody'"),
         ("sft", ["--model", "silent"], "the tokenizer has no chat template"),
-        ("reward", ["--model", "nothing"], "holds no model that could give scores"),
+        ("reward", ["--model", "nothing"], "cannot be loaded as a reward model"),
         ("dpo", ["--dpo.loss_type", "magic"], "magic"),
         ("dpo", ["--dpo.beta", -1], "--dpo.beta is -1"),
         ("kto", ["--kto.device_batch_size", 1], "compared with a neighbour's answer"),
@@ -373,14 +358,14 @@ def test_mistakes_are_told_in_one_message(pairs, capsys, verb, more, message):
         (
             "dpo",
             {**SIZES, "PARALLELISM_CONFIG_CP_SIZE": "2"},
-            "which `dpo` does under distributed_type: FSDP and without tp_size: take configs/accelerate/fsdp2_cp.yaml",
+            "which `dpo` supports only under distributed_type: FSDP and without tp_size: use configs/accelerate/fsdp2_cp.yaml",
         ),
         (
             "kto",
             {**SIZES, "PARALLELISM_CONFIG_TP_SIZE": "2"},
-            "asks for 2 processes (1 copies in 1 parts, each over 2), the",
+            "asks for 2 processes (dp_replicate_size 1 x dp_shard_size 1 x tp_size 2 x cp_size 1), but the",
         ),
-        ("sft", SIZES, "asks for copies, and for no parts"),
+        ("sft", SIZES, "asks for replicas, and does not shard the model"),
         ("grpo", {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is true"),
     ],
 )
@@ -398,7 +383,7 @@ def test_packed_weights_are_not_divided(pairs, capsys, monkeypatch, sizes):
     for name, value in {**SIZES, "ACCELERATE_USE_FSDP": "true", **sizes}.items():
         monkeypatch.setenv(name, value)
     assert main(words("sft", "--lora-rank", 2, "--load-in-4bit", "true")) == 2
-    assert "tensor and context parallelism do not divide packed weights" in capsys.readouterr().err
+    assert "tensor and context parallelism do not shard quantized weights" in capsys.readouterr().err
 
 
 def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatch):
@@ -411,9 +396,9 @@ def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatc
 
 
 def test_processes_that_share_rows_divide_no_model_of_others():
-    of_another = SimpleNamespace(result=torch.nn.Linear(2, 2))
-    with pytest.raises(UserError, match="tp divides .* this is a Linear: make it one by `scratch-gpt import`"):
-        ResumableTrainerMixin.use_model_parallel(of_another, SimpleNamespace(strategy="tp"))
+    of_another = SimpleNamespace(output_model=torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="tp shards .* this is a Linear: convert it with `scratch-gpt import`"):
+        ResumableTrainerMixin.use_model_parallel(of_another, SimpleNamespace(name="tp"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_its_checkpoints_stay(pairs, capsys):
