@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,10 +24,8 @@ from scratch_gpt.alignment import recipe as stage
 from scratch_gpt.alignment.data.chat_template import encode_answer
 from scratch_gpt.alignment.data.dataset import conversations
 from scratch_gpt.alignment.sft import encode
-from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.cli import main
 from scratch_gpt.config import SFTSettings
-from scratch_gpt.errors import UserError
 from scratch_gpt.training.metrics import read_metrics
 
 ROWS = [
@@ -393,12 +390,6 @@ def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatc
     said = capsys.readouterr().err
     assert "it must be a multiple of 4 (num_generations) x 3 (processes that read rows of their own)" in said
     assert "scale_rewards batch: where processes share rows the deviation is that of a group" in said
-
-
-def test_processes_that_share_rows_divide_no_model_of_others():
-    of_another = SimpleNamespace(output_model=torch.nn.Linear(2, 2))
-    with pytest.raises(UserError, match="tp shards .* this is a Linear: convert it with `scratch-gpt import`"):
-        ResumableTrainerMixin.use_model_parallel(of_another, SimpleNamespace(name="tp"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_its_checkpoints_stay(pairs, capsys):
