@@ -385,7 +385,7 @@ def test_packed_weights_are_not_divided(pairs, capsys, monkeypatch, sizes):
 
 def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatch):
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
-    monkeypatch.setattr(grpo, "reading_processes", lambda: 3)
+    monkeypatch.setattr(grpo, "data_parallel_size", lambda: 3)
     assert main(words("grpo", "--grpo.scale_rewards", "batch")) == 2
     said = capsys.readouterr().err
     assert "it must be a multiple of 4 (num_generations) x 3 (processes that read rows of their own)" in said
