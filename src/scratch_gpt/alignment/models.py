@@ -48,6 +48,13 @@ def load_for_training(settings: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def load_reference(settings: Any) -> PreTrainedModel | None:
+    """Load the initial model again, frozen, as the reference; None with LoRA, where it is the model without its adapters."""
+    if settings.lora_rank is not None:
+        return None
+    return load_model(settings.model)[0].eval().requires_grad_(False)
+
+
 def load_reward_model(name_or_path: str) -> tuple[Any, Any]:
     """Load a sequence classifier with one label, and its tokenizer; a language model gets a new head.
 
@@ -112,6 +119,11 @@ def shard(accelerator: Any, model: nn.Module, *modules: nn.Module) -> None:
 def context_of(model: Any) -> int:
     """The longest sequence that ``model`` takes, in tokens."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1024))
+
+
+def max_length_for(model: Any, max_length: int | None) -> int:
+    """The longest sequence to train on, in tokens: ``max_length`` (default: no limit), but at most the model's context."""
+    return min(max_length or context_of(model), context_of(model))
 
 
 def unwrap_peft(model: Any) -> PreTrainedModel:

@@ -12,12 +12,13 @@ from typing import Any
 from datasets import Dataset
 
 from scratch_gpt.alignment.data.chat_template import encode_prompt
-from scratch_gpt.alignment.data.dataset import prepare_dataset, prompt_only
+from scratch_gpt.alignment.data.dataset import prepare_dataset
+from scratch_gpt.alignment.data.dataset_types import prompt_only
 from scratch_gpt.alignment.models import context_of
 from scratch_gpt.alignment.ppo.config import PPOConfig
 from scratch_gpt.alignment.ppo.trainer import PPOTrainer
 from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe
-from scratch_gpt.alignment.rewards import check_reward, reward_function, reward_of
+from scratch_gpt.alignment.rewards import import_reward_function, reward_name, reward_problems
 from scratch_gpt.config import PPOSettings
 from scratch_gpt.console import print0
 from scratch_gpt.distributed.launch import data_parallel_size, launch_state
@@ -60,7 +61,7 @@ def ppo_command(settings: PPOSettings) -> None:
 
 def check(settings: PPOSettings) -> None:
     """Raise one UserError with all mistakes that can be found before models are loaded."""
-    problems = check_reward(settings)
+    problems = reward_problems(settings)
     ppo = settings.ppo
     steps_per_rollout = ppo.num_ppo_epochs * ppo.num_mini_batches
     if settings.max_steps % steps_per_rollout:
@@ -96,12 +97,12 @@ def build(settings: PPOSettings, run_dir: Path) -> Recipe:
     data = prepare_dataset(
         settings, prompt_only, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest
     )
-    data.facts["reward"] = f"`{reward_of(settings)}`"
+    data.facts["reward"] = f"`{reward_name(settings)}`"
     per_rank = ppo.mini_batch_size // data_parallel_size()
     device_batch_size = ppo.device_batch_size or per_rank
     trainer = PPOTrainer(
         model,
-        settings.reward_model or reward_function(reward_of(settings)),
+        settings.reward_model or import_reward_function(reward_name(settings)),
         PPOConfig(
             output_dir=str(run_dir),
             per_device_train_batch_size=device_batch_size,
@@ -127,7 +128,7 @@ def build(settings: PPOSettings, run_dir: Path) -> Recipe:
     )
     trainer.model.policy.generation_config.eos_token_id = trainer.stop_ids
     describe_model(settings, trainer.model.policy)
-    print0(f"reward     {reward_of(settings)}")
+    print0(f"reward     {reward_name(settings)}")
     num_rollouts, rollout_size = (
         settings.max_steps // trainer.args.steps_per_rollout,
         ppo.mini_batch_size * ppo.num_mini_batches,
