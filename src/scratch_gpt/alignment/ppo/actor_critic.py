@@ -56,9 +56,9 @@ class ActorCritic(nn.Module):
         values = base.score(hidden_states[:, -completion_length - 1 : -1])
         return values.squeeze(-1).float().clone()  # FSDP2 warns of views that leave a module
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         for model in (self.policy, self.value_model):
-            model.gradient_checkpointing_enable(**options)
+            model.activation_checkpointing_enable(**options)
 
 
 def build_value_model(policy: PreTrainedModel, rewards: Iterable[RewardModel | FunctionReward]) -> PreTrainedModel:

@@ -337,7 +337,8 @@ class PPOTrainer(ResumableTrainerMixin):
                 ref_logprobs = token_logprobs(logits, input_ids[:, -length:])
                 chunks.append((logprobs, ref_logprobs, entropies, values))
             scores = self._score(batch, examples)
-        return ScoredBatch(batch, *(torch.cat(tensors) for tensors in zip(*chunks, strict=True)), scores)
+        logprobs, ref_logprobs, entropies, values = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
+        return ScoredBatch(batch, logprobs, ref_logprobs, entropies, values, scores)
 
     def _score(self, batch: RolloutBatch, examples: list[dict[str, Any]]) -> torch.Tensor:
         """Return each reward's raw score of each completion, (sequences, rewards)."""
