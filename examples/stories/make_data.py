@@ -75,7 +75,8 @@ def read_stories(corpus: Path) -> list[list[str]]:
     if not stories:
         raise SystemExit(f"{corpus} holds no text (.txt, one paragraph a line, <|endoftext|> after each story)")
     if len(stories) < MIN_STORIES:
-        stories = [story[start : start + PARAGRAPHS_PER_STORY]
+        stories = [
+            story[start : start + PARAGRAPHS_PER_STORY]
             for story in stories
             for start in range(0, len(story), PARAGRAPHS_PER_STORY)
         ]

@@ -347,7 +347,7 @@ def test_grpo_and_rloo_raise_the_score_and_log_the_kl_divergence(pairs):
         ("grpo", ["--reward", "rewards_of_test:broken"], "broken raised IndexError"),
         ("grpo", ["--reward", "rewards_of_test:no_number"], "returned nan, not a finite number, for the completion"),
         ("grpo", ["--reward-model", "judge"], "give either --reward-model FOLDER or --reward MODULE:FUNCTION"),
-        ("rloo", ["--rloo.max_completion_length", 64], "the model's whole context 64 tokens"),
+        ("rloo", ["--rloo.max_completion_length", 64], "leaves no tokens for the prompt in the model's context of 64"),
     ],
 )
 def test_mistakes_are_reported_in_one_message(pairs, capsys, command, more, message):
