@@ -178,7 +178,7 @@ def test_gradient_of_a_mini_batch_is_that_of_a_hand_written_loop(words, policy, 
         hidden = model.value_model.base_model(ids[None]).last_hidden_state[0, prompt - 1 : -1]
         return logits.log_softmax(-1)[range(len(ids) - prompt), ids[prompt:]], model.value_model.score(hidden)[:, 0]
 
-    rows = []
+    sequences = []
     with torch.no_grad():
         for ids, length in zip(batch.sequences(), batch.completion_mask.sum(1).tolist(), strict=True):
             prompt = len(ids) - length
@@ -186,28 +186,28 @@ def test_gradient_of_a_mini_batch_is_that_of_a_hand_written_loop(words, policy, 
             ref = reference(ids[None]).logits[0, prompt - 1 : -1].log_softmax(-1)[range(length), ids[prompt:]]
             rewards = -0.1 * (old - ref)
             rewards[-1] += tokenizer.decode(ids[prompt:], skip_special_tokens=True).split().count("w2") / 12
-            advantages, following = [0.0] * length, 0.0
+            advantages, next_advantage = [0.0] * length, 0.0
             for t in reversed(range(length)):
                 delta = rewards[t] + (0.97 * values[t + 1] if t + 1 < length else 0) - values[t]
-                following = advantages[t] = delta + 0.97 * 0.9 * following
+                next_advantage = advantages[t] = delta + 0.97 * 0.9 * next_advantage
             advantages = torch.tensor(advantages)
-            rows.append((ids, prompt, old, values, advantages, advantages + values))
-    together = torch.cat([row[4] for row in rows]).numpy()
+            sequences.append((ids, prompt, old, values, advantages, advantages + values))
+    all_advantages = torch.cat([sequence[4] for sequence in sequences]).numpy()
     for step in (0, 1):
         model = models[step].train()
         model.zero_grad()
         total = 0.0
-        for ids, prompt, old, old_values, advantages, returns in rows:
+        for ids, prompt, old, old_values, advantages, returns in sequences:
             new, values = tokens_of(model, ids, prompt)
             for t in range(len(new)):
-                advantage = float(advantages[t] - together.mean()) / math.sqrt(np.var(together) + 1e-8)
+                advantage = float(advantages[t] - all_advantages.mean()) / math.sqrt(np.var(all_advantages) + 1e-8)
                 ratio = torch.exp(new[t] - old[t])
                 clipped = torch.clamp(ratio, 0.95, 1.05)
-                near = old_values[t] + torch.clamp(values[t] - old_values[t], -0.01, 0.01)
+                near_old = old_values[t] + torch.clamp(values[t] - old_values[t], -0.01, 0.01)
                 policy_loss = -torch.minimum(ratio * advantage, clipped * advantage)
-                value_loss = 0.5 * torch.maximum((values[t] - returns[t]) ** 2, (near - returns[t]) ** 2)
+                value_loss = 0.5 * torch.maximum((values[t] - returns[t]) ** 2, (near_old - returns[t]) ** 2)
                 total = total + policy_loss + 0.3 * value_loss
-        (total / len(together)).backward()
+        (total / len(all_advantages)).backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[step][name], parameter.grad, rtol=2e-3, atol=2e-6, msg=name)
 
