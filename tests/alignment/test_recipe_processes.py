@@ -27,7 +27,8 @@ from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.cli import leave, main
 from scratch_gpt.distributed.dtensor import full_shape, num_shards, to_local
 from scratch_gpt.training.metrics import read_metrics
-from tests.alignment.test_recipes import pairs, words  # noqa: F401 (a fixture)
+from tests.alignment.test_recipes import command_line as words
+from tests.alignment.test_recipes import pairs  # noqa: F401 (a fixture)
 from tests.distributed.launch import alone, configuration, launch
 
 PROGRAM = ("-m", "tests.alignment.test_recipe_processes")
@@ -429,6 +430,6 @@ if __name__ == "__main__":
     if os.environ.get("COMPLETIONS") == "fixed":
         fix_completions(setattr)
     elif os.environ.get("COMPLETIONS") == "short":  # each token stops with a probability of one half
-        ppo_trainer.stop_token_ids = grpo.stop_tokens = lambda *_: list(range(4, 400, 2))
+        ppo_trainer.stop_token_ids = grpo.eos_token_ids = lambda *_: list(range(4, 400, 2))
     torch.set_num_threads(1)
     leave(max(main(run) for run in json.loads(sys.argv[1])))

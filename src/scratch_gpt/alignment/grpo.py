@@ -105,8 +105,8 @@ def _build(
     max_prompt_length = context - training.max_completion_length
     if max_prompt_length < 1:
         raise UserError(
-            f"--{command}.max_completion_length is {training.max_completion_length}, the model's whole context {context} "
-            "tokens: lower it"
+            f"--{command}.max_completion_length is {training.max_completion_length}, which leaves no tokens for the prompt in "
+            f"the model's context of {context}: lower it"
         )
     data = prepare_dataset(settings, prompt_only, lambda row: encode(tokenizer, row), max_prompt_length)
     data.facts["reward"] = f"`{reward_name(settings)}`"

@@ -207,7 +207,7 @@ def reward_name(settings: OnlineSettings) -> str:
     Default: for the demonstration data, its own reward function.
     """
     if settings.reward_model is None and settings.reward is None and settings.data == demo.NAME:
-        return f"{demo.__name__}:{demo.whole_sentence.__name__}"
+        return f"{demo.__name__}:{demo.complete_sentence.__name__}"
     return settings.reward_model or settings.reward or ""
 
 

@@ -47,7 +47,7 @@ def sentence_pairs() -> Iterator[tuple[str, str]]:
             yield sentence, following
 
 
-def whole_sentence(completions: list[Any], **columns: Any) -> list[float]:
+def complete_sentence(completions: list[Any], **columns: Any) -> list[float]:
     """Reward for trying out reinforcement learning: 1 for one complete sentence, 1/n for n of them, 0 if the last is cut off."""
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [_sentence_score(text.strip()) for text in texts]
