@@ -116,7 +116,7 @@ def test_reward_model_and_merged_adapters(material):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"reward": None}, "give one of --reward-model FOLDER and --reward MODULE:FUNCTION"),
+        ({"reward": None}, "give either --reward-model FOLDER or --reward MODULE:FUNCTION"),
         (
             {"steps": 30},
             "a rollout takes 8 steps (ppo.num_ppo_epochs x ppo.num_mini_batches), so give a multiple of that, such as 32",

@@ -543,9 +543,12 @@ def raising(completions, **_):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda completions, **_: [math.nan] * len(completions), r"gave nan for the completion '.*' of the prompt"),
-        (lambda completions, **_: [None] * len(completions), "gave None for the completion"),
-        (lambda completions, **_: [1.0], "gave 1 scores for 32 completions"),
+        (
+            lambda completions, **_: [math.nan] * len(completions),
+            r"returned nan, not a finite number, for the completion '.*' of the prompt",
+        ),
+        (lambda completions, **_: [None] * len(completions), "returned None, not a finite number, for the completion"),
+        (lambda completions, **_: [1.0], "returned 1 scores for 32 completions"),
         (raising, r"raising raised ZeroDivisionError: division by zero \(.*test_trainer.py, line \d+\)"),
     ],
     ids=["nan", "none", "count", "raises"],
@@ -562,7 +565,7 @@ def test_a_reward_model_that_returns_nan_is_named(words, policy, classifier, tra
     torch.nn.init.constant_(reward_model.score.weight, math.nan)
     value_model = classifier(tokenizer)
     ppo = trainer(policy(tokenizer), tokenizer, reward_model, arguments={"value_model": value_model})
-    with pytest.raises(ValueError, match="ScratchGPTForSequenceClassification gave nan"):
+    with pytest.raises(ValueError, match="ScratchGPTForSequenceClassification returned nan"):
         ppo.train()
 
 
