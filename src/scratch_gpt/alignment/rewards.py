@@ -62,7 +62,7 @@ class RewardModel:
     ):
         if model.config.num_labels != 1:
             raise ValueError(
-                f"a reward model has one label, but {type(model).__name__} has {model.config.num_labels} labels"
+                f"a reward model has one label, {type(model).__name__} has {model.config.num_labels}"
             )
         self.name = type(model).__name__
         self.model = model.eval().requires_grad_(False)

@@ -126,7 +126,7 @@ def test_reward_model_and_merged_adapters(material):
         ({"reward": "rewards_of_test:broken"}, "broken raised IndexError: string index out of range"),
         (["--ppo.device_batch_size", 3], "it must be a multiple of 3 (device_batch_size) x 1 (data-parallel ranks)"),
         (["--data", "none.jsonl"], "there is no file none.jsonl"),
-        (["--data", "bad.jsonl"], "bad.jsonl, row 2: its columns are text, but this stage takes prompt; instruction"),
+        (["--data", "bad.jsonl"], "bad.jsonl, row 2: its columns are text, but this command takes prompt; instruction"),
         (["--data", "mixed.jsonl"], "mixed.jsonl: plain texts and messages are mixed"),
         (["--ppo.max_completion_length", 64], "the model's whole context 64 tokens"),
         (["--ppo.temperature", 0], "temperature is 0"),

@@ -543,10 +543,7 @@ def raising(completions, **_):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (
-            lambda completions, **_: [math.nan] * len(completions),
-            r"returned nan, not a finite number, for the completion '.*' of the prompt",
-        ),
+        (lambda completions, **_: [math.nan] * len(completions), r"returned nan, not a finite number, for the completion '.*' of the prompt"),
         (lambda completions, **_: [None] * len(completions), "returned None, not a finite number, for the completion"),
         (lambda completions, **_: [1.0], "returned 1 scores for 32 completions"),
         (raising, r"raising raised ZeroDivisionError: division by zero \(.*test_trainer.py, line \d+\)"),
@@ -582,7 +579,7 @@ def test_data_and_models_that_do_not_fit_together_are_refused(words, policy, cla
     refused("all 1 prompts are longer than 52 tokens", dataset=[{"prompt": "w1 " * 60}])
     refused("no chat template", dataset=[{"prompt": [{"role": "user", "content": "w1"}]}])
     refused("no token '<stop>'", stop_tokens=["<stop>"])
-    refused("has 2 labels", reward=classifier(tokenizer, num_labels=2))
+    refused("has one label, ScratchGPTForSequenceClassification has 2", reward=classifier(tokenizer, num_labels=2))
     refused("knows 10 tokens, the policy's tokenizer has 22", reward=classifier(words(8)))
     refused("fewer than the policy", arguments={"value_model": classifier(words(8))})
     refused("there are 1 rewards and 2 reward_weights", reward_weights=[1.0, 2.0])

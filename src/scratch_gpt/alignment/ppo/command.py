@@ -129,10 +129,8 @@ def build(settings: PPOSettings, run_dir: Path) -> Recipe:
     trainer.model.policy.generation_config.eos_token_id = trainer.stop_ids
     describe_model(settings, trainer.model.policy)
     print0(f"reward     {reward_name(settings)}")
-    num_rollouts, rollout_size = (
-        settings.max_steps // trainer.args.steps_per_rollout,
-        ppo.mini_batch_size * ppo.num_mini_batches,
-    )
+    num_rollouts = settings.max_steps // trainer.args.steps_per_rollout
+    rollout_size = ppo.mini_batch_size * ppo.num_mini_batches
     print0(f"rollouts   {num_rollouts:,} of {rollout_size:,} completions")
     return Recipe(
         trainer,
