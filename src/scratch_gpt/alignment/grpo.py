@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from scratch_gpt.alignment.data.chat_template import encode_prompt, eos_token_ids
 from scratch_gpt.alignment.data.dataset import prepare_dataset
 from scratch_gpt.alignment.data.dataset_types import prompt_only
-from scratch_gpt.alignment.models import context_of, load_for_training, shard
+from scratch_gpt.alignment.models import context_length, load_for_training, shard
 from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe, training_arguments
 from scratch_gpt.alignment.rewards import (
     Completions,
@@ -101,7 +101,7 @@ def _build(
 ) -> Recipe:
     training: GroupTrainingSettings = getattr(settings, command)
     model, tokenizer = load_for_training(settings)
-    context = context_of(model)
+    context = context_length(model)
     max_prompt_length = context - training.max_completion_length
     if max_prompt_length < 1:
         raise UserError(

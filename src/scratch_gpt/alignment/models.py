@@ -116,14 +116,14 @@ def shard(accelerator: Any, model: nn.Module, *modules: nn.Module) -> None:
             fully_shard(module, **options)
 
 
-def context_of(model: Any) -> int:
+def context_length(model: Any) -> int:
     """The longest sequence that ``model`` takes, in tokens."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1024))
 
 
 def max_length_for(model: Any, max_length: int | None) -> int:
     """The longest sequence to train on, in tokens: ``max_length`` (default: no limit), but at most the model's context."""
-    return min(max_length or context_of(model), context_of(model))
+    return min(max_length or context_length(model), context_length(model))
 
 
 def unwrap_peft(model: Any) -> PreTrainedModel:

@@ -543,7 +543,10 @@ def raising(completions, **_):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda completions, **_: [math.nan] * len(completions), r"returned nan, not a finite number, for the completion '.*' of the prompt"),
+        (
+            lambda completions, **_: [math.nan] * len(completions),
+            r"returned nan, not a finite number, for the completion '.*' of the prompt",
+        ),
         (lambda completions, **_: [None] * len(completions), "returned None, not a finite number, for the completion"),
         (lambda completions, **_: [1.0], "returned 1 scores for 32 completions"),
         (raising, r"raising raised ZeroDivisionError: division by zero \(.*test_trainer.py, line \d+\)"),

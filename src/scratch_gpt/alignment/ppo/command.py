@@ -14,7 +14,7 @@ from datasets import Dataset
 from scratch_gpt.alignment.data.chat_template import encode_prompt
 from scratch_gpt.alignment.data.dataset import prepare_dataset
 from scratch_gpt.alignment.data.dataset_types import prompt_only
-from scratch_gpt.alignment.models import context_of
+from scratch_gpt.alignment.models import context_length
 from scratch_gpt.alignment.ppo.config import PPOConfig
 from scratch_gpt.alignment.ppo.trainer import PPOTrainer
 from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe
@@ -87,10 +87,10 @@ def build(settings: PPOSettings, run_dir: Path) -> Recipe:
     """Load the models and the data, and build the trainer."""
     model, tokenizer = load_model(settings.model)
     ppo = settings.ppo
-    longest = context_of(model) - ppo.max_completion_length
+    longest = context_length(model) - ppo.max_completion_length
     if longest < 1:
         raise UserError(
-            f"--ppo.max_completion_length is {ppo.max_completion_length}, the model's whole context {context_of(model)} tokens: "
+            f"--ppo.max_completion_length is {ppo.max_completion_length}, the model's whole context {context_length(model)} tokens: "
             "lower it"
         )
     longest = min(ppo.max_prompt_length or longest, longest)
