@@ -61,9 +61,7 @@ class RewardModel:
         stop_ids: Sequence[int],
     ):
         if model.config.num_labels != 1:
-            raise ValueError(
-                f"a reward model has one label, {type(model).__name__} has {model.config.num_labels}"
-            )
+            raise ValueError(f"a reward model has one label, {type(model).__name__} has {model.config.num_labels}")
         self.name = type(model).__name__
         self.model = model.eval().requires_grad_(False)
         self.policy_tokenizer, self.stop_ids = policy_tokenizer, set(stop_ids)
