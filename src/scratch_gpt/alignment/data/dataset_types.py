@@ -118,7 +118,7 @@ def _convert_rows(
         reasons = _count_reasons(skipped)
         raise UserError(f"{name} has no usable rows" + (f": {reasons}" if reasons else ""))
     if len({isinstance(row.get("prompt", row.get("messages")), str) for row in rows}) > 1:
-        raise UserError(f"{name}: texts and messages are mixed; --plain-text chat makes messages of all")
+        raise UserError(f"{name}: plain texts and messages are mixed; --plain-text chat makes messages of all")
     return FilteredRows(rows, skipped)
 
 
