@@ -127,7 +127,7 @@ def test_reward_model_and_merged_adapters(material):
         (["--ppo.device_batch_size", 3], "it must be a multiple of 3 (device_batch_size) x 1 (data-parallel ranks)"),
         (["--data", "none.jsonl"], "there is no file none.jsonl"),
         (["--data", "bad.jsonl"], "bad.jsonl, row 2: its columns are text, but this command takes prompt; instruction"),
-        (["--data", "mixed.jsonl"], "mixed.jsonl: texts and messages are mixed"),
+        (["--data", "mixed.jsonl"], "mixed.jsonl: plain texts and messages are mixed"),
         (["--ppo.max_completion_length", 64], "the model's whole context 64 tokens"),
         (["--ppo.temperature", 0], "temperature is 0"),
         (["--model", "nothing"], "there is no model nothing"),
