@@ -70,7 +70,7 @@ def zero(trainer):
         return None
     optimizers = trainer.zero.optimizers
     number = sum(full_shape(p).numel() for p in optimizers.parameters.values())
-    return {"stage": optimizers.stage, "held": optimizers.held / number, "offloaded": optimizers.offloaded}
+    return {"stage": optimizers.stage, "held": optimizers.local_numel / number, "offloaded": optimizers.is_offloaded}
 
 
 def train(trainer, *arguments, original=ResumableTrainerMixin.train, **keywords):

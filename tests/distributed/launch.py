@@ -108,7 +108,7 @@ def facts(run_dir):
 def assert_only_own_parts_were_read(run_dir):
     """Of the checkpoint that the run in ``run_dir`` went on from: weights and AdamW's two moments."""
     for process in facts(run_dir):
-        assert process["read"] == 3 * process["held"] and process["began_empty"]
+        assert process["read"] == 3 * process["held"] and process["began_on_meta"]
 
 
 def curve(run_dir, key="loss"):

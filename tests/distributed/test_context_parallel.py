@@ -145,9 +145,9 @@ def test_each_process_has_as_much_to_attend_to():
 def test_rows_that_cannot_be_divided_are_refused():
     config = SimpleNamespace(position_embedding_type="rope", rope_parameters={"rope_type": "default"})
     check_context_length(config, 24, 3)
-    with pytest.raises(UserError, match="6 pieces, and the context of 32 does not divide"):
+    with pytest.raises(UserError, match="6 chunks, which does not divide the context length of 32"):
         check_context_length(config, 32, 3)
     config.rope_parameters["rope_type"] = "longrope"
     check_context_length(config, 32, 1)
-    with pytest.raises(UserError, match="the angles of rope_type longrope follow from the last position"):
+    with pytest.raises(UserError, match="the frequencies of rope_type longrope depend on the last position"):
         check_context_length(config, 32, 2)

@@ -68,7 +68,7 @@ def test_a_stage_of_zero_on_two_processes_gives_the_run_of_one(name, stage, runs
             assert process["state_bytes"] // (2 * FLOAT32) in half(total)  # of AdamW's two moments
             assert process["offload"] == [False, *[name == "zero3_offload"] * 2]
             if stage == 3:
-                assert process["weights"] == 0 and process["parts"] in half(total) and process["began_empty"]
+                assert process["weights"] == 0 and process["parts"] in half(total) and process["began_on_meta"]
             else:
                 assert process["weights"] == total and process["parts"] == 0
             if which == "modern":  # what stays of the gradients while a step goes on
@@ -76,8 +76,8 @@ def test_a_stage_of_zero_on_two_processes_gives_the_run_of_one(name, stage, runs
     assert done.stdout.count(f"zero{stage} on 2 process(es), cpu, DeepSpeed ") == len(runs) + 1  # and the doctor
     assert done.stdout.count("process 0 on") == done.stdout.count("process 1 on") == 1
     sharded = "24 of 24 parameters sharded, 49,328" if stage == 3 else "0 of 24 parameters sharded, 98,656"
-    assert "each updates 49,328 numbers, padding included, in " in done.stdout
-    assert f"each: {sharded} of 98,656 numbers held; float32, gradients reduced in float32" in done.stdout
+    assert "each process updates 49,328 weights, padding included, in " in done.stdout
+    assert f"each: {sharded} of 98,656 weights held; float32, gradients reduced in float32" in done.stdout
 
 
 HALF, WHOLE = 6, 12

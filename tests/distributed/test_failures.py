@@ -105,14 +105,14 @@ def hang(config, folder, shards, fault, rank, options=(), **more):
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_hung_process_is_named(config, shards, tmp_path, rank):
     said = hang(config, tmp_path, shards, "SIGSTOP", rank)
-    silent = rf"process {rank} \({(tmp_path / 'struck' / 'pid').read_text()} on \S+\) gives no sign of life"
-    assert re.search(f"process {1 - rank} gives up in step 5: {silent}", said), said
+    silent = rf"process {rank} \({(tmp_path / 'struck' / 'pid').read_text()} on \S+\) does not respond"
+    assert re.search(f"process {1 - rank} aborts in step 5: {silent}", said), said
 
 
 @pytest.mark.slow
 def test_process_0_is_named_if_it_hangs_and_the_store_with_it(config, shards, tmp_path):
     said = hang(config, tmp_path, shards, "SIGSTOP", 0, ["--rdzv_backend", "c10d"], **OWN_STORE)
-    named = r"process 1 gives up in step 5: process 0 on \S+, which has the store of the launch, does not answer"
+    named = r"process 1 aborts in step 5: process 0 on \S+, which hosts the store of the launch, does not respond"
     assert re.search(named, said), said
 
 

@@ -85,7 +85,7 @@ def test_doctor_says_what_each_process_of_a_launch_runs(tmp_path):
     assert done.stdout.count("process 0 on") == done.stdout.count("process 1 on") == 1
     assert "fsdp2 on 2 process(es), dp_shard 2, cpu" in done.stdout
     assert (
-        "24 of 24 parameters sharded, 49,328 of 98,656 numbers held; bf16, gradients reduced in float32" in done.stdout
+        "24 of 24 parameters sharded, 49,328 of 98,656 weights held; bf16, gradients reduced in float32" in done.stdout
     )
 
 

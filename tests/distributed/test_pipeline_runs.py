@@ -84,7 +84,7 @@ def test_two_and_four_stages_give_the_run_of_one_process(single, two):
         assert_same_run(single / style, folder / style, STEPS)
         assert_pipeline(folder / style, places=2, stages=stages)
     assert "pipeline on 2 process(es), pipeline 2 x data 1, cpu, 1f1b" in said
-    assert "stage 3 in place 1: block 3, head and loss" in said and "2 of 2 blocks recomputed" in said
+    assert "stage 3 on pipeline rank 1: block 3, head and loss" in said and "2 of 2 blocks recomputed" in said
 
 
 def test_a_killed_pipeline_goes_on_bit_for_bit_and_checkpoints_fit_any_layout(single, two, shards, tmp_path):
@@ -140,7 +140,7 @@ def assert_stages_in_parts(run_dir, stages):
     assert_pipeline(run_dir, places=2, stages=stages, copies=1, sharers=2)
     for rank, process in enumerate(facts(run_dir)):
         assert process["dtensors"] == process["parameters"] and process["placements"] == ["(Shard(dim=0),)"]
-        assert process["meshes"] == ["[0, 1]" if rank < 2 else "[2, 3]"] and process["began_empty"]
+        assert process["meshes"] == ["[0, 1]" if rank < 2 else "[2, 3]"] and process["began_on_meta"]
         assert process["held"] == process["total"] / 2 and process["reduced"] == ["torch.float32"]
 
 

@@ -66,10 +66,10 @@ def test_a_run_goes_on_in_another_layout_and_on_other_numbers_of_processes(shard
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "sizes", "columns"), [("fsdp2_cp", {"dp_shard_size": 1, "cp_size": 2}, 16), ("tp", {"tp_size": 2}, 32)]
+    ("name", "sizes", "seq_length"), [("fsdp2_cp", {"dp_shard_size": 1, "cp_size": 2}, 16), ("tp", {"tp_size": 2}, 32)]
 )
 def test_a_run_of_processes_that_share_rows_goes_on_bit_for_bit_and_in_one_process(
-    name, sizes, columns, shards, tmp_path
+    name, sizes, seq_length, shards, tmp_path
 ):
     def run(name, steps, *more):
         return arguments(tmp_path / name, shards, "modern", steps, *CONSTANT, "--training.document_mask", "true", *more)
@@ -81,7 +81,7 @@ def test_a_run_of_processes_that_share_rows_goes_on_bit_for_bit_and_in_one_proce
         run("interrupted", STEPS, *DROPOUT),
         run("2 to 1", HALF),
     )
-    assert facts(tmp_path / "interrupted")[0]["columns"] == [columns]
+    assert facts(tmp_path / "interrupted")[0]["seq_lengths"] == [seq_length]
     assert_only_own_parts_were_read(tmp_path / "interrupted")
     for key in ("loss", "grad_norm", "validation_loss"):
         assert curve(tmp_path / "interrupted", key) == curve(tmp_path / "uninterrupted", key), key

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.distributed.dtensor import shard_like, to_local
-from scratch_gpt.distributed.materialize import empty_model
+from scratch_gpt.distributed.materialize import build_meta_model
 from scratch_gpt.distributed.optimizer import build_optimizer
 from scratch_gpt.distributed.safetensors_reader import SafetensorsReader, load_weights
 from scratch_gpt.errors import UserError
@@ -33,7 +33,7 @@ LAYOUTS = [  # each mesh once: torch remembers which place in it this process ha
 
 def save(config, optimizer, folder):
     """Random weights and optimizer state of a whole model."""
-    shapes = {name: parameter.shape for name, parameter in empty_model(config).named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in build_meta_model(config).named_parameters()}
     weights = {name: torch.randn(shape) for name, shape in shapes.items()}
     state = {}
     for name, shape in shapes.items():
@@ -53,7 +53,7 @@ def load(config, optimizer, dimensions, rank, folder):
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         strategy = fake_strategy(dimensions, "cpu")
-        model = empty_model(config)
+        model = build_meta_model(config)
         strategy.parallelize(model, "fp32")
         load_weights(model, SafetensorsReader(folder, "model*.safetensors"))
         optimizers = build_optimizer(model, TrainingSettings(optimizer=optimizer))
@@ -104,7 +104,7 @@ def resident(field):
 def test_a_process_never_holds_more_than_its_parts_and_one_tensor(dimensions, tmp_path, monkeypatch):
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 4096}
     config = preset("modern-30m", vocab_size=8192, **sizes, num_hidden_layers=4)
-    shapes = {name: parameter.shape for name, parameter in empty_model(config).named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in build_meta_model(config).named_parameters()}
     save_zeros(shapes, tmp_path / "model.safetensors")
     state = {f"{name}.{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
     save_zeros(state | {f"{name}.step": torch.Size([]) for name in shapes}, tmp_path / "optimizer.safetensors")

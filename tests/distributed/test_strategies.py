@@ -51,7 +51,7 @@ def test_data_parallel(single, shards, tmp_path):
 
 def assert_sharded(process, shards):
     assert process["dtensors"] == process["parameters"] and process["dtypes"] == ["torch.float32"]
-    assert process["held"] == pytest.approx(process["total"] / shards, rel=0.05) and process["began_empty"]
+    assert process["held"] == pytest.approx(process["total"] / shards, rel=0.05) and process["began_on_meta"]
     assert process["reduced"] == ["torch.float32"] and process["loss"] == ["torch.float32"]
 
 
@@ -79,7 +79,7 @@ def test_hybrid_sharded(single, shards, tmp_path):
 
 def assert_divided(process, shards, tensor):
     """Matrices in ``shards * tensor`` parts; norms and biases of the residual stream in ``shards``."""
-    assert process["held"] < 1.15 * process["total"] / (shards * tensor) and process["began_empty"]
+    assert process["held"] < 1.15 * process["total"] / (shards * tensor) and process["began_on_meta"]
     assert process["loss"] == ["torch.float32"]
 
 
@@ -111,7 +111,7 @@ def test_context_parallel(single, shards, tmp_path):
     for style in ("gpt2", "modern", "bf16"):
         for process in facts(tmp_path / style):
             assert_sharded(process, 2)
-            assert process["columns"] == [16] and process["meshes"] == ["[0, 1]"]  # half of each row
+            assert process["seq_lengths"] == [16] and process["meshes"] == ["[0, 1]"]  # half of each row
     assert "fsdp2 x cp on 2 process(es), cp 2, cpu" in done.stdout
 
 
@@ -122,7 +122,7 @@ def test_context_parallel_beside_others(name, single, shards, tmp_path):
     done = launch(config, *runs(tmp_path, shards))
     check(tmp_path, single)
     for process in facts(tmp_path / "modern"):
-        assert process["columns"] == [16] and process["began_empty"]
+        assert process["seq_lengths"] == [16] and process["began_on_meta"]
         assert process["held"] < 1.15 * process["total"] / 4
         assert ("[0, 1, 2, 3]" if name == "dp_shard" else "[[0, 1], [2, 3]]") in process["meshes"]
     said = (

@@ -13,7 +13,7 @@ from scratch_gpt.data.batches import read_rows
 from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.distributed.materialize import build_model
-from scratch_gpt.distributed.optimizer import build_optimizer, describe
+from scratch_gpt.distributed.optimizer import build_optimizer, describe_param_groups
 from scratch_gpt.distributed.safetensors_reader import SafetensorsReader
 from scratch_gpt.evaluation.bits_per_byte import as_validation, score_stream
 from scratch_gpt.model.presets import preset
@@ -133,7 +133,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_moves_them_as_its_definition_
     singular = torch.linalg.svdvals(moved)
     assert 0.5 < singular.min() and singular.max() < 1.35
     assert torch.nn.functional.cosine_similarity(moved.flatten(), (left @ right).flatten(), dim=0) > 0.97
-    assert any("Muon" in line and "mlp.up_proj.weight" in line for line in describe(optimizers))
+    assert any("Muon" in line and "mlp.up_proj.weight" in line for line in describe_param_groups(optimizers))
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])

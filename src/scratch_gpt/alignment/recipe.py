@@ -32,12 +32,12 @@ from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.compute.mfu import hardware
 from scratch_gpt.config import RecipeTrainingSettings
 from scratch_gpt.console import format_duration, print0, progress_bar
-from scratch_gpt.distributed.deepspeed import DeepSpeedStrategy, requested_config
+from scratch_gpt.distributed.deepspeed import DeepSpeedStrategy, requested_deepspeed_config
 from scratch_gpt.distributed.launch import (
-    WITHOUT_DEEPSPEED,
-    WITHOUT_LAYOUT,
     data_parallel_size,
     deepspeed_requested,
+    hide_deepspeed,
+    hide_sharding,
     launch_state,
     requested_model_parallel_size,
 )
@@ -107,7 +107,7 @@ def check_launch(settings: Any, verb: str) -> None:
     if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM is not supported: take configs/accelerate/ddp.yaml or fsdp2.yaml")
     if deepspeed_requested():
-        stage = requested_config()["zero_optimization"]["stage"]
+        stage = requested_deepspeed_config()["zero_optimization"]["stage"]
         if stage == 3 and getattr(settings, "load_in_4bit", False):
             raise UserError(
                 "zero_stage is 3, and --load-in-4bit packs weights in a form that DeepSpeed does not cut: take "
@@ -155,10 +155,10 @@ def _check_sizes(sizes: ParallelismConfig, settings: Any, verb: str) -> None:
 def _train(settings: Any, verb: str, run_dir: Path, build: Callable[[Any, Path], Recipe]) -> None:
     started = time.monotonic()
     set_seed(settings.seed)  # new heads and adapters are the same each time and on all processes
-    zero = requested_config() if deepspeed_requested() else None
+    zero = requested_deepspeed_config() if deepspeed_requested() else None
     shared = requested_model_parallel_size() > 1
     try:
-        with WITHOUT_DEEPSPEED(), WITHOUT_LAYOUT() if shared else nullcontext():
+        with hide_deepspeed(), hide_sharding() if shared else nullcontext():
             stage = build(settings, run_dir)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -34,7 +34,7 @@ from scratch_gpt.distributed import context_parallel
 from scratch_gpt.distributed.deepspeed import DeepSpeedStrategy
 from scratch_gpt.distributed.dtensor import num_shards
 from scratch_gpt.distributed.launch import launch_state
-from scratch_gpt.distributed.optimizer import Optimizers, alike
+from scratch_gpt.distributed.optimizer import Optimizers, group_by_mesh
 from scratch_gpt.distributed.safetensors_reader import SafetensorsReader
 from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.errors import UserError
@@ -287,7 +287,7 @@ class ResumableTrainerMixin(Trainer):
         if zero.stage == 3:
             models = [*self.frozen, getattr(self, "ref_model", None)]
             for model in {id(one): one for one in models if one is not None}.values():
-                zero.divide(model)
+                zero.shard_frozen_model(model)
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         if (self.zero is None and self.strategy is None) or not training:
@@ -300,7 +300,7 @@ class ResumableTrainerMixin(Trainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         engine, parts = self.zero.wrap(self.zero.parallelize(self.model, "fp32"), Optimizers(optimizer))
         self.optimizer = ShardedStepOptimizer(parts, optimizer)
-        print0(f"layout     {self.zero.name} on {self.zero.world_size} process(es): {self.zero.describe_parts()}")
+        print0(f"layout     {self.zero.name} on {self.zero.world_size} process(es): {self.zero.describe_sharding()}")
         return engine
 
     def _backward_in_parts(self, loss: torch.Tensor) -> None:
@@ -372,7 +372,7 @@ class ResumableTrainerMixin(Trainer):
             optimizer.param_groups[:] = [
                 {**group, "params": [parameter for _, parameter in some]}
                 for group in optimizer.param_groups
-                for some in alike([("", parameter) for parameter in group["params"]])
+                for some in group_by_mesh([("", parameter) for parameter in group["params"]])
             ]
         return optimizer
 

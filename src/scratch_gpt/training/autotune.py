@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from scratch_gpt.compute.compile import compile_blocks, uncompile_blocks
-from scratch_gpt.compute.precision import _timed, autocast, has_bf16
+from scratch_gpt.compute.precision import autocast, has_bf16, measure_seconds
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.model import ScratchGPTForCausalLM
@@ -74,7 +74,7 @@ def autotune(
 
 def measure(model: ScratchGPTForCausalLM, batch: Batch, precision: str, repeats: int = 5) -> float:
     """Median seconds of one forward + backward, after a first one that is not counted."""
-    seconds = [_timed(lambda: _forward_backward(model, batch, precision)) for _ in range(repeats + 1)]
+    seconds = [measure_seconds(lambda: _forward_backward(model, batch, precision)) for _ in range(repeats + 1)]
     return statistics.median(seconds[1:])
 
 

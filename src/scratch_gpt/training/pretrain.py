@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from scratch_gpt.compute.activation_checkpointing import enable_activation_checkpointing
 from scratch_gpt.compute.compile import compile_blocks, uncompile_blocks
-from scratch_gpt.compute.float8 import check_tokens, use_float8
+from scratch_gpt.compute.float8 import check_num_tokens, use_float8
 from scratch_gpt.compute.malloc import keep_freed_memory
 from scratch_gpt.compute.precision import check_precision, has_bf16
 from scratch_gpt.config import PhaseSettings, PretrainSettings
@@ -27,9 +27,8 @@ from scratch_gpt.data.sources import split_documents
 from scratch_gpt.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from scratch_gpt.distributed import context_parallel
 from scratch_gpt.distributed.launch import launch_state, shutdown
-from scratch_gpt.distributed.materialize import build_model, empty_model, init_weights
-from scratch_gpt.distributed.optimizer import build_optimizer
-from scratch_gpt.distributed.optimizer import describe as describe_groups
+from scratch_gpt.distributed.materialize import build_meta_model, build_model, init_weights
+from scratch_gpt.distributed.optimizer import build_optimizer, describe_param_groups
 from scratch_gpt.distributed.pipeline import build_pipeline_strategy
 from scratch_gpt.distributed.safetensors_reader import load_weights
 from scratch_gpt.distributed.setup import build_strategy
@@ -193,7 +192,7 @@ class Pretraining:
         self.empty = self.strategy.is_sharded or settings.parallel.pipeline > 1
         if self.empty:
             config = build_config(settings.model, self.tokenizer)
-            self.model = empty_model(ScratchGPTConfig.from_pretrained(self.source) if self.source else config)
+            self.model = build_meta_model(ScratchGPTConfig.from_pretrained(self.source) if self.source else config)
         elif self.source is None:
             self.model = build_model(build_config(settings.model, self.tokenizer), settings.seed)
         else:
@@ -287,7 +286,7 @@ class Pretraining:
     def describe(self) -> None:
         """What `--dry-run` says beyond the lines of every run."""
         training, max_steps = self.settings.training, self.settings.max_steps
-        for number, line in enumerate(describe_groups(build_optimizer(self.model, training))):
+        for number, line in enumerate(describe_param_groups(build_optimizer(self.model, training))):
             print0(("optimizer  " if number == 0 else "           ") + line)
         print0(f"schedule   {training.schedule} over {max_steps:,} steps:")
         for step in sorted(
@@ -367,7 +366,7 @@ class Pretraining:
         device = self.strategy.device
         check_precision(precision, device)
         if precision == "fp8":
-            check_tokens(self.shape.device_batch_size, self.context_length // self.strategy.cp_size)
+            check_num_tokens(self.shape.device_batch_size, self.context_length // self.strategy.cp_size)
             use_float8(self.model)
         if state is not None:
             if state.data != self.data_fingerprint:

@@ -299,7 +299,7 @@ class PPOTrainer(ResumableTrainerMixin):
     def parallelize_trained(self, strategy: Strategy, precision: str) -> None:
         policy, value_model = map(unwrap_peft, self.trained)
         strategy.parallelize(policy, precision)
-        strategy.parallelize_roots(value_model, precision, (value_model.base_model, value_model.score))
+        strategy.parallelize(value_model, precision, (value_model.base_model, value_model.score))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's, with a learning rate of its own for the value model where that is asked for."""
