@@ -43,13 +43,8 @@ def test_zero_refuses_pipelines():
 def test_alignment_asks_for_the_package_too_and_refuses_to_shard_4_bit_weights(launched):
     launched.setattr(deepspeed, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"deepspeed is not installed: pip install 'scratch-gpt\[deepspeed\]'"):
-<<<<<<< HEAD
         recipe.check_launch(SimpleNamespace(), "sft")
     launched.setattr(recipe, "requested_deepspeed_config", lambda: {"zero_optimization": {"stage": 3}})
-=======
-        stage.check_launch(SimpleNamespace(), "sft")
-    launched.setattr(stage, "requested_config", lambda: {"zero_optimization": {"stage": 3}})
->>>>>>> main
     with pytest.raises(UserError, match="zero_stage is 3, and --load-in-4bit .* take configs/accelerate/zero2.yaml"):
         recipe.check_launch(SimpleNamespace(load_in_4bit=True, lora_rank=16), "sft")
 
