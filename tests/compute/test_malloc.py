@@ -12,7 +12,7 @@ from scratch_gpt.compute.malloc import keep_freed_memory
 
 assert sys.argv[1] == "returned" or keep_freed_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
+for _ in range(60):
     torch.ones(2**24)  # 64 MB
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
