@@ -169,8 +169,8 @@ def test_checkpoints_of_shared_stages_go_on_bit_for_bit_and_in_any_layout(single
     config.write_text(yaml.safe_dump(settings))
     launch(
         config,
-        run(tmp_path / "gpt2", shards, "gpt2", *SHARED["gpt2"], *DROPOUT),
-        run(tmp_path / "modern", shards, "modern", *SHARED["modern"]),
+        run(tmp_path / "gpt2", shards, "gpt2", *SHARDED_STAGES["gpt2"], *DROPOUT),
+        run(tmp_path / "modern", shards, "modern", *SHARDED_STAGES["modern"]),
         run(tmp_path / "resharded", shards, "modern", *pipeline(2, 2)),
         run(tmp_path / "muon", shards, "modern", *pipeline(2, 4), *muon),
         run(tmp_path / "bf16", shards, "modern", *pipeline(2, 4), *bf16),
@@ -182,8 +182,8 @@ def test_checkpoints_of_shared_stages_go_on_bit_for_bit_and_in_any_layout(single
     forget(tmp_path / "alone", steps=15)
     launch(
         config,
-        run(tmp_path / "gpt2 killed", shards, "gpt2", *SHARED["gpt2"], *DROPOUT),
-        run(tmp_path / "modern killed", shards, "modern", *SHARED["modern"]),
+        run(tmp_path / "gpt2 killed", shards, "gpt2", *SHARDED_STAGES["gpt2"], *DROPOUT),
+        run(tmp_path / "modern killed", shards, "modern", *SHARDED_STAGES["modern"]),
     )
     alone(run(tmp_path / "alone", shards, "modern"))
     for name in ("gpt2", "modern"):
