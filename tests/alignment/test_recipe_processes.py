@@ -76,7 +76,7 @@ def zero_sharding(trainer):
         return None
     optimizers = trainer.deepspeed.optimizers
     total = sum(full_shape(p).numel() for p in optimizers.parameters.values())
-    return {"stage": optimizers.stage, "local": optimizers.held / total, "offloaded": optimizers.offloaded}
+    return {"stage": optimizers.stage, "local": optimizers.local_numel / total, "offloaded": optimizers.is_offloaded}
 
 
 def train(trainer, *arguments, original=ResumableTrainerMixin.train, **keywords):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.distributed.optimizer import build_optimizer, describe
+from scratch_gpt.distributed.optimizer import build_optimizer, describe_param_groups
 from scratch_gpt.distributed.safetensors_reader import SafetensorsReader
 from tests.tiny import tiny_model
 
@@ -62,7 +62,7 @@ def test_muon_updates_the_matrices_of_the_blocks_by_its_definition():
     singular = torch.linalg.svdvals(moved)
     assert 0.5 < singular.min() and singular.max() < 1.35
     assert torch.nn.functional.cosine_similarity(moved.flatten(), (left @ right).flatten(), dim=0) > 0.97
-    assert any("Muon" in line and "mlp.up_proj.weight" in line for line in describe(optimizers))
+    assert any("Muon" in line and "mlp.up_proj.weight" in line for line in describe_param_groups(optimizers))
 
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])

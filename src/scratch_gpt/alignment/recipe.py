@@ -32,12 +32,12 @@ from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.compute.mfu import hardware
 from scratch_gpt.config import RecipeTrainingSettings
 from scratch_gpt.console import format_duration, print0, progress_bar
-from scratch_gpt.distributed.deepspeed import DeepSpeedStrategy, requested_config
+from scratch_gpt.distributed.deepspeed import DeepSpeedStrategy, requested_deepspeed_config
 from scratch_gpt.distributed.launch import (
-    WITHOUT_DEEPSPEED,
-    WITHOUT_LAYOUT,
     data_parallel_size,
     deepspeed_requested,
+    hide_deepspeed,
+    hide_sharding,
     launch_state,
     requested_model_parallel_size,
 )
@@ -118,7 +118,7 @@ def check_launch(settings: Any, command: str) -> None:
     if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM is not supported: use configs/accelerate/ddp.yaml or fsdp2.yaml")
     load_in_4bit = getattr(settings, "load_in_4bit", False)
-    if deepspeed_requested() and requested_config()["zero_optimization"]["stage"] == 3 and load_in_4bit:
+    if deepspeed_requested() and requested_deepspeed_config()["zero_optimization"]["stage"] == 3 and load_in_4bit:
         raise UserError(
             "zero_stage is 3, and DeepSpeed cannot shard the quantized weights of --load-in-4bit: use "
             "configs/accelerate/zero2.yaml"
@@ -172,10 +172,10 @@ def _check_parallelism_config(sizes: ParallelismConfig, command: str, load_in_4b
 def _train(settings: Any, command: str, run_dir: Path, build: Callable[[Any, Path], Recipe]) -> None:
     started = time.monotonic()
     set_seed(settings.seed)  # new heads and adapters are the same in every run and on all ranks
-    deepspeed_config = requested_config() if deepspeed_requested() else None
+    deepspeed_config = requested_deepspeed_config() if deepspeed_requested() else None
     uses_model_parallel = requested_model_parallel_size() > 1
     try:
-        with WITHOUT_DEEPSPEED(), WITHOUT_LAYOUT() if uses_model_parallel else nullcontext():
+        with hide_deepspeed(), hide_sharding() if uses_model_parallel else nullcontext():
             recipe = build(settings, run_dir)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -30,7 +30,7 @@ from scratch_gpt.distributed import context_parallel
 from scratch_gpt.distributed.deepspeed import DeepSpeedStrategy
 from scratch_gpt.distributed.dtensor import num_shards
 from scratch_gpt.distributed.launch import launch_state
-from scratch_gpt.distributed.optimizer import Optimizers, alike
+from scratch_gpt.distributed.optimizer import Optimizers, group_by_mesh
 from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.errors import UserError
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTPreTrainedModel
@@ -133,7 +133,7 @@ class ParallelTrainerMixin(Trainer):
         self.accelerator.backward = self._backward_deepspeed
         if deepspeed.stage == 3:
             for model in self.all_frozen_models():
-                deepspeed.divide(model)
+                deepspeed.shard_frozen_model(model)
 
     def use_model_parallel(self, strategy: Strategy) -> None:
         """Train with tensor or context parallelism.
@@ -181,7 +181,7 @@ class ParallelTrainerMixin(Trainer):
             optimizer.param_groups[:] = [
                 {**group, "params": [parameter for _, parameter in of_one_mesh]}
                 for group in optimizer.param_groups
-                for of_one_mesh in alike([("", parameter) for parameter in group["params"]])
+                for of_one_mesh in group_by_mesh([("", parameter) for parameter in group["params"]])
             ]
         return optimizer
 
@@ -198,7 +198,7 @@ class ParallelTrainerMixin(Trainer):
         engine, sharded = self.deepspeed.wrap(model, Optimizers(optimizer))
         self.optimizer = ShardedStepOptimizer(sharded, optimizer)
         name, world_size = self.deepspeed.name, self.deepspeed.world_size
-        print0(f"layout     {name} on {world_size} process(es): {self.deepspeed.describe_parts()}")
+        print0(f"layout     {name} on {world_size} process(es): {self.deepspeed.describe_sharding()}")
         return engine
 
     # ------------------------------------------------------------------------------------------------ steps

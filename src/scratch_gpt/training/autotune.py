@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from scratch_gpt.compute.compile import compile_blocks, uncompile_blocks
-from scratch_gpt.compute.precision import _timed, autocast, has_bf16
+from scratch_gpt.compute.precision import autocast, has_bf16
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.model import ScratchGPTForCausalLM
@@ -86,7 +86,7 @@ def candidate_precisions(device: torch.device) -> list[str]:
 
 def measure_forward_backward(model: ScratchGPTForCausalLM, batch: Batch, precision: str, repeats: int = 5) -> float:
     """Median seconds of one forward and backward pass, after one to warm up."""
-    seconds = [_timed(lambda: _forward_backward(model, batch, precision)) for _ in range(repeats + 1)]
+    seconds = [measure_seconds(lambda: _forward_backward(model, batch, precision)) for _ in range(repeats + 1)]
     return statistics.median(seconds[1:])
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from scratch_gpt.compute.activation_checkpointing import enable_activation_checkpointing
 from scratch_gpt.compute.compile import compile_blocks, uncompile_blocks
-from scratch_gpt.compute.float8 import check_tokens, use_float8
+from scratch_gpt.compute.float8 import check_num_tokens, use_float8
 from scratch_gpt.compute.malloc import keep_freed_memory
 from scratch_gpt.compute.precision import check_precision, has_bf16
 from scratch_gpt.config import PhaseSettings, PretrainSettings, TrainingSettings
@@ -24,7 +24,7 @@ from scratch_gpt.data.packing import BestFit, pack
 from scratch_gpt.data.shards import TokenStream, content_fingerprint, read_manifest
 from scratch_gpt.data.tokenizer import load_tokenizer
 from scratch_gpt.distributed import context_parallel
-from scratch_gpt.distributed.materialize import build_model, empty_model, init_weights
+from scratch_gpt.distributed.materialize import build_meta_model, build_model, init_weights
 from scratch_gpt.distributed.optimizer import build_optimizer
 from scratch_gpt.distributed.pipeline import build_pipeline_strategy
 from scratch_gpt.distributed.safetensors_reader import load_weights
@@ -262,7 +262,7 @@ def build_or_load_model(settings: PretrainSettings, tokenizer: Any, strategy: St
     """
     if strategy.is_sharded or settings.parallel.pipeline > 1:
         config = build_config(settings.model, tokenizer)
-        model = empty_model(ScratchGPTConfig.from_pretrained(start.weights) if start.weights else config)
+        model = build_meta_model(ScratchGPTConfig.from_pretrained(start.weights) if start.weights else config)
     elif start.weights is None:
         model = build_model(build_config(settings.model, tokenizer), settings.seed)
     else:
@@ -372,7 +372,7 @@ def choose_precision(
     precision = start.state.precision if start.state is not None else training.precision
     check_precision(precision, strategy.device)
     if precision == "fp8":
-        check_tokens(data.batch_sizes.device_batch_size, data.train.context_length // strategy.cp_size)
+        check_num_tokens(data.batch_sizes.device_batch_size, data.train.context_length // strategy.cp_size)
         use_float8(model)
     if start.state is not None:
         return _precision_as_at_start(start.state, strategy, model)

@@ -19,8 +19,7 @@ from scratch_gpt.data.shards import read_manifest
 from scratch_gpt.data.sources import split_documents
 from scratch_gpt.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, train_tokenizer
 from scratch_gpt.distributed.launch import launch_state, shutdown
-from scratch_gpt.distributed.optimizer import build_optimizer
-from scratch_gpt.distributed.optimizer import describe as describe_groups
+from scratch_gpt.distributed.optimizer import build_optimizer, describe_param_groups
 from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, new_folder
@@ -138,7 +137,7 @@ def save_final_model(strategy: Strategy, model: Any, tokenizer: Any, run_dir: Pa
 def describe(run: Pretraining) -> None:
     """Print what `--dry-run` adds to the lines of every run: optimizer groups, and the schedule at a few steps."""
     training, max_steps, context_length = run.settings.training, run.settings.max_steps, run.data.train.context_length
-    for number, line in enumerate(describe_groups(build_optimizer(run.model, training))):
+    for number, line in enumerate(describe_param_groups(build_optimizer(run.model, training))):
         print0(("optimizer  " if number == 0 else "           ") + line)
     print0(f"schedule   {training.schedule} over {max_steps:,} steps:")
     for step in sorted({0, training.warmup_steps, max_steps // 4, max_steps // 2, 3 * max_steps // 4, max_steps - 1}):

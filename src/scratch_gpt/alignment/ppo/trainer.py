@@ -217,7 +217,7 @@ class PPOTrainer(ResumableTrainerMixin):
     def parallelize_trained_models(self, strategy: Strategy, precision: str) -> None:
         policy, value_model = map(unwrap_peft, self.trained_models)
         strategy.parallelize(policy, precision)
-        strategy.parallelize_roots(value_model, precision, (value_model.base_model, value_model.score))
+        strategy.parallelize(value_model, precision, (value_model.base_model, value_model.score))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Create Trainer's optimizer; with ``value_learning_rate``, the value model gets parameter groups of its own."""
