@@ -4,7 +4,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-# The stamp is made last, so that an interrupted installation is taken up again.
+# The stamp file is written last, so that an interrupted installation starts again.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -20,13 +20,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# DeepSpeed comes as source, which pip makes a package of in seconds, without a compiler.
+# pip builds DeepSpeed from source in seconds, without a compiler.
 .venv/.deepspeed: .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed]' && touch $@ || \
 		echo "DeepSpeed could not be installed: its tests will be skipped"
 
-# A file's tests stay in one process: they share what their fixtures have made. Files in the order of their names, which
-# has the long ones, of several processes, early; by the number of its tests pytest-xdist would put them last.
+# The tests of a file run in one process, because they share fixtures. Files run in the order of their names, which starts
+# the slow multi-process files early; pytest-xdist's own order, by number of tests, would start them last.
 test: lint .venv/.deepspeed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

@@ -1,9 +1,9 @@
-"""Pretraining on 8 to 4,096 H100s, on paper: which layout, what a device holds and sends, what share of the peak remains.
+"""Predicted pretraining on 8 to 4,096 H100s: the layout, memory and communication of a device, and the MFU.
 
     python benchmarks/scaling.py
 
-prints the tables of docs/scaling.md, where the formulas are explained and their sources named. Memory and FLOPs are the
-planner's; nothing here was run on a GPU.
+Prints the tables of docs/scaling.md, which explains the formulas and names their sources. Memory and FLOPs come from
+`scratch_gpt.planning`; nothing here was run on a GPU.
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,19 @@ from functools import cache, cached_property
 from scratch_gpt.model import ScratchGPTConfig
 from scratch_gpt.model.flops import Flops, flops_per_token
 from scratch_gpt.model.presets import preset
-from scratch_gpt.planning import memory as footprint
-from scratch_gpt.planning.memory import BF16, FP32, Parameters, Workload
-from scratch_gpt.planning.plan import FILL, GB, Layout, Memory, memory
+from scratch_gpt.planning.activations import BF16, FP32, Workload
+from scratch_gpt.planning.layouts import Layout
+from scratch_gpt.planning.memory import GB, MemoryEstimate, estimate_memory
+from scratch_gpt.planning.parameters import ParameterCounts, parameter_counts
+from scratch_gpt.planning.planner import USABLE_MEMORY
 
-MEMORY, PEAK = 80e9, 989e12
+DEVICE_MEMORY, PEAK_FLOPS = 80e9, 989e12
 """Bytes and dense bf16 FLOP/s of an H100 SXM (data sheet)."""
-NVLINK, NETWORK, NODE = 450e9, 50e9, 8
-"""Bytes per second of a device in one direction: NVLink 4, and one 400 Gb/s port each; devices of a machine."""
+NVLINK, NETWORK, DEVICES_PER_NODE = 450e9, 50e9, 8
+"""Bytes per second of a device in one direction: NVLink 4, and one 400 Gb/s network port per device."""
 DEVICES = (8, 64, 512, 4096)
-NEAR = 0.99
-"""A simpler layout is taken if it reaches this share of the fastest one's speed."""
+NEARLY_FASTEST = 0.99
+"""A simpler layout is chosen if it reaches this fraction of the fastest one's speed."""
 
 LLAMA_8B = preset("modern-7b", vocab_size=128256, qk_norm=False)
 LLAMA_70B = preset(
@@ -43,11 +45,11 @@ class Model:
     config: ScratchGPTConfig
     context: int
     tokens: int
-    """Of a step, where the devices allow it."""
+    """Desired tokens per step; more where every data-parallel rank needs at least one sequence."""
 
     @cached_property
-    def parameters(self) -> Parameters:
-        return footprint.count(self.config)
+    def parameters(self) -> ParameterCounts:
+        return parameter_counts(self.config)
 
     @cached_property
     def flops(self) -> Flops:
@@ -61,44 +63,52 @@ MODELS = {
     "70B": Model(LLAMA_70B, 8192, 2**22),
 }
 LARGE_BATCH = 2**24
-"""Tokens of a step that Llama 3 405B ended with."""
+"""Tokens per step at the end of Llama 3 405B's training."""
 
 
-# ------------------------------------------------------------------------------------------------ what is sent
+# ------------------------------------------------------------------------------------------------ communication volume
 
 
 @dataclass(frozen=True)
-class Sent:
+class CommunicationVolume:
     """Bytes that a device sends in a step."""
 
     shards: float
-    """Weights gathered and gradients added up within one copy of the model."""
+    """All-gathers of weights and reduce-scatters of gradients within one replica."""
     copies: float
-    """Gradients added up over the copies."""
+    """All-reduces of gradients over the replicas."""
     tensor: float
-    """Sums and logits of tensor parallelism."""
+    """All-reduces and all-gathers of tensor parallelism."""
 
 
-def sent(model: Model, layout: Layout, load: Workload, passes: int, joined: bool = False) -> Sent:
+def communication_volume(
+    model: Model, layout: Layout, workload: Workload, micro_batches: int, megatron: bool = False
+) -> CommunicationVolume:
+    """The formulas of docs/scaling.md; ``megatron``: tensor parallelism communicates as in Megatron-LM."""
     shards, tensor = layout.weight_shards, layout.tensor_parallel
-    copies = layout.replicas // shards
+    replicas = layout.dp_size // shards
     outside = (model.parameters.embeddings + model.parameters.head) / tensor
     blocks = model.parameters.total / tensor - outside
-    once = (2 * BF16 + FP32) * blocks + 2 * FP32 * outside
-    return Sent(
-        shards=passes * once * (shards - 1) / shards,
-        copies=2 * FP32 * (blocks + outside) / shards * (copies - 1) / copies,
-        tensor=passes * load.tokens * sent_per_token(model.config, tensor, load.checkpointing, joined),
+    per_micro_batch = (2 * BF16 + FP32) * blocks + 2 * FP32 * outside
+    per_token = tensor_parallel_volume_per_token(model.config, tensor, workload.checkpointing, megatron)
+    return CommunicationVolume(
+        shards=micro_batches * per_micro_batch * (shards - 1) / shards,
+        copies=2 * FP32 * (blocks + outside) / shards * (replicas - 1) / replicas,
+        tensor=micro_batches * workload.tokens * per_token,
     )
 
 
-def sent_per_token(config: ScratchGPTConfig, tensor: int, checkpointing: bool, joined: bool) -> float:
-    """Two sums of hidden states forward in each block, one more where it is recomputed (which ends before the second).
+def tensor_parallel_volume_per_token(
+    config: ScratchGPTConfig, tensor: int, checkpointing: bool, megatron: bool
+) -> float:
+    """Bytes that a device sends for each token.
 
-    Backward it is one for each projection that reads the residual stream, in float32; one each for embedding and head,
-    and the logits are gathered. `joined`: as in Megatron-LM, two in 16 bits backward, and the recomputation's two.
+    Forward, each block all-reduces hidden states twice, and once more if it is recomputed (recomputation stops before
+    the second). Backward, in float32, it all-reduces once for each projection that reads the residual stream. Embedding
+    and head add one each, and the logits are gathered. Megatron-LM all-reduces twice backward in 16 bits, and twice in
+    recomputation.
     """
-    if joined:
+    if megatron:
         sums = config.hidden_size * config.num_hidden_layers * BF16 * (6 if checkpointing else 4)
         return 2 * sums * (tensor - 1) / tensor
     forward, backward = BF16 * (3 if checkpointing else 2), FP32 * (5 if config.mlp_type == "gated" else 4)
@@ -107,113 +117,125 @@ def sent_per_token(config: ScratchGPTConfig, tensor: int, checkpointing: bool, j
 
 
 def bandwidth(stride: int, members: int) -> float:
-    """Of a device in a group of ``members`` that lie ``stride`` apart.
+    """Bytes per second of a device in a ring of ``members`` devices that are ``stride`` apart.
 
-    A ring crosses to the next machine once for all members of a machine, whose network ports work side by side.
+    A ring crosses to the next node once for all of its members in a node, whose network ports work in parallel.
     """
-    if stride * members <= NODE:
+    if stride * members <= DEVICES_PER_NODE:
         return NVLINK
-    return min(NVLINK, NETWORK * max(1, NODE // stride))
+    return min(NVLINK, NETWORK * max(1, DEVICES_PER_NODE // stride))
 
 
-# ------------------------------------------------------------------------------------------------ how long it takes
+# ------------------------------------------------------------------------------------------------ time of a step
 
 
 @dataclass(frozen=True)
 class Step:
+    """One optimizer step in one layout."""
+
     layout: Layout
-    load: Workload
-    passes: int
-    """Forward and backward passes of a step, one after the other."""
-    memory: Memory
+    workload: Workload
+    micro_batches: int
+    memory: MemoryEstimate
     flops: float
-    """Of a device, that the model needs."""
-    seconds: float
-    """Of matrix products, at the speed that was measured where hardly anything waits."""
-    volume: Sent
-    in_data: float
-    """Seconds of communication that may run while matrices are multiplied."""
-    in_tensor: float
-    """Seconds of communication that the next product waits for."""
+    """FLOPs that the model needs, per device."""
+    matmul_seconds: float
+    """Time of the matrix products, at the measured efficiency of a run that hardly waits for communication."""
+    volume: CommunicationVolume
+    data_seconds: float
+    """Communication that can overlap with matrix products."""
+    tensor_seconds: float
+    """Communication that the next matrix product waits for."""
 
     @property
     def tokens(self) -> int:
-        return self.load.tokens * self.passes * self.layout.replicas
+        return self.workload.tokens * self.micro_batches * self.layout.dp_size
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """If no communication is hidden behind matrix products, and if all is that can be."""
-        bare = self.seconds + self.in_tensor
-        return self.flops / PEAK / (bare + self.in_data), self.flops / PEAK / max(bare, self.in_data)
+        """Without any overlap of communication and matrix products, and with all that is possible."""
+        not_overlapped = self.matmul_seconds + self.tensor_seconds
+        ideal = self.flops / PEAK_FLOPS
+        return ideal / (not_overlapped + self.data_seconds), ideal / max(not_overlapped, self.data_seconds)
 
 
 def efficiency() -> float:
-    """Share of the peak of torchtitan's Llama 3.1 8B on one machine: 6,667 tokens/s on each of 8 H100s."""
-    return 6667 * flops_per_token(LLAMA_8B, 8192).total / PEAK
+    """MFU of torchtitan's Llama 3.1 8B on one node: 6,667 tokens/s on each of 8 H100s."""
+    return 6667 * flops_per_token(LLAMA_8B, 8192).total / PEAK_FLOPS
 
 
-def step(model: Model, layout: Layout, load: Workload, passes: int, joined: bool = False) -> Step:
-    each = load.tokens * passes / layout.tensor_parallel
-    computed = model.flops.total + (model.flops.recomputed if load.checkpointing else 0)
-    volume = sent(model, layout, load, passes, joined)
+def predict_step(model: Model, layout: Layout, workload: Workload, micro_batches: int, megatron: bool = False) -> Step:
+    tokens_per_device = workload.tokens * micro_batches / layout.tensor_parallel
+    computed = model.flops.total + (model.flops.recomputed if workload.checkpointing else 0)
+    volume = communication_volume(model, layout, workload, micro_batches, megatron)
     shards, tensor = layout.weight_shards, layout.tensor_parallel
-    in_copies = volume.copies / bandwidth(tensor * shards, layout.replicas // shards)
+    shards_seconds = volume.shards / bandwidth(tensor, shards)
+    copies_seconds = volume.copies / bandwidth(tensor * shards, layout.dp_size // shards)
     return Step(
         layout,
-        load,
-        passes,
-        memory(model.config, model.parameters, layout, load),
-        each * model.flops.total,
-        each * computed / (efficiency() * PEAK),
-        volume,
-        volume.shards / bandwidth(tensor, shards) + in_copies,
-        volume.tensor / bandwidth(1, tensor),
+        workload,
+        micro_batches,
+        memory=estimate_memory(model.config, model.parameters, layout, workload),
+        flops=tokens_per_device * model.flops.total,
+        matmul_seconds=tokens_per_device * computed / (efficiency() * PEAK_FLOPS),
+        volume=volume,
+        data_seconds=shards_seconds + copies_seconds,
+        tensor_seconds=volume.tensor / bandwidth(1, tensor),
     )
 
 
-# ------------------------------------------------------------------------------------------------ the choice
+# ------------------------------------------------------------------------------------------------ choice of a layout
 
 
-def layouts(devices: int) -> Iterator[Layout]:
-    """Those that `pretrain` has, from simple to elaborate."""
+def candidate_layouts(devices: int) -> Iterator[Layout]:
+    """The layouts that `pretrain` supports, from simple to elaborate."""
     yield Layout("DDP", devices, "")
-    for tensor in (1, NODE):
+    for tensor in (1, DEVICES_PER_NODE):
         groups = devices // tensor
         suffix = f" x TP {tensor}" if tensor > 1 else ""
         if tensor > 1 and groups == 1:
             yield Layout(f"TP {tensor}", devices, "", tensor_parallel=tensor)
         for shards in (groups, *(2**power for power in range(1, 13) if 2**power < groups)):
-            if shards * tensor < NODE or shards == 1:
+            if shards * tensor < DEVICES_PER_NODE or shards == 1:
                 continue
             name = f"FSDP2 {shards}" if shards == groups else f"HSDP {groups // shards} x {shards}"
             yield Layout(name + suffix, devices, "", shards, shards, shards, tensor)
 
 
-def best(model: Model, tokens: int, devices: int) -> Step | None:
-    """Of all that fit: the least tokens above the wish, then the fastest if nothing is hidden, then the simplest."""
+def choose_step(model: Model, tokens: int, devices: int) -> Step | None:
+    """The best layout that fits, or None.
+
+    The fewest tokens at or above ``tokens``, then the fastest without overlap, then the simplest.
+    """
     found = []
-    for layout in layouts(devices):
+    for layout in candidate_layouts(devices):
         if model.config.num_key_value_heads % layout.tensor_parallel:
             continue
-        rows = max(1, tokens // (model.context * layout.replicas))
+        sequences = max(1, tokens // (model.context * layout.dp_size))
         for checkpointing in (False, True):
-            load = Workload(1, model.context, checkpointing=checkpointing)
-            fitting = [each for each in range(1, rows + 1) if rows % each == 0 and fits(model, layout, load, each)]
+            workload = Workload(1, model.context, checkpointing=checkpointing)
+            fitting = [
+                size
+                for size in range(1, sequences + 1)
+                if sequences % size == 0 and fits(model, layout, replace(workload, sequences=size))
+            ]
             if fitting:
-                found.append(step(model, layout, replace(load, rows=fitting[-1]), rows // fitting[-1]))
+                largest = replace(workload, sequences=fitting[-1])
+                found.append(predict_step(model, layout, largest, sequences // fitting[-1]))
     if not found:
         return None
-    least = min(one.tokens for one in found)
-    found = [one for one in found if one.tokens == least]
-    fastest = max(one.mfu[0] for one in found)
-    return next(one for one in found if one.mfu[0] >= NEAR * fastest)
+    fewest = min(step.tokens for step in found)
+    found = [step for step in found if step.tokens == fewest]
+    fastest = max(step.mfu[0] for step in found)
+    return next(step for step in found if step.mfu[0] >= NEARLY_FASTEST * fastest)
 
 
-def fits(model: Model, layout: Layout, load: Workload, rows: int) -> bool:
-    return memory(model.config, model.parameters, layout, replace(load, rows=rows)).total <= FILL * MEMORY
+def fits(model: Model, layout: Layout, workload: Workload) -> bool:
+    needed = estimate_memory(model.config, model.parameters, layout, workload).total
+    return needed <= USABLE_MEMORY * DEVICE_MEMORY
 
 
-# ------------------------------------------------------------------------------------------------ in words
+# ------------------------------------------------------------------------------------------------ tables
 
 
 def table(rows: list[list[str]]) -> str:
@@ -229,43 +251,45 @@ def millions(tokens: int) -> str:
 
 
 @cache
-def best_of(name: str, tokens: int, devices: int) -> Step | None:
-    return best(MODELS[name], tokens, devices)
+def chosen_step(name: str, tokens: int, devices: int) -> Step | None:
+    return choose_step(MODELS[name], tokens, devices)
 
 
 def plan_table() -> str:
     heads = ["model", "devices", "tokens", "layout", "recompute", "rows x passes", "state GB", "rest GB", "total GB"]
     rows = [[*heads, "shards GB", "copies GB", "tensor GB", "products s", "data s", "tensor s", "MFU"]]
     for name, model in MODELS.items():
-        wishes = [(devices, model.tokens) for devices in DEVICES]
-        for devices, tokens in [*wishes, *([] if name == "124M" else [(DEVICES[-1], LARGE_BATCH)])]:
-            chosen = best_of(name, tokens, devices)
-            rows.append([name, f"{devices:,}", *(in_words(chosen) if chosen else refusal(model, devices))])
+        cases = [(devices, model.tokens) for devices in DEVICES]
+        if name != "124M":
+            cases.append((DEVICES[-1], LARGE_BATCH))
+        for devices, tokens in cases:
+            step = chosen_step(name, tokens, devices)
+            rows.append([name, f"{devices:,}", *(step_cells(step) if step else cells_if_none_fits(model, devices))])
     return table(rows)
 
 
-def in_words(chosen: Step) -> list[str]:
-    held, (low, high) = chosen.memory, chosen.mfu
-    state = held.weights + held.gradients + held.optimizer
+def step_cells(step: Step) -> list[str]:
+    memory, (low, high) = step.memory, step.mfu
+    state = memory.weights + memory.gradients + memory.optimizer
     return [
-        millions(chosen.tokens),
-        chosen.layout.name,
-        "full" if chosen.load.checkpointing else "none",
-        f"{chosen.load.rows} x {chosen.passes}",
-        *(f"{value / GB:.1f}" for value in (state, held.total - state, held.total)),
-        *(f"{value / GB:,.1f}" for value in vars(chosen.volume).values()),
-        *(f"{value:.3f}" for value in (chosen.seconds, chosen.in_data, chosen.in_tensor)),
+        millions(step.tokens),
+        step.layout.name,
+        "full" if step.workload.checkpointing else "none",
+        f"{step.workload.sequences} x {step.micro_batches}",
+        *(f"{value / GB:.1f}" for value in (state, memory.total - state, memory.total)),
+        *(f"{value / GB:,.1f}" for value in vars(step.volume).values()),
+        *(f"{value:.3f}" for value in (step.matmul_seconds, step.data_seconds, step.tensor_seconds)),
         f"{low:.0%} to {high:.0%}",
     ]
 
 
-def refusal(model: Model, devices: int) -> list[str]:
-    state = 4 * FP32 * model.parameters.held(devices)
+def cells_if_none_fits(model: Model, devices: int) -> list[str]:
+    state = 4 * FP32 * model.parameters.local_elements(devices)
     return ["", "none fits", "", "", f"{state / GB:.1f}", *[""] * 9]
 
 
 PUBLISHED = [
-    # model, shards, tensor parallel, rows, full recomputation, tokens per second of each device
+    # model, config, shards, tensor parallel size, device batch size, activation checkpointing, tokens/s per device
     ("8B", LLAMA_8B, 8, 1, 2, False, 6667.0),
     ("8B", LLAMA_8B, 128, 1, 2, False, 6514.0),
     ("8B", LLAMA_8B, 8, 8, 12, False, 4378.0),
@@ -274,18 +298,20 @@ PUBLISHED = [
 
 
 def published_table() -> str:
-    """torchtitan's measurements in bf16 beside what these formulas say of them."""
+    """torchtitan's measurements in bf16, and the MFU that these formulas predict for them."""
     rows = [["torchtitan's run", "tokens/s of a device", "MFU measured", "MFU by the formulas"]]
     for name, config, shards, tensor, batch, checkpointing, speed in PUBLISHED:
-        model, load = Model(config, 8192, 0), Workload(batch, 8192, checkpointing=checkpointing)
+        model, workload = Model(config, 8192, 0), Workload(batch, 8192, checkpointing=checkpointing)
         layout = Layout("", shards * tensor, "", shards, shards, shards, tensor)
-        low, high = step(model, layout, load, 1, joined=True).mfu
+        low, high = predict_step(model, layout, workload, 1, megatron=True).mfu
         what = f"{name}, FSDP2 {shards}" + (f" x TP {tensor}" if tensor > 1 else "")
-        rows.append([what, f"{speed:,.0f}", f"{speed * model.flops.total / PEAK:.1%}", f"{low:.1%} to {high:.1%}"])
+        rows.append(
+            [what, f"{speed:,.0f}", f"{speed * model.flops.total / PEAK_FLOPS:.1%}", f"{low:.1%} to {high:.1%}"]
+        )
     return table(rows)
 
 
-BESIDE = [
+NEAREST_PUBLISHED = [
     # model, devices, the nearest published run, its MFU
     ("1B", 512, "Megatron-LM, 2B, its smallest", "41%"),
     ("7B", 8, "torchtitan, 8B, FSDP2 8", "39.0%"),
@@ -297,16 +323,16 @@ BESIDE = [
 ]
 
 
-def beside_table() -> str:
-    """Rows of the first table, and what others have measured nearest to them."""
+def comparison_table() -> str:
+    """Predictions of the first table next to the most similar published measurement."""
     rows = [["model", "devices", "layout here", "MFU here, predicted", "nearest published run", "MFU measured"]]
-    for name, devices, run, measured in BESIDE:
-        chosen = best_of(name, MODELS[name].tokens, devices)
-        assert chosen is not None
-        low, high = chosen.mfu
-        rows.append([name, f"{devices:,}", chosen.layout.name, f"{low:.0%} to {high:.0%}", run, measured])
+    for name, devices, run, measured in NEAREST_PUBLISHED:
+        step = chosen_step(name, MODELS[name].tokens, devices)
+        assert step is not None
+        low, high = step.mfu
+        rows.append([name, f"{devices:,}", step.layout.name, f"{low:.0%} to {high:.0%}", run, measured])
     return table(rows)
 
 
 if __name__ == "__main__":
-    print(plan_table(), published_table(), beside_table(), sep="\n\n")
+    print(plan_table(), published_table(), comparison_table(), sep="\n\n")

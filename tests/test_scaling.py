@@ -1,4 +1,4 @@
-"""docs/scaling.md: its tables are those of the script, and the volumes in them are really sent."""
+"""docs/scaling.md: the script prints its tables, and collectives really send the predicted volumes."""
 
 import importlib.util
 import sys
@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scratch_gpt.compute.precision import autocast
 from scratch_gpt.model import ScratchGPTForCausalLM
 from scratch_gpt.model.presets import preset
+from scratch_gpt.planning.activations import Workload
 from scratch_gpt.planning.dry_run import fake_process_group, fake_strategy
-from scratch_gpt.planning.memory import Workload
-from scratch_gpt.planning.plan import Layout
+from scratch_gpt.planning.layouts import Layout
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -28,63 +28,66 @@ def scaling():
     return module
 
 
-def test_the_tables_of_the_document_are_those_of_the_script(scaling):
+def test_document_contains_the_tables_of_the_script(scaling):
     document = (ROOT / "docs/scaling.md").read_text()
     assert scaling.plan_table() in document
     assert scaling.published_table() in document
-    assert scaling.beside_table() in document
+    assert scaling.comparison_table() in document
 
 
-class Collectives(TorchDispatchMode):
-    """Bytes that a ring sends for each device: of what is gathered and scattered once, of what is added up twice."""
+class CollectiveVolume(TorchDispatchMode):
+    """Count the bytes that each rank of a ring of ``group_size`` sends.
 
-    def __init__(self, group):
+    ``gathered``: all-gathers and reduce-scatters; ``reduced``: all-reduces, which send twice as much.
+    """
+
+    def __init__(self, group_size):
         super().__init__()
-        self.group, self.scattered, self.summed = group, 0.0, 0.0
+        self.group_size, self.gathered, self.reduced = group_size, 0.0, 0.0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        name, others = str(function), (self.group - 1) / self.group
+        name, others = str(function), (self.group_size - 1) / self.group_size
         if "c10d" not in name:
             return function(*arguments, **(keywords or {}))
         first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
         if "allreduce_" in name or "functional.all_reduce" in name:
-            self.summed += 2 * others * first.nbytes
+            self.reduced += 2 * others * first.nbytes
         elif "c10d_functional.all_gather" in name:
-            self.scattered += others * self.group * first.nbytes
+            self.gathered += others * self.group_size * first.nbytes
         elif "_allgather_base_" in name:
-            self.scattered += others * first.nbytes
+            self.gathered += others * first.nbytes
         elif "_reduce_scatter_base_" in name:
-            self.scattered += others * arguments[1].nbytes
+            self.gathered += others * arguments[1].nbytes
         return function(*arguments, **(keywords or {}))
 
 
-def really_sent(config, dimensions, group, load):
-    with fake_process_group(torch.Size(dimensions.values()).numel()):
-        layout = fake_strategy(dimensions, "cpu")
+def measure_volume(config, mesh_sizes, group_size, workload):
+    with fake_process_group(torch.Size(mesh_sizes.values()).numel()):
+        strategy = fake_strategy(mesh_sizes, "cpu")
         model = ScratchGPTForCausalLM(config).train()
-        if load.checkpointing:
+        if workload.checkpointing:
             model.gradient_checkpointing_enable()
-        layout.parallelize(model, load.precision)
-        tokens = torch.zeros(load.rows, load.context, dtype=torch.long)
-        with Collectives(group) as collectives:
-            with autocast("cpu", load.precision):
+        strategy.parallelize(model, workload.precision)
+        tokens = torch.zeros(workload.sequences, workload.context_length, dtype=torch.long)
+        with CollectiveVolume(group_size) as volume:
+            with autocast("cpu", workload.precision):
                 loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
-    return collectives
+    return volume
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dimensions", [{"dp_shard": 4}, {"dp_replicate": 2, "dp_shard": 4}, {"tp": 4}], ids=str)
-def test_what_the_formulas_send_is_sent(scaling, dimensions, checkpointing):
+@pytest.mark.parametrize("mesh_sizes", [{"dp_shard": 4}, {"dp_replicate": 2, "dp_shard": 4}, {"tp": 4}], ids=str)
+def test_predicted_volume_is_what_collectives_send(scaling, mesh_sizes, checkpointing):
     config = preset("modern-30m", vocab_size=2048, num_key_value_heads=4, num_attention_heads=12, num_hidden_layers=3)
-    load = Workload(2, 64, "bf16", "cpu", checkpointing)
-    copies, shards, tensor = (dimensions.get(name, 1) for name in ("dp_replicate", "dp_shard", "tp"))
-    layout = Layout("", copies * shards * tensor, "", shards, shards, shards, tensor)
-    planned = scaling.sent(scaling.Model(config, 64, 0), layout, load, 1)
-    counted = really_sent(config, dimensions, 4, load)
+    workload = Workload(2, 64, "bf16", "cpu", checkpointing)
+    replicas, shards, tensor = (mesh_sizes.get(name, 1) for name in ("dp_replicate", "dp_shard", "tp"))
+    layout = Layout("", replicas * shards * tensor, "", shards, shards, shards, tensor)
+    predicted = scaling.communication_volume(scaling.Model(config, 64, 0), layout, workload, 1)
+    measured = measure_volume(config, mesh_sizes, 4, workload)
     if tensor > 1:
-        assert planned.tensor == pytest.approx(counted.summed + counted.scattered, rel=0.01)
+        assert predicted.tensor == pytest.approx(measured.reduced + measured.gathered, rel=0.01)
         return
-    assert planned.shards == pytest.approx(counted.scattered, rel=0.01)
-    among_two = counted.summed * (1 / 2) / (3 / 4)
-    assert planned.copies == pytest.approx(among_two, rel=0.01)
+    assert predicted.shards == pytest.approx(measured.gathered, rel=0.01)
+    over_two_replicas = measured.reduced * (1 / 2) / (3 / 4)  # measured as if they were a ring of 4
+    assert predicted.copies == pytest.approx(over_two_replicas, rel=0.01)

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from scratch_gpt.cli import main
 from scratch_gpt.compute.float8 import use_float8
-from scratch_gpt.planning import memory
-from scratch_gpt.planning.memory import Workload
+from scratch_gpt.planning.activations import Workload, saved_by_loss, saved_bytes, saved_for_backward
 from tests.planning.test_plan import build, measure_saved
 from tests.tiny import tiny_model
 from tests.training.runs import STEPS, arguments, assert_same_run, losses
@@ -96,5 +95,5 @@ def test_planned_activations_are_the_bytes_saved_for_backward(monkeypatch):
     # The layers query the GPU's autocast.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: real(device) if device else True)
     monkeypatch.setattr(torch, "get_autocast_gpu_dtype", lambda: torch.bfloat16)
-    planned = memory.bytes_of(memory.saved_for_backward(config, load) + memory.saved_by_loss(config), load)
+    planned = saved_bytes(saved_for_backward(config, load) + saved_by_loss(config), load)
     assert planned == measure_saved(model, load)

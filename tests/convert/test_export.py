@@ -1,4 +1,4 @@
-"""`export` and `import`: a saved model as another class, on disk."""
+"""`export` and `import` convert saved models."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def logits(folder_or_model):
         return model(IDS).logits
 
 
-def test_export_and_import_again(saved, tmp_path, capsys):
+def test_export_then_import_restores_the_model(saved, tmp_path, capsys):
     ours, model = saved
     stock, back = tmp_path / "stock", tmp_path / "back"
     assert main(["export", str(ours), "--to", "qwen3", "--output", str(stock)]) == 0
@@ -65,7 +65,7 @@ def test_export_and_import_again(saved, tmp_path, capsys):
     assert {name for name, value in model.config.to_dict().items() if again[name] != value} <= {"_name_or_path"}
 
 
-def test_a_reward_model_is_exported_as_one(tmp_path):
+def test_reward_model_is_exported_as_sequence_classifier(tmp_path):
     torch.manual_seed(0)
     config = ScratchGPTConfig(**SIZES, num_labels=1, pad_token_id=0)
     ScratchGPTForSequenceClassification(config).save_pretrained(tmp_path / "ours")
@@ -75,7 +75,7 @@ def test_a_reward_model_is_exported_as_one(tmp_path):
     ]
 
 
-def test_small_shards_hold_the_same_weights(saved, tmp_path):
+def test_sharded_export_has_the_same_weights(saved, tmp_path):
     ours, model = saved
     convert_folder(ours, tmp_path / "stock", "auto", shard_bytes=20_000)
     assert len(list((tmp_path / "stock").glob("model-*-of-*.safetensors"))) > 2
@@ -96,7 +96,7 @@ def test_small_shards_hold_the_same_weights(saved, tmp_path):
         (["import", "{empty}", "--output", "{new}"], "config.json"),
     ],
 )
-def test_what_cannot_be_converted_is_refused_and_leaves_nothing(saved, tmp_path, capsys, arguments, message):
+def test_refused_conversion_writes_nothing(saved, tmp_path, capsys, arguments, message):
     folders = {name: tmp_path / name for name in ("ours", "new", "nothing", "stock", "empty")}
     LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folders["stock"])
     folders["empty"].mkdir()
@@ -154,7 +154,7 @@ def smollm2(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_real_weights_write_the_same_text_as_ours(smollm2, tmp_path):
+def test_real_weights_generate_the_same_text(smollm2, tmp_path):
     convert_folder(smollm2, tmp_path / "ours", None)
     convert_folder(tmp_path / "ours", tmp_path / "back", "auto")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")

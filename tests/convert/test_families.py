@@ -1,4 +1,4 @@
-"""Models of transformers' own classes become ours and come back: the same logits, the same weights."""
+"""Stock models convert to ScratchGPT models and back with the same logits and weights."""
 
 import logging
 
@@ -15,7 +15,8 @@ from transformers import (
     MambaConfig,
 )
 
-from scratch_gpt.convert.families import FAMILIES, from_hf, to_hf
+from scratch_gpt.convert.families import from_hf, to_hf
+from scratch_gpt.convert.family_tables import FAMILIES
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
 from tests.model.test_against_stock_models import HEAD_DIM, ROPE_TYPES, STOCK_SIZE, VOCABULARY, randomised
 
@@ -58,7 +59,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back(case, tmp_path):
+def test_round_trip_keeps_logits_and_weights(case, tmp_path):
     stock = stock_model(case)
     stock.generation_config.max_new_tokens = 7
     ours = from_hf(stock)
@@ -92,10 +93,10 @@ def test_there_and_back(case, tmp_path):
         ("modern", {"qk_norm": False, "head_dim": 10, "num_attention_heads": 5, "num_key_value_heads": 1}, "mistral"),
     ],
 )
-def test_auto_takes_a_class_that_can_express_the_model(build, style, fields, expected, ids):
+def test_auto_chooses_a_class_that_can_express_the_model(build, style, fields, expected, ids):
     model = build(style, **fields)
     if expected == "mistral" and "sliding_window" not in fields:
-        # windows or not, Qwen2 has biases and Llama needs a width that its heads divide
+        # Qwen2 requires biases, and Llama a hidden_size that is a multiple of its heads
         assert model.config.hidden_size % model.config.num_attention_heads
     stock = to_hf(model)
     assert stock.config.model_type == expected
@@ -119,7 +120,7 @@ def test_auto_takes_a_class_that_can_express_the_model(build, style, fields, exp
         ("mixture", {}, "auto", "norm_type='layernorm'"),
     ],
 )
-def test_what_a_class_cannot_express_is_named(build, style, fields, to, named):
+def test_fields_that_a_class_cannot_express_are_named(build, style, fields, to, named):
     with pytest.raises(ValueError, match="cannot express|no stock class") as refusal:
         to_hf(build(style, **fields), to)
     assert named in str(refusal.value)
@@ -127,7 +128,7 @@ def test_what_a_class_cannot_express_is_named(build, style, fields, to, named):
         assert all(family.class_names["CausalLM"] in str(refusal.value) for family in FAMILIES.values())
 
 
-def test_padding_of_the_vocabulary_stays_behind(build, ids):
+def test_vocabulary_padding_is_removed(build, ids):
     model = build("modern", pad_vocab_size_multiple=64)
     stock = to_hf(model)
     assert stock.lm_head.weight.shape[0] == model.config.vocab_size == 97
@@ -141,7 +142,7 @@ def test_padding_of_the_vocabulary_stays_behind(build, ids):
         (LlamaForSequenceClassification, LlamaConfig(**{**STOCK_SIZE, "num_labels": 3, "pad_token_id": 0})),
     ],
 )
-def test_sequence_classifiers_convert_as_well(stock_class, config):
+def test_sequence_classifiers_convert(stock_class, config):
     stock = randomised(stock_class(config))
     ours = from_hf(stock)
     assert type(ours) is ScratchGPTForSequenceClassification and ours.num_labels == 3
@@ -157,7 +158,7 @@ def test_the_dtype_is_kept(tmp_path):
     assert from_hf(tmp_path).dtype == torch.bfloat16
 
 
-def test_files_with_a_bare_backbones_names_and_old_masks_are_read(tmp_path):
+def test_files_saved_without_head_and_with_old_masks_are_read(tmp_path):
     stock = stock_model("gpt2")
     state = {name.removeprefix("transformer."): tensor for name, tensor in stock.transformer.state_dict().items()}
     state["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
@@ -167,7 +168,7 @@ def test_files_with_a_bare_backbones_names_and_old_masks_are_read(tmp_path):
     torch.testing.assert_close(logits(from_hf(tmp_path)), logits(stock), rtol=1e-5, atol=1e-5)
 
 
-def test_the_source_is_left_as_it_is():
+def test_source_model_is_not_modified():
     stock = stock_model("llama tied")
     before = logits(stock)
     ours = from_hf(stock)
@@ -177,7 +178,7 @@ def test_the_source_is_left_as_it_is():
     assert torch.equal(logits(stock), before)
 
 
-def test_models_that_do_not_convert_are_refused_by_field(tmp_path):
+def test_unsupported_models_are_refused_with_the_field(tmp_path):
     with pytest.raises(ValueError, match=r"scale_attn_by_inverse_layer_idx=True"):
         from_hf(stock_model("gpt2", scale_attn_by_inverse_layer_idx=True))
     MambaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
@@ -190,7 +191,7 @@ def test_models_that_do_not_convert_are_refused_by_field(tmp_path):
         from_hf("no/such/model/anywhere")
 
 
-def test_weights_that_are_not_the_configs_are_refused_by_name(tmp_path):
+def test_weights_that_do_not_fit_the_config_are_refused_by_name(tmp_path):
     stock = stock_model("llama tied")
     stock.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -208,7 +209,7 @@ def test_weights_that_are_not_the_configs_are_refused_by_name(tmp_path):
         from_hf(tmp_path)
 
 
-def test_dropout_that_a_class_does_not_have_is_left_with_a_warning(build, caplog, monkeypatch):
+def test_unsupported_dropout_is_dropped_with_a_warning(build, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("scratch_gpt.convert.families"), "propagate", True)
     to_hf(build("modern", hidden_dropout=0.1))
-    assert "hidden_dropout=0.1 is left behind" in caplog.text
+    assert "hidden_dropout=0.1 is not exported" in caplog.text

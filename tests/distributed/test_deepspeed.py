@@ -74,7 +74,7 @@ def test_a_stage_of_zero_on_two_processes_gives_the_run_of_one(name, stage, runs
             if which == "modern":  # the gradients that are held between micro-batches
                 assert process["gradients"] == [total] if stage == 1 else set(process["gradients"]) <= set(half(total))
     assert done.stdout.count(f"zero{stage} on 2 process(es), cpu, DeepSpeed ") == len(runs) + 1  # and the doctor
-    assert done.stdout.count("process 0 on") == done.stdout.count("process 1 on") == 1
+    assert done.stdout.count("rank 0 on") == done.stdout.count("rank 1 on") == 1
     sharded = "24 of 24 parameters sharded, 49,328" if stage == 3 else "0 of 24 parameters sharded, 98,656"
     assert "each process updates 49,328 weights, padding included, in " in done.stdout
     assert f"each: {sharded} of 98,656 weights held; float32, gradients reduced in float32" in done.stdout

@@ -82,7 +82,7 @@ def test_doctor_reports_what_each_process_of_a_launch_runs(tmp_path):
     settings = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**settings, "num_machines": 1}))
     done = launch(config, ["doctor", "--training.precision", "bf16"])
-    assert done.stdout.count("process 0 on") == done.stdout.count("process 1 on") == 1
+    assert done.stdout.count("rank 0 on") == done.stdout.count("rank 1 on") == 1
     assert "fsdp2 on 2 process(es), dp_shard 2, cpu" in done.stdout
     assert (
         "24 of 24 parameters sharded, 49,328 of 98,656 weights held; bf16, gradients reduced in float32" in done.stdout

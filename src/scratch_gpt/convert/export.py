@@ -1,6 +1,6 @@
-"""Models in and out: `scratch-gpt export` writes a stock class of transformers, `scratch-gpt import` reads one.
+"""`scratch-gpt export` converts a saved model to a stock class of transformers, `scratch-gpt import` converts one back.
 
-A folder is converted one tensor at a time and written in shards, so that no more than one shard is in memory.
+Tensors are converted one at a time and written in shards, so that at most one shard is in memory.
 """
 
 import json
@@ -14,25 +14,25 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.dynamic_module_utils import custom_object_save
 
 from scratch_gpt.config import ExportSettings, ImportSettings
-from scratch_gpt.convert.families import Conversion, open_folder
+from scratch_gpt.convert.families import FolderConversion, open_folder
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, new_folder, write_json
 from scratch_gpt.model import ScratchGPTConfig
 
-# What a tokenizer and generation need beside the weights; the code of our classes stays behind.
-COMPANIONS = [
+# Files of the tokenizer and of generation, copied as they are; the code of our classes is not.
+COPIED_FILES = [
     *("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     "generation_config.json",
 ]
 SHARD_BYTES = 2_000_000_000
 
 
-def convert_folder(source: Path, output: Path, to: str | None, shard_bytes: int = SHARD_BYTES) -> Conversion:
-    """Write the model saved in `source` to `output`: as the stock family `to`, or as ours where `to` is None.
+def convert_folder(source: Path, output: Path, to: str | None, shard_bytes: int = SHARD_BYTES) -> FolderConversion:
+    """Convert the model saved in `source` to the stock family `to`, or to our class if `to` is None; write it to `output`.
 
     Raises:
-        UserError: it cannot be expressed (the fields are named), does not hold what its config says, or `output`
-            holds something already.
+        UserError: it cannot be expressed (the message names the fields), its weights do not fit its config, or
+            `output` is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists: choose another --output, or delete it")
@@ -40,7 +40,7 @@ def convert_folder(source: Path, output: Path, to: str | None, shard_bytes: int 
         with open_folder(source, to) as conversion, disk_errors(str(output)), new_folder(output) as folder:
             _write_weights(conversion, folder, shard_bytes)
             _write_config(conversion, folder)
-            for pattern in COMPANIONS:
+            for pattern in COPIED_FILES:
                 for file in source.glob(pattern):
                     shutil.copyfile(file, folder / file.name)
             return conversion
@@ -50,34 +50,36 @@ def convert_folder(source: Path, output: Path, to: str | None, shard_bytes: int 
         raise UserError(str(error)) from error
 
 
-def _write_weights(conversion: Conversion, folder: Path, shard_bytes: int) -> None:
-    held: list[list[str]] = []  # the names in each shard
+def _write_weights(conversion: FolderConversion, folder: Path, shard_bytes: int) -> None:
+    names_of_shards: list[list[str]] = []
     total = 0
     for number, shard in enumerate(_shards(conversion, shard_bytes)):
         save_file(shard, folder / f"{number}.safetensors", metadata={"format": "pt"})
-        held.append(list(shard))
+        names_of_shards.append(list(shard))
         total += sum(_bytes(tensor) for tensor in shard.values())
-    if len(held) == 1:
+    if len(names_of_shards) == 1:
         (folder / "0.safetensors").rename(folder / "model.safetensors")
         return
-    places: dict[str, str] = {}
-    for number, tensors in enumerate(held):
-        name = f"model-{number + 1:05d}-of-{len(held):05d}.safetensors"
+    file_of_tensor: dict[str, str] = {}
+    for number, tensors in enumerate(names_of_shards):
+        name = f"model-{number + 1:05d}-of-{len(names_of_shards):05d}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / name)
-        places |= dict.fromkeys(tensors, name)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+        file_of_tensor |= dict.fromkeys(tensors, name)
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": file_of_tensor}
+    )
 
 
-def _shards(conversion: Conversion, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+def _shards(conversion: FolderConversion, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
     shard: dict[str, torch.Tensor] = {}
-    held = 0
-    for recipe in conversion.recipes:
-        tensor = recipe.make(conversion.read)
-        if shard and held + _bytes(tensor) > shard_bytes:
+    shard_size = 0
+    for tensor_conversion in conversion.tensors:
+        tensor = tensor_conversion.convert(conversion.read)
+        if shard and shard_size + _bytes(tensor) > shard_bytes:
             yield shard
-            shard, held = {}, 0
-        shard[recipe.target] = tensor
-        held += _bytes(tensor)
+            shard, shard_size = {}, 0
+        shard[tensor_conversion.target] = tensor
+        shard_size += _bytes(tensor)
     yield shard
 
 
@@ -85,8 +87,8 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _write_config(conversion: Conversion, folder: Path) -> None:
-    """config.json; ours with the code that loads it anywhere."""
+def _write_config(conversion: FolderConversion, folder: Path) -> None:
+    """Write config.json and, for our class, the code that `trust_remote_code` loads."""
     config = conversion.config
     config.architectures = [conversion.model_class.__name__]
     config.save_pretrained(folder)
@@ -97,7 +99,11 @@ def _write_config(conversion: Conversion, folder: Path) -> None:
 
 @torch.no_grad()
 def largest_difference(first: Path, second: Path, text_length: int = 64) -> tuple[float, float]:
-    """(largest absolute difference of the two models' outputs, largest output), float32, one model in memory at a time."""
+    """Compare the logits of two saved models in float32, with one model in memory at a time.
+
+    Returns:
+        The largest absolute difference, and the largest absolute logit.
+    """
     outputs = []
     for folder in (first, second):
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
@@ -122,12 +128,14 @@ def import_command(settings: ImportSettings) -> None:
 
 def _convert_and_report(source: Path, output: Path, to: str | None, verify: bool) -> None:
     if not source.is_dir():
-        raise UserError(f"there is no folder {source}; give the folder of a saved model")
+        raise UserError(f"there is no folder {source}: give the folder of a saved model")
     conversion = convert_folder(source, output, to)
     report = f"{output}: {conversion.model_class.__name__}"
     if verify:
         difference, largest = largest_difference(source, output)
         if not difference <= 1e-4 * max(largest, 1.0):
-            raise RuntimeError(f"{output} gives logits {difference:.1e} away from {source}: do not use it")
+            raise RuntimeError(
+                f"{output} has logits that differ by {difference:.1e} from those of {source}: do not use it"
+            )
         report += f", logits equal to {difference:.1e} (the largest is {largest:.1f})"
     print(report)

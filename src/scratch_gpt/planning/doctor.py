@@ -1,9 +1,9 @@
-"""`scratch-gpt doctor`: the machine, the versions, and the layout that each process of this launch runs.
+"""`scratch-gpt doctor`: the machine, the versions, and the parallel layout that this launch puts into effect.
 
     scratch-gpt doctor
     accelerate launch --config_file configs/accelerate/fsdp2.yaml -m scratch_gpt doctor --config run.yaml
 
-The layout is put in force on a tiny model, so that one that does not come true is found before the large one is built.
+It applies the layout to a tiny model, so that a layout that does not take effect is found before a large model is built.
 """
 
 import platform
@@ -34,14 +34,14 @@ def doctor_command(settings: DoctorSettings) -> None:
     """`scratch-gpt doctor`."""
     cores, memory = available_cores(), psutil.virtual_memory().total
     print0(
-        f"machine    {socket.gethostname()}, {platform.system()} {platform.machine()}, {cores} cores, {_size(memory)}"
+        f"machine    {socket.gethostname()}, {platform.system()} {platform.machine()}, {cores} cores, {_gib(memory)}"
     )
     print0(f"versions   scratch-gpt {__version__}, Python {sys.version.split()[0]}, {', '.join(_versions())}")
 
+    training = settings.training
     strategy = build_strategy()
-    asked = settings.training
-    strategy.check(asked.optimizer, asked.precision, asked.compile == "on")
-    tiny = ScratchGPTConfig(
+    strategy.check(training.optimizer, training.precision, training.compile == "on")
+    config = ScratchGPTConfig(
         vocab_size=256,
         hidden_size=64,
         num_attention_heads=8,
@@ -50,23 +50,25 @@ def doctor_command(settings: DoctorSettings) -> None:
         max_position_embeddings=32,
     )
     if settings.parallel.pipeline > 1:
-        strategy = build_pipeline_strategy(strategy, settings, tiny, tiny.max_position_embeddings)
-    precision = settings.training.precision
+        strategy = build_pipeline_strategy(strategy, settings, config, config.max_position_embeddings)
+    precision = training.precision
     if precision == "auto":
         precision = "bf16" if strategy.device.type == "cuda" and has_bf16(strategy.device) else "fp32"
     check_precision(precision, strategy.device)
 
-    own = f"process {strategy.rank} on {socket.gethostname()}: {_device(strategy.device)}"
-    for number, line in enumerate(gather_object([own]) if strategy.world_size > 1 else [own]):
-        print0(("devices    " if number == 0 else "           ") + line)
+    this_rank = f"rank {strategy.rank} on {socket.gethostname()}: {_describe_device(strategy.device)}"
+    _print_section("devices", gather_object([this_rank]) if strategy.world_size > 1 else [this_rank])
     torch.manual_seed(settings.seed)
-    model = ScratchGPTForCausalLM(tiny).train()
-    enable_activation_checkpointing(model, settings.training)
-    spread, _ = strategy.wrap(strategy.parallelize(model, precision), build_optimizer(model, settings.training))
-    for number, line in enumerate(strategy.describe(spread, precision, "")):
-        print0(("layout     " if number == 0 else "           ") + line)
-    print0("           (numbers of a tiny model, on which it was tried)")
+    model = ScratchGPTForCausalLM(config).train()
+    enable_activation_checkpointing(model, training)
+    wrapped, _ = strategy.wrap(strategy.parallelize(model, precision), build_optimizer(model, training))
+    _print_section("layout", [*strategy.describe(wrapped, precision, ""), "(numbers of the tiny test model)"])
     shutdown(strategy.accelerator)
+
+
+def _print_section(title: str, lines: list[str]) -> None:
+    for number, line in enumerate(lines):
+        print0(f"{title if number == 0 else '':<10} {line}")
 
 
 def _versions() -> list[str]:
@@ -75,17 +77,17 @@ def _versions() -> list[str]:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            found.append(f"no {name}")
+            found.append(f"{name} not installed")
     return found
 
 
-def _device(device: torch.device) -> str:
+def _describe_device(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
     major, minor = torch.cuda.get_device_capability(device)
-    return f"{device}, {properties.name}, {_size(properties.total_memory)}, compute capability {major}.{minor}"
+    return f"{device}, {properties.name}, {_gib(properties.total_memory)}, compute capability {major}.{minor}"
 
 
-def _size(number: int) -> str:
-    return f"{number / 2**30:.1f} GiB"
+def _gib(number_of_bytes: int) -> str:
+    return f"{number_of_bytes / 2**30:.1f} GiB"

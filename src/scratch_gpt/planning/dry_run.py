@@ -1,13 +1,17 @@
-"""One step of a sharded run without its devices: the run's own layout and optimizer, on processes that do not exist.
+"""One step of a sharded run without its devices: the real strategy and optimizer on a fake process group.
 
     scratch-gpt plan --config run.yaml --devices 64 --device-memory 80GB --dry-run
 
-torch's fake process group answers for the other processes, and tensors have shapes but no memory, so that the first of 4,096
-processes of a model of any size fits on a laptop. What it would hold is then counted and not planned.
+The collectives of torch's fake process group return at once, and tensors have shapes but no storage, so a laptop can act
+as rank 0 of 4,096 for a model of any size. The memory that this rank would hold is then counted instead of predicted.
+
+The fake process group is private to torch (`torch.testing._internal`); tests/planning/test_private_attributes.py checks
+the names used here.
 """
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,34 +30,39 @@ from scratch_gpt.distributed.optimizer import build_optimizer
 from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 
-TOKENS = 8
-"""Of the row that is trained on: what is counted does not depend on it."""
+CONTEXT_LENGTH = 8
+"""Tokens of the one sequence in the step. The counted memory does not depend on it."""
 
 
 @dataclass(frozen=True)
 class MeasuredMemory:
-    """Bytes on the first device after a step."""
+    """Bytes on rank 0 after one step."""
 
     weights: int
     gradients: int
     optimizer: int
     parameters: dict[str, torch.Tensor]
-    """By name, as they are spread; without memory."""
+    """The sharded parameters by name, without storage."""
 
 
 @contextmanager
-def fake_process_group(number: int) -> Iterator[None]:
-    """This process is the first of ``number`` whose collectives return at once and with nothing of use."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+def fake_process_group(world_size: int) -> Iterator[None]:
+    """Act as rank 0 of ``world_size``. Collectives return at once, with meaningless results."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def fake_strategy(dimensions: dict[str, int], device: str) -> Strategy:
-    """The layout over as many processes as there are; ``dimensions`` are those of `parallelism_config`, in its order."""
-    mesh = init_device_mesh("cpu", tuple(dimensions.values()), mesh_dim_names=tuple(dimensions))
+def fake_strategy(mesh_sizes: dict[str, int], device: str) -> Strategy:
+    """The FSDP2 or HSDP strategy, with or without tensor parallelism, on the fake process group.
+
+    Args:
+        mesh_sizes: dimensions of the device mesh by name, in the order of accelerate's `ParallelismConfig`:
+            dp_replicate, dp_shard, tp.
+    """
+    mesh = init_device_mesh("cpu", tuple(mesh_sizes.values()), mesh_dim_names=tuple(mesh_sizes))
     accelerator: Any = SimpleNamespace(
         device=torch.device(device),
         num_processes=dist.get_world_size(),
@@ -61,37 +70,39 @@ def fake_strategy(dimensions: dict[str, int], device: str) -> Strategy:
         is_main_process=True,
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_offload=None, reshard_after_forward=True)),
     )
-    strategy = "hsdp" if "dp_replicate" in dimensions else "fsdp2"
-    return Strategy(accelerator, f"{strategy} x tp" if "tp" in dimensions else strategy, mesh)
+    name = "hsdp" if "dp_replicate" in mesh_sizes else "fsdp2"
+    return Strategy(accelerator, f"{name} x tp" if "tp" in mesh_sizes else name, mesh)
 
 
 def dry_run(
-    config: ScratchGPTConfig, dimensions: dict[str, int], precision: str, training: TrainingSettings
+    config: ScratchGPTConfig, mesh_sizes: dict[str, int], precision: str, training: TrainingSettings
 ) -> MeasuredMemory:
-    """A step over the product of ``dimensions`` processes."""
-    processes = 1
-    for size in dimensions.values():
-        processes *= size
-    with fake_process_group(processes):
-        strategy = fake_strategy(dimensions, "meta")
+    """Take one training step as rank 0 of a mesh with ``mesh_sizes``, and count what the rank holds after it."""
+    with fake_process_group(math.prod(mesh_sizes.values())):
+        strategy = fake_strategy(mesh_sizes, "meta")
         with torch.device("meta"):
             model = ScratchGPTForCausalLM(config).train()
         strategy.parallelize(model, precision)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             optimizers = build_optimizer(model, training)
-            tokens = torch.zeros(1, TOKENS, dtype=torch.long)
+            tokens = torch.zeros(1, CONTEXT_LENGTH, dtype=torch.long)
             with autocast("cpu", precision), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a loss that is a view: nobody changes it in place
+                warnings.simplefilter("ignore")  # about a loss that is a view; nothing modifies it in place
                 loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
             for optimizer in optimizers.optimizers:
                 optimizer.step()
         parameters = dict(model.named_parameters())
         gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-        moments = [value for value in optimizers.state_tensors().values() if value.ndim]
-        return MeasuredMemory(_bytes(parameters.values()), _bytes(gradients), _bytes(moments), parameters)
+        moments = [tensor for tensor in optimizers.state_tensors().values() if tensor.ndim]
+        return MeasuredMemory(
+            weights=_local_bytes(parameters.values()),
+            gradients=_local_bytes(gradients),
+            optimizer=_local_bytes(moments),
+            parameters=parameters,
+        )
 
 
-def _bytes(tensors: Any) -> int:
+def _local_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(to_local(tensor).nbytes for tensor in tensors)
