@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from scratch_gpt.config.fields import setting
+
 
 @dataclass
 class RecipeSettings:
@@ -15,29 +17,29 @@ class RecipeSettings:
     bundled: made from the bundled corpus, to try things out."""
     validation_data: str | None = None
     """Likewise, held out; left out: taken from data, see validation_fraction."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = setting(0.05, more_than=0, below=1)
     """Share of the rows of data that is held out."""
     split: str = "train"
     """Of a dataset."""
     plain_text: Literal["chat", "continue"] = "chat"
     """Prompts and answers that are plain texts: what a user and the assistant say (chat), or texts that go on (continue)."""
-    run_dir: str = "runs/stage"
+    run_dir: str = setting("runs/stage", may_change=True)
     """Folder for everything the run writes."""
-    max_steps: int = 300
+    max_steps: int = setting(300, more_than=0, may_change=True)
     """Optimizer steps of the whole run."""
-    seed: int = 1337
+    seed: int = setting(1337, at_least=0)
     """Decides the order of the data and all that is drawn."""
-    fresh: bool = False
+    fresh: bool = setting(False, may_change=True)
     """Delete what an earlier run left in run_dir and start over."""
-    max_hours: float | None = None
+    max_hours: float | None = setting(None, more_than=0, may_change=True)
     """Save and stop after this time (exit code 75); the same command goes on."""
-    lora_rank: int | None = None
+    lora_rank: int | None = setting(None, more_than=0)
     """Train LoRA adapters of this rank on all linear layers instead of all weights."""
     load_in_4bit: bool = False
     """With lora_rank: hold the frozen matrices in 4 bits (QLoRA; needs `pip install 'scratch-gpt[qlora]'`)."""
     merge_adapters: bool = True
     """Write them into the weights of final/, which is then a model like any other; adapters/ has them apart."""
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = setting(default_factory=list, may_change=True)
     """Dashboards that get the metrics, of trackio, tensorboard and wandb."""
 
 
@@ -45,33 +47,33 @@ class RecipeSettings:
 class RecipeTrainingSettings:
     """How a stage learns."""
 
-    batch_size: int = 16
+    batch_size: int = setting(16, more_than=0)
     """Rows of one optimizer step, over all processes."""
-    device_batch_size: int | None = None
+    device_batch_size: int | None = setting(None, more_than=0)
     """Rows that one process learns from at a time; left out: its whole part of the batch."""
-    learning_rate: float = 2e-4
+    learning_rate: float = setting(2e-4, more_than=0)
     """At its peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How it falls after the warm-up: to 0, or not at all."""
-    warmup_steps: int = 10
+    warmup_steps: int = setting(10, at_least=0)
     """Optimizer steps in which it rises from 0."""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, at_least=0)
     """Decoupled weight decay, on matrices only."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = setting(1.0, more_than=0)
     """Gradients are scaled down to this norm."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the matrix products; weights are fp32 in both."""
     activation_checkpointing: bool = False
     """Less memory, about a fifth slower."""
-    max_length: int | None = None
+    max_length: int | None = setting(None, more_than=0)
     """Longer rows are left out, and counted; left out: the model's context."""
-    log_every: int = 1
+    log_every: int = setting(1, more_than=0, may_change=True)
     """Steps between two lines in metrics.jsonl."""
-    eval_every: int = 100
+    eval_every: int = setting(100, more_than=0, may_change=True)
     """Steps between two validations."""
-    save_every: int = 100
+    save_every: int = setting(100, more_than=0, may_change=True)
     """Steps between two checkpoints."""
-    keep_last: int = 2
+    keep_last: int = setting(2, more_than=0, may_change=True)
     """How many checkpoints to keep."""
 
 
@@ -89,7 +91,7 @@ class SFTSettings(RecipeSettings):
 
     model: str = "runs/quickstart/final"
     """Folder of the model to begin with (or a name on the Hub)."""
-    run_dir: str = "runs/sft"
+    run_dir: str = setting("runs/sft", may_change=True)
     """Folder for everything the run writes."""
     sft: SFTTrainingSettings = field(default_factory=SFTTrainingSettings)
 
@@ -98,7 +100,7 @@ class SFTSettings(RecipeSettings):
 class RewardTrainingSettings(RecipeTrainingSettings):
     """How the reward model learns."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = setting(1e-4, more_than=0)
     """At its peak."""
     center_rewards_coefficient: float | None = None
     """Keep the scores of a pair around 0 by this weight on the square of their sum."""
@@ -108,7 +110,7 @@ class RewardTrainingSettings(RecipeTrainingSettings):
 class RewardSettings(RecipeSettings):
     """Reward model: learn from pairs which answer is the better one; gives one score for a conversation."""
 
-    run_dir: str = "runs/reward"
+    run_dir: str = setting("runs/reward", may_change=True)
     """Folder for everything the run writes."""
     reward: RewardTrainingSettings = field(default_factory=RewardTrainingSettings)
 
@@ -117,9 +119,9 @@ class RewardSettings(RecipeSettings):
 class DPOTrainingSettings(RecipeTrainingSettings):
     """How direct preference optimisation learns."""
 
-    learning_rate: float = 2e-5
+    learning_rate: float = setting(2e-5, more_than=0)
     """At its peak."""
-    beta: float = 0.1
+    beta: float = setting(0.1, at_least=0)
     """How dear it is to leave the model that it begins with."""
     loss_type: str = "sigmoid"
     """sigmoid (DPO itself), ipo, hinge, robust, ...: those of TRL's DPOConfig."""
@@ -131,7 +133,7 @@ class DPOTrainingSettings(RecipeTrainingSettings):
 class DPOSettings(RecipeSettings):
     """Direct preference optimisation: learn from pairs what to answer, without a reward model."""
 
-    run_dir: str = "runs/dpo"
+    run_dir: str = setting("runs/dpo", may_change=True)
     """Folder for everything the run writes."""
     dpo: DPOTrainingSettings = field(default_factory=DPOTrainingSettings)
 
@@ -140,9 +142,9 @@ class DPOSettings(RecipeSettings):
 class KTOTrainingSettings(RecipeTrainingSettings):
     """How Kahneman-Tversky optimisation learns."""
 
-    learning_rate: float = 2e-5
+    learning_rate: float = setting(2e-5, more_than=0)
     """At its peak."""
-    beta: float = 0.1
+    beta: float = setting(0.1, at_least=0)
     """How dear it is to leave the model that it begins with."""
     desirable_weight: float = 1.0
     """Weight of the good answers."""
@@ -154,7 +156,7 @@ class KTOTrainingSettings(RecipeTrainingSettings):
 class KTOSettings(RecipeSettings):
     """Kahneman-Tversky optimisation: learn from single answers, each good or bad."""
 
-    run_dir: str = "runs/kto"
+    run_dir: str = setting("runs/kto", may_change=True)
     """Folder for everything the run writes."""
     kto: KTOTrainingSettings = field(default_factory=KTOTrainingSettings)
 
@@ -163,21 +165,21 @@ class KTOSettings(RecipeSettings):
 class GroupTrainingSettings(RecipeTrainingSettings):
     """How a policy learns from groups of completions of one prompt."""
 
-    batch_size: int = 32
+    batch_size: int = setting(32, more_than=0)
     """Completions of one optimizer step, over all processes: a multiple of num_generations."""
-    learning_rate: float = 1e-5
+    learning_rate: float = setting(1e-5, more_than=0)
     """At its peak."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     """How it falls after the warm-up: to 0, or not at all."""
-    num_generations: int = 8
+    num_generations: int = setting(8, at_least=2)
     """Completions of each prompt, which are compared with one another."""
-    num_iterations: int = 1
+    num_iterations: int = setting(1, more_than=0)
     """Optimizer steps on the same completions."""
-    max_completion_length: int = 64
+    max_completion_length: int = setting(64, more_than=0)
     """Tokens after which a completion is cut off."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, at_least=0)
     """Of sampling, and of every probability that is compared."""
-    beta: float = 0.05
+    beta: float = setting(0.05, at_least=0)
     """Coefficient of the KL penalty to the model that it begins with."""
     epsilon: float = 0.2
     """How far the probability ratio may leave 1 with profit."""
@@ -210,7 +212,7 @@ class OnlineSettings(RecipeSettings):
 class GRPOSettings(OnlineSettings):
     """Group relative policy optimisation: reinforcement learning without a value function."""
 
-    run_dir: str = "runs/grpo"
+    run_dir: str = setting("runs/grpo", may_change=True)
     """Folder for everything the run writes."""
     grpo: GRPOTrainingSettings = field(default_factory=GRPOTrainingSettings)
 
@@ -219,7 +221,7 @@ class GRPOSettings(OnlineSettings):
 class RLOOSettings(OnlineSettings):
     """REINFORCE with a leave-one-out baseline: reinforcement learning, at its simplest."""
 
-    run_dir: str = "runs/rloo"
+    run_dir: str = setting("runs/rloo", may_change=True)
     """Folder for everything the run writes."""
     rloo: GroupTrainingSettings = field(default_factory=GroupTrainingSettings)
 
@@ -228,21 +230,21 @@ class RLOOSettings(OnlineSettings):
 class PPOTrainingSettings:
     """How PPO learns; a rollout is `num_mini_batches` times `mini_batch_size` completions."""
 
-    mini_batch_size: int = 32
+    mini_batch_size: int = setting(32, more_than=0)
     """Completions of one optimizer step, over all processes."""
-    device_batch_size: int | None = None
+    device_batch_size: int | None = setting(None, more_than=0)
     """Completions that one process learns from at a time; left out: its whole part of a mini-batch."""
-    num_mini_batches: int = 2
+    num_mini_batches: int = setting(2, more_than=0)
     """Optimizer steps per pass over a rollout."""
-    num_ppo_epochs: int = 4
+    num_ppo_epochs: int = setting(4, more_than=0)
     """How often each rollout is learnt from."""
-    learning_rate: float = 1e-5
+    learning_rate: float = setting(1e-5, more_than=0)
     """At its peak; it falls to 0 along a straight line."""
-    value_learning_rate: float | None = None
+    value_learning_rate: float | None = setting(None, more_than=0)
     """Of the value model; left out: the same. A small or new one has to learn faster than the policy may move."""
-    warmup_steps: int = 0
+    warmup_steps: int = setting(0, at_least=0)
     """Optimizer steps in which the learning rate rises from 0."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = setting(1.0, more_than=0)
     """Gradients are scaled down to this norm."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the matrix products; weights are fp32 in both."""
@@ -250,9 +252,9 @@ class PPOTrainingSettings:
     """Less memory, about a fifth slower."""
     max_prompt_length: int | None = None
     """Longer prompts are left out, and counted; left out: what the model's context leaves."""
-    max_completion_length: int = 64
+    max_completion_length: int = setting(64, more_than=0)
     """Tokens after which a completion is cut off."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, at_least=0)
     """Of sampling, and of every probability that is compared."""
     stop_tokens: list[str] | None = None
     """Tokens that end a completion; left out: the end of sequence and the chat template's end of turn."""
@@ -284,11 +286,11 @@ class PPOTrainingSettings:
     """Subtracted from the score of a completion that was cut off."""
     target_kl: float | None = None
     """Leave a rollout once the policy is this far (nats per token) from the one that drew it."""
-    eval_every: int = 200
+    eval_every: int = setting(200, more_than=0, may_change=True)
     """Optimizer steps between two evaluations on the validation prompts."""
-    save_every: int = 200
+    save_every: int = setting(200, more_than=0, may_change=True)
     """Optimizer steps between two checkpoints; put off to the end of a rollout."""
-    keep_last: int = 2
+    keep_last: int = setting(2, more_than=0, may_change=True)
     """How many checkpoints to keep."""
 
 
@@ -296,8 +298,8 @@ class PPOTrainingSettings:
 class PPOSettings(OnlineSettings):
     """Reinforcement learning with PPO from a reward model or function. The same command goes on after an interruption."""
 
-    run_dir: str = "runs/ppo"
+    run_dir: str = setting("runs/ppo", may_change=True)
     """Folder for everything the run writes."""
-    max_steps: int = 800
+    max_steps: int = setting(800, more_than=0, may_change=True)
     """Optimizer steps of the whole run; a rollout takes num_mini_batches x num_ppo_epochs of them."""
     ppo: PPOTrainingSettings = field(default_factory=PPOTrainingSettings)

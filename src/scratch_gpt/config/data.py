@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from scratch_gpt.config.fields import setting
+
 
 @dataclass
 class SourceSettings:
@@ -40,7 +42,7 @@ class TextSettings:
     """Several texts instead of one corpus: a name for each, and where it is."""
     validation_corpus: str | None = None
     """Held-out text in a place of its own; left out: taken from the corpus, see validation_fraction."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = setting(0.05, more_than=0, below=1)
     """Share of the documents held out (by hash); of a corpus of under 20 documents, the end of each of them."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8, and NUL: an error, or U+FFFD in their place."""
@@ -58,9 +60,9 @@ class TokenizerSettings:
     """Where text is cut before merging: as GPT-4 does (a sign may lead a word, line breaks apart) or as GPT-2 does."""
     max_digits: Literal[1, 2, 3] = 3
     """Longest run of digits that stays together."""
-    max_characters: int = 200_000_000
+    max_characters: int = setting(200_000_000, more_than=0)
     """Train on at most this much of the corpus (memory grows with its variety)."""
-    max_document_characters: int = 1_000_000
+    max_document_characters: int = setting(1_000_000, more_than=0)
     """Of each document, train on its beginning up to this length."""
 
 
@@ -87,7 +89,7 @@ class TokenizerReportSettings:
     """The column (or JSON field) that holds the text."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8."""
-    max_characters: int = 5_000_000
+    max_characters: int = setting(5_000_000, more_than=0)
     """Of each text, look at this much."""
 
 
@@ -99,7 +101,7 @@ class DataPrepareSettings(TextSettings):
     """Folder of a tokenizer, for example one made by `tokenizer train`."""
     output: str = "runs/data"
     """Folder for the shards and their manifest."""
-    workers: int | None = None
+    workers: int | None = setting(None, more_than=0)
     """Processes; left out: as many as there are cores. The result is the same for any number."""
     deduplicate: bool = False
     """Keep only the first of documents with the same text, over all sources."""
@@ -116,7 +118,7 @@ class DataInspectSettings:
     """Folder of the shards."""
     tokenizer_path: str | None = None
     """Tokenizer to decode sample rows with."""
-    rows: int = 2
+    rows: int = setting(2, at_least=0)
     """Rows to decode of each source."""
 
 
@@ -134,7 +136,7 @@ class DatatroveImportSettings:
     """Of the source."""
     validation_path: str | None = None
     """Held-out .ds files in a place of their own; left out: taken from the others, see validation_fraction."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = setting(0.05, more_than=0, below=1)
     """Share of the documents held out, by a hash of their tokens."""
 
 
