@@ -4,7 +4,6 @@
 """
 
 import importlib
-import itertools
 import sys
 from typing import Any
 
@@ -38,7 +37,7 @@ def _runs_as_command() -> bool:
     For ``-m``, Python imports this package before ``__main__`` has a file.
     """
     options = sys.orig_argv
-    by_module = any(pair == ("-m", __name__) for pair in itertools.pairwise(options))
+    by_module = "-m" in options and options[options.index("-m") + 1 :][:1] == [__name__]
     return "scratch_gpt_command" in sys.modules or (by_module and not hasattr(sys.modules["__main__"], "__file__"))
 
 

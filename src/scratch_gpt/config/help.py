@@ -75,7 +75,7 @@ def _groups(settings_class: Any) -> dict[str, list[tuple[str, str]]]:
 def _title(settings_class: Any, name: str) -> str:
     """The class that declares a top-level field names its group."""
     owner = next(c for c in reversed(settings_class.__mro__) if name in getattr(c, "__annotations__", {}))
-    return getattr(owner, "HELP_TITLE", "More settings")
+    return owner.__dict__.get("HELP_TITLE", "More settings")
 
 
 def _describe(settings_class: Any, f: Any, prefix: str, dashes: bool = True) -> tuple[str, str]:
@@ -138,4 +138,6 @@ def _entry(name: str, text: str) -> list[str]:
 def _wrap(text: str, indent: int) -> list[str]:
     width = min(shutil.get_terminal_size().columns, 110)
     margin = " " * indent
-    return textwrap.wrap(text, max(width, indent + 30), initial_indent=margin, subsequent_indent=margin)
+    return textwrap.wrap(
+        text, max(width, indent + 30), initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+    )

@@ -8,7 +8,7 @@ from scratch_gpt.config.fields import setting
 
 @dataclass
 class GenerateSettings:
-    """Continue a prompt."""
+    """Continue a prompt with a saved model."""
 
     POSITIONAL: ClassVar[str] = "model"
     model: str = "runs/quickstart/final"
@@ -18,10 +18,10 @@ class GenerateSettings:
     max_new_tokens: int = setting(120, more_than=0)
     """Length of each continuation, in tokens."""
     temperature: float = setting(0.8, at_least=0)
-    """0 takes the likeliest token each time."""
+    """Sampling temperature; 0: always the most likely token."""
     top_k: int = setting(50, at_least=0)
-    """Sample from the k likeliest tokens only; 0: from all."""
+    """Sample from the k most likely tokens only; 0: from all."""
     num_return_sequences: int = setting(1, more_than=0)
-    """How many continuations."""
+    """Number of continuations."""
     seed: int = setting(1337, at_least=0)
-    """Decides the samples."""
+    """Seed of sampling."""
