@@ -19,7 +19,8 @@ INDENT = 26
 def field_docs(settings_class: Any) -> dict[str, str]:
     """The string under each field of a settings dataclass, inherited fields included."""
     docs: dict[str, str] = {}
-    for base in reversed(settings_class.__mro__):
+    bases: list[Any] = list(reversed(settings_class.__mro__))
+    for base in bases:
         if not dataclasses.is_dataclass(base):
             continue
         [tree] = ast.parse(textwrap.dedent(inspect.getsource(base))).body

@@ -61,7 +61,8 @@ def check_limits(settings: Any) -> None:
     Raises:
         UserError: one message that names every setting that is out of range and its limit.
     """
-    known = all_settings(type(settings))
+    settings_class: Any = type(settings)
+    known = all_settings(settings_class)
     problems = []
     for name, value in flatten(settings).items():
         problem = known[name].problem_with(value) if name in known else None
