@@ -18,7 +18,7 @@ from scratch_gpt.errors import StoppedOnRequest, UserError
 # Stage of the path: {command: (its settings, the function that runs it, as module:function)}
 STAGES: dict[str, dict[str, tuple[type, str]]] = {
     "Start here": {
-        "quickstart": (config.QuickstartSettings, "scratch_gpt.quickstart:quickstart"),
+        "quickstart": (config.QuickstartSettings, "scratch_gpt.quickstart:quickstart_command"),
     },
     "Prepare text": {
         "tokenizer train": (config.TokenizerTrainSettings, "scratch_gpt.data.tokenizer:train_command"),
@@ -37,7 +37,7 @@ STAGES: dict[str, dict[str, tuple[type, str]]] = {
         "doctor": (config.DoctorSettings, "scratch_gpt.planning.doctor:doctor_command"),
     },
     "Train": {
-        "pretrain": (config.PretrainSettings, "scratch_gpt.looks:pretrain_command"),
+        "pretrain": (config.PretrainSettings, "scratch_gpt.training.pretrain:pretrain_command"),
     },
     "Align": {
         "sft": (config.SFTSettings, "scratch_gpt.alignment.sft:sft_command"),

@@ -1,12 +1,12 @@
-"""Activation checkpointing saves memory and changes nothing else, dropout included."""
+"""Activation checkpointing saves memory and leaves gradients unchanged, also with dropout."""
 
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
-from scratch_gpt.compute.activation_checkpointing import _policy, enable_activation_checkpointing
+from scratch_gpt.compute.activation_checkpointing import enable_activation_checkpointing, selective_policy
 from scratch_gpt.config import TrainingSettings
-from tests.training.test_parts import tiny_model
+from tests.tiny import tiny_model
 
 STYLES = {
     "modern": {},
@@ -15,7 +15,7 @@ STYLES = {
 
 
 def step(style, compiled=False, **settings):
-    """(bytes kept for the backward pass, gradients) of a training step with dropout."""
+    """Return (bytes saved for the backward pass, gradients) of a training step with dropout."""
     model = tiny_model(
         num_hidden_layers=4, attention_dropout=0.1, hidden_dropout=0.1, embedding_dropout=0.1, **STYLES[style]
     ).train()
@@ -50,7 +50,7 @@ def step(style, compiled=False, **settings):
     ],
     ids=["full", "every second block", "selective"],
 )
-def test_the_gradients_are_the_same_with_dropout(style, settings):
+def test_gradients_are_unchanged_with_dropout(style, settings):
     _, expected = step(style)
     _, gradients = step(style, **settings)
     for name, gradient in expected.items():
@@ -58,22 +58,22 @@ def test_the_gradients_are_the_same_with_dropout(style, settings):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_less_is_kept(style):
+def test_memory_is_saved(style):
     nothing, _ = step(style)
     half, _ = step(style, activation_checkpointing="full", activation_checkpointing_every=2)
     full, _ = step(style, activation_checkpointing="full")
     assert full < 0.5 * nothing and full < half < nothing
 
 
-@pytest.mark.parametrize("rows, columns, kept", [(16, 64, False), (64, 16, True), (16, 16, True)])
-def test_selective_recomputes_what_is_larger_than_what_it_was_made_of(rows, columns, kept):
-    """Scores of 64 keys from heads of 16; the output from them."""
-    policy = _policy(None, torch.ops.aten.bmm.default, torch.ones(2, 64, rows), torch.ones(2, rows, columns))
-    assert (policy == CheckpointPolicy.MUST_SAVE) == kept
+@pytest.mark.parametrize("inner, outer, saved", [(16, 64, False), (64, 16, True), (16, 16, True)])
+def test_selective_recomputes_results_that_are_larger_than_their_inputs(inner, outer, saved):
+    """The scores of 64 keys from heads of 16, which are recomputed; the output from them, which is saved."""
+    policy = selective_policy(None, torch.ops.aten.bmm.default, torch.ones(2, 64, inner), torch.ones(2, inner, outer))
+    assert (policy == CheckpointPolicy.MUST_SAVE) == saved
 
 
 @pytest.mark.slow
-def test_compiled_blocks_are_recomputed_as_well():
+def test_compiled_blocks_are_recomputed():
     nothing, expected = step("modern", compiled=True)
     full, gradients = step("modern", compiled=True, activation_checkpointing="full")
     assert full < nothing

@@ -1,4 +1,4 @@
-"""Training with float8 layers, emulated: torchao rounds as the hardware would, on any machine."""
+"""Training with emulated float8 layers: torchao rounds as the hardware would, on any machine."""
 
 import functools
 
@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from scratch_gpt.cli import main
 from scratch_gpt.compute.float8 import use_float8
-from scratch_gpt.planning import memory as footprint
+from scratch_gpt.planning import memory
 from scratch_gpt.planning.memory import Workload
 from tests.planning.test_plan import build, measure_saved
-from tests.training.test_parts import tiny_model
-from tests.training.test_runs import STEPS, arguments, assert_same_run, losses
+from tests.tiny import tiny_model
+from tests.training.runs import STEPS, arguments, assert_same_run, losses
 
 torchao = pytest.importorskip("torchao.float8", reason="needs torchao (pip install 'scratch-gpt[fp8]')")
 
@@ -26,10 +26,10 @@ def emulated(monkeypatch):
     monkeypatch.setattr(torchao, "convert_to_float8_training", convert)
     monkeypatch.setattr("scratch_gpt.compute.precision.check_float8", lambda device: None)
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)  # keeps the autocast of a process's first run
+    AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the autocast of a process's first run
 
 
-def test_only_the_layers_of_the_blocks_are_replaced_and_no_name_or_parameter_is_new():
+def test_only_layers_of_blocks_are_replaced_and_names_and_parameters_stay():
     model = tiny_model(hidden_size=32, head_dim=16, tie_word_embeddings=False)
     before = dict(model.named_parameters())
     use_float8(model)
@@ -62,7 +62,7 @@ def test_a_run_learns_resumes_bit_for_bit_and_saves_plain_models(corpus, tmp_pat
     whole, parts, plain = (tmp_path / name for name in ("whole", "parts", "plain"))
     more = ["--training.precision", "fp8"]
     assert main(arguments(whole, corpus, *more)) == 0
-    assert "arithmetic fp8, eager: as asked" in capsys.readouterr().out
+    assert "precision  fp8, eager: as requested" in capsys.readouterr().out
     assert main([*arguments(parts, corpus, *more), "--max-hours", "1e-9"]) == 75
     assert main(arguments(parts, corpus, *more)) == 0
     assert_same_run(parts, whole)
@@ -93,8 +93,8 @@ def test_planned_activations_are_the_bytes_saved_for_backward(monkeypatch):
     config, model = build({"intermediate_size": 192}, load)
     use_float8(model)
     real = torch.is_autocast_enabled
-    # The layers ask for the GPU's autocast.
+    # The layers query the GPU's autocast.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: real(device) if device else True)
     monkeypatch.setattr(torch, "get_autocast_gpu_dtype", lambda: torch.bfloat16)
-    planned = footprint.bytes_of(footprint.saved_for_backward(config, load) + footprint.saved_by_loss(config), load)
+    planned = memory.bytes_of(memory.saved_for_backward(config, load) + memory.saved_by_loss(config), load)
     assert planned == measure_saved(model, load)

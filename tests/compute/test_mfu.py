@@ -1,4 +1,4 @@
-"""What a run tells of its speed: model FLOPs utilisation, and the progress line."""
+"""The speed that a run reports: model FLOPs utilization, and the progress line."""
 
 import json
 import subprocess
@@ -12,15 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scratch_gpt import console
 from scratch_gpt.cli import main
-from scratch_gpt.compute import mfu as utilisation
+from scratch_gpt.compute import mfu
 from scratch_gpt.compute.mfu import GPU_PEAKS, MFUMeter, data_sheet_peak, measured_peak
 from scratch_gpt.model.presets import preset
-from scratch_gpt.training.metrics import read_metrics, speed
-from tests.training.test_runs import arguments
+from scratch_gpt.training.metrics import format_speed, read_metrics
+from tests.training.runs import arguments
 
 
 def test_mfu_is_the_models_flops_per_second_over_the_peak(monkeypatch, corpus, tmp_path, capsys):
-    monkeypatch.setattr(utilisation, "measured_peak", lambda precision: {"fp32": 1e9}[precision])
+    monkeypatch.setattr(mfu, "measured_peak", lambda precision: {"fp32": 1e9}[precision])
     assert main(arguments(tmp_path / "run", corpus)) == 0
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     config = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
@@ -29,8 +29,8 @@ def test_mfu_is_the_models_flops_per_second_over_the_peak(monkeypatch, corpus, t
     per_token = 6 * matrices + 12 * 2 * 32 * width
     for record in records:
         assert record["mfu"] == pytest.approx(per_token * record["tokens_per_second"] / 1e9, abs=1e-4)
-    assert f"{speed(records[-1])}  0:00 left" in capsys.readouterr().out
-    assert f"MFU {records[-1]['mfu']:.0%}" in speed(records[-1])
+    assert f"{format_speed(records[-1])}  0:00 left" in capsys.readouterr().out
+    assert f"MFU {records[-1]['mfu']:.0%}" in format_speed(records[-1])
 
 
 def test_the_measured_peak_is_what_a_linear_layer_reaches():
@@ -42,20 +42,20 @@ def test_the_measured_peak_is_what_a_linear_layer_reaches():
             start = time.perf_counter()
             layer(rows)
             seconds.append(time.perf_counter() - start)
-    utilisation._measured_peak.cache_clear()
+    mfu._measured_peak.cache_clear()
     assert 0.5 < measured_peak("fp32") * min(seconds) / counter.get_total_flops() < 3
 
 
-def test_where_a_product_takes_its_time_larger_ones_are_left_out(monkeypatch):
+def test_larger_products_are_skipped_if_one_takes_long(monkeypatch):
     timed = []
-    monkeypatch.setattr(utilisation, "_product_speed", lambda side, dtype: timed.append(side) or 1e9)
-    utilisation._measured_peak.cache_clear()
+    monkeypatch.setattr(mfu, "_product_speed", lambda size, dtype: timed.append(size) or 1e9)
+    mfu._measured_peak.cache_clear()
     assert measured_peak("bf16") == 1e9
-    utilisation._measured_peak.cache_clear()
-    assert timed == [min(utilisation.SIDES)]
+    mfu._measured_peak.cache_clear()
+    assert timed == [min(mfu.MATRIX_SIZES)]
 
 
-def test_a_gpu_is_looked_up_by_its_whole_name():
+def test_a_gpu_is_looked_up_by_its_full_name():
     assert data_sheet_peak("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert data_sheet_peak("NVIDIA H100 PCIe", "fp8") == 1513e12
     assert data_sheet_peak("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
@@ -69,8 +69,8 @@ def test_a_gpu_is_looked_up_by_its_whole_name():
         assert fp32 < half and fp8 in (None, pytest.approx(2 * half, rel=0.03)), name  # dense, none with sparsity
 
 
-def test_an_unknown_peak_is_no_number(monkeypatch, corpus, tmp_path, capsys):
-    monkeypatch.setattr(utilisation, "measured_peak", lambda precision: None)
+def test_the_mfu_of_an_unknown_peak_is_none(monkeypatch, corpus, tmp_path, capsys):
+    monkeypatch.setattr(mfu, "measured_peak", lambda precision: None)
     assert main([*arguments(tmp_path / "run", corpus), "--max-steps", "1"]) == 0
     [record] = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert record["mfu"] is None
@@ -83,13 +83,13 @@ def test_the_peaks_of_all_processes_add_up(monkeypatch):
             assert reduction == "sum"
             return tensor + 3e9
 
-    monkeypatch.setattr(utilisation, "measured_peak", lambda precision: 1e9)
+    monkeypatch.setattr(mfu, "measured_peak", lambda precision: 1e9)
     flops = MFUMeter(Two(cpu=True), preset("modern-2m"), 256, "bf16")
     assert flops.peak == pytest.approx(4e9)
     assert flops.mfu(flops.peak / flops.per_token) == 1.0
 
 
-def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch, capsys):
+def test_without_a_terminal_a_line_is_printed_every_minute(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with console.progress_bar("x", 100) as bar:

@@ -1,4 +1,4 @@
-"""One run, of which the last collective still goes on while each process, busy, frees what it had."""
+"""A run whose last collective is still in progress while each process, keeping the GIL, frees its memory."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`program.py` for ZeRO, where what is in force is to be read off DeepSpeed's engine: in what parts things lie, in bytes."""
+"""`program.py` for ZeRO: records from DeepSpeed's engine what is sharded, and in how many bytes."""
 
 import functools
 import json
@@ -14,19 +14,19 @@ from tests.distributed import program
 from tests.distributed.spoilt import problem
 
 between: list[int] = []
-"""Numbers of gradients that the process held when a micro-batch began that was not the first of its step."""
+"""Gradient elements that this rank held when a micro-batch began that was not the first of its step."""
 ongoing: list[bool] = []
-"""Whether a micro-batch of the step is done."""
+"""Not empty after the first micro-batch of a step."""
 read: list[int] = []
-"""Numbers of the parts of tensors that were read from a checkpoint."""
+"""Elements of the shards that were read from a checkpoint."""
 
 
-def numbers(tensors):
+def distinct_numel(tensors):
     return sum({tensor.data_ptr(): tensor.numel() for tensor in tensors if tensor is not None}.values())
 
 
-def facts(loop):
-    engine = loop.model
+def facts(trainer):
+    engine = trainer.model
     zero, parameters = engine.optimizer, list(engine.module.parameters())
     states = [value for state in zero.optimizer.state.values() for value in state.values() if value.dim()]
     found = {
@@ -53,11 +53,11 @@ def read_range(saved, name, like, start, end, original=SafetensorsReader.read_ra
 def micro_batch(strategy, model, last, original=DeepSpeedStrategy.micro_batch):
     if ongoing:
         zero = model.optimizer
-        kept = [piece for pieces in getattr(zero, "all_grad_tensors", {}).values() for piece in pieces or ()]
-        kept += [piece for pieces in zero.averaged_gradients.values() for piece in pieces or ()]
+        kept = [shard for shards in getattr(zero, "all_grad_tensors", {}).values() for shard in shards or ()]
+        kept += [shard for shards in zero.averaged_gradients.values() for shard in shards or ()]
         if strategy.stage == 3 and not kept:
             kept = list(zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values())
-        between.append(numbers([*kept, *(parameter.grad for parameter in model.module.parameters())]))
+        between.append(distinct_numel([*kept, *(parameter.grad for parameter in model.module.parameters())]))
     ongoing[:] = [] if last else [True]
     return original(strategy, model, last)
 
@@ -78,7 +78,7 @@ SpikeGuard.problem = problem
 SafetensorsReader.read_range = read_range
 DeepSpeedStrategy.parallelize = functools.partialmethod(program.parallelize, original=DeepSpeedStrategy.parallelize)
 DeepSpeedStrategy.micro_batch = micro_batch
-for name in ("all_reduce", "reduce"):  # stages 1 and 2 send gradients so; stage 3 as FSDP2 does
+for name in ("all_reduce", "reduce"):  # collectives of stages 1 and 2; stage 3 uses those of FSDP2
     setattr(TorchBackend, name, noting(getattr(TorchBackend, name)))
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Real processes under `accelerate launch`, with the configuration files that ship, on CPU.
 
-A launch takes seconds, so that one launch does several runs, one after the other. What its processes really had in force is
-written down by the processes themselves (`program.py`), apart from what the runs say of it.
+A launch takes seconds, so one launch does several runs, one after the other. What was in effect on each rank is recorded by
+the processes themselves (`program.py`), independently of what the runs print.
 """
 
 import json
@@ -20,10 +20,10 @@ from scratch_gpt.cli import main
 from scratch_gpt.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-# At a learning rate of 1e-2 the residual streams of all tokens of a GPT-2 of four blocks soon point one of two ways. A token
-# that comes to lie between the two has a gradient thousands of times that of the others (the norm is 14 at one step and 0.4
-# at those beside it), which magnifies the rounding of its weights, 1e-5, to 1e-3 of the norm. At 3e-3 nothing does.
-STYLES = {  # the first with tied embeddings
+# At a learning rate of 1e-2 the residual streams of all tokens of a GPT-2 of four blocks soon point in one of two directions.
+# A token between the two has a gradient thousands of times that of the others (the norm is 14 at one step and 0.4 at the
+# steps before and after), which magnifies the rounding of weights, 1e-5, to 1e-3 of the norm. Not so at 3e-3.
+STYLES = {  # the first has tied embeddings
     "gpt2": ["--model.preset", "gpt2", "--model.num_key_value_heads", "4", "--training.learning_rate", "3e-3"],
     "modern": ["--model.num_key_value_heads", "2", "--model.overrides.tie_word_embeddings", "false"],
 }
@@ -34,14 +34,14 @@ TINY += ["--training.precision", "fp32", "--training.compile", "off", "--trainin
 
 
 def arguments(run_dir, shards, style="modern", steps=20, *more):
-    """Of a tiny run on ``shards``, a pair of tokenizer folder and data folder."""
+    """Return the arguments of a tiny run on ``shards``, a pair of tokenizer folder and data folder."""
     tokenizer, data = shards
     words = ["pretrain", "--run-dir", run_dir, "--tokenizer-path", tokenizer, "--data-path", data, "--max-steps", steps]
     return [str(word) for word in [*words, *TINY, *STYLES[style], "--training.eval_every", 10, *more]]
 
 
 def configuration(name, folder, processes, offload=False, **sizes):
-    """configs/accelerate/{name}.yaml for so many processes, and sizes of its parallelism_config."""
+    """Write configs/accelerate/{name}.yaml, changed to ``processes`` and ``sizes`` of parallelism_config; return the path."""
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text())
     settings["num_processes"] = processes
     if offload:
@@ -57,7 +57,7 @@ PROGRAM = ("-m", "tests.distributed.program")
 
 
 def launcher(config, runs, options=(), program=PROGRAM, port="0"):
-    """The command that does ``runs``, each a list of arguments, in the processes that ``config`` starts."""
+    """Return the command that does ``runs``, each a list of arguments, in the processes that ``config`` starts."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--main_process_port", port] if port is not None else []
     return [*command, *options, *program, json.dumps(runs)]
@@ -69,7 +69,7 @@ def environment(**more):
 
 
 def finish(command, timeout=300, **how):
-    """The command, finished. One that hangs fails with all that it printed and with where each of its processes stood."""
+    """Run ``command`` to its end. If it hangs, fail with all output and the stacks of all its processes."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, **how) as process:
         try:
@@ -86,7 +86,7 @@ def finish(command, timeout=300, **how):
 def launch(
     config, *runs, timeout=300, check=True, options=(), program=PROGRAM, port="0", folder=ROOT, enter=(), **more
 ):
-    """In ``folder``, run :func:`launcher` with ``more`` in the environment, behind the command ``enter``; it has finished."""
+    """Run the command of :func:`launcher` to its end, in ``folder``, prefixed with ``enter``; ``more``: environment variables."""
     command = [*enter, *launcher(config, runs, options, program, port)]
     done = finish(command, timeout, env=environment(**more), cwd=folder)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -94,21 +94,21 @@ def launch(
 
 
 def alone(*runs):
-    """Do ``runs`` in this process."""
+    """Do ``runs``, one after the other, in this process."""
     for run in runs:
         assert main(run) == 0
 
 
 def facts(run_dir):
-    """What each process of the run in ``run_dir`` had in force, by rank."""
+    """Return what was in effect on each rank of the run in ``run_dir``; see `program.py`."""
     files = sorted(Path(run_dir).glob("facts-*.json"))
     return [json.loads(file.read_text()) for file in files]
 
 
-def assert_only_own_parts_were_read(run_dir):
-    """Of the checkpoint that the run in ``run_dir`` went on from: weights and AdamW's two moments."""
+def assert_only_local_shards_were_read(run_dir):
+    """Of the checkpoint from which the run in ``run_dir`` resumed, each rank read its shards of weights and two moments."""
     for process in facts(run_dir):
-        assert process["read"] == 3 * process["held"] and process["began_empty"]
+        assert process["read"] == 3 * process["held"] and process["began_on_meta"]
 
 
 def curve(run_dir, key="loss"):
@@ -116,7 +116,7 @@ def curve(run_dir, key="loss"):
 
 
 def assert_same_run(one, other, steps, rel=1e-4, weights=2e-3):
-    """The same losses, gradient norms, validations and final weights."""
+    """Losses, gradient norms, validation results and final weights are equal within tolerance."""
     for key in ("loss", "grad_norm", "tokens", "validation_bits_per_byte"):
         assert curve(other, key) == pytest.approx(curve(one, key), rel=rel), key
     assert len(curve(other)) == steps

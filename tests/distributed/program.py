@@ -1,4 +1,4 @@
-"""Do several runs in the processes of one launch, and write down what was in force: facts-{rank}.json in each run_dir."""
+"""Do several runs in the processes of one launch, and record what was in effect: facts-{rank}.json in each run directory."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ from scratch_gpt.distributed.strategy import Strategy
 from scratch_gpt.training.trainer import Trainer
 
 reduced: set[str] = set()
-"""Dtypes in which gradients were sent to the process that keeps their sum."""
+"""Dtypes in which gradients were reduce-scattered."""
 
 
 def noting(collective):
@@ -33,11 +33,11 @@ def noting(collective):
 def run(trainer, original=Trainer.run):
     reduced.clear()
     loss_dtypes = set()
-    columns = set()
+    seq_lengths = set()
 
     def note(model, inputs, arguments, output):
         loss_dtypes.update([] if output.loss is None else [str(output.loss.dtype)])
-        columns.update([] if "shift_labels" not in arguments else [arguments["shift_labels"].shape[1]])
+        seq_lengths.update([] if "shift_labels" not in arguments else [arguments["shift_labels"].shape[1]])
 
     hook = trainer.model.register_forward_hook(note, with_kwargs=True)
 
@@ -59,9 +59,9 @@ def run(trainer, original=Trainer.run):
             "total": sum(p.numel() for p in parameters),
             "dtypes": sorted({str(p.dtype) for p in held}),
             "loss": sorted(loss_dtypes),
-            "columns": sorted(columns),
-            "began_empty": began_empty[-1],
-            "read": sum(numbers_read),
+            "seq_lengths": sorted(seq_lengths),
+            "began_on_meta": began_on_meta[-1],
+            "read": sum(numel_read),
             "graphs": compiled_graphs(),
             "offload": sorted(offload_policies(trainer.model)),
             "reduced": sorted(reduced),
@@ -72,39 +72,39 @@ def run(trainer, original=Trainer.run):
 
 
 def more_facts(trainer):
-    """What other programs add, in place of this."""
+    """Further facts; other programs replace this function."""
     return {}
 
 
 def compiled_graphs():
-    """How many torch.compile has made in this process."""
+    """The number of graphs that torch.compile has made in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def offload_policies(model):
-    """Of the groups of parameters that are gathered together."""
+    """The offload policies of FSDP's parameter groups."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [module._get_fsdp_state()._fsdp_param_group for module in modules]
     return {type(group.offload_policy).__name__ for group in groups if group is not None}
 
 
-def parallelize(strategy, model, precision, original=Strategy.parallelize):
-    numbers_read.clear()
-    began_empty.append(all(parameter.is_meta for parameter in model.parameters()))
-    return original(strategy, model, precision)
+def parallelize(strategy, model, precision, roots=None, original=Strategy.parallelize):
+    numel_read.clear()
+    began_on_meta.append(all(parameter.is_meta for parameter in model.parameters()))
+    return original(strategy, model, precision, roots)
 
 
 def read(saved, name, like, original=SafetensorsReader.read):
     tensor = original(saved, name, like)
-    numbers_read.append(to_local(tensor).numel() if tensor.ndim else 0)
+    numel_read.append(to_local(tensor).numel() if tensor.ndim else 0)
     return tensor
 
 
-began_empty: list[bool] = [False]
-"""Whether the model took no memory before it was spread."""
-numbers_read: list[int] = []
-"""Of weights and moments that were saved, tensor by tensor."""
+began_on_meta: list[bool] = [False]
+"""Whether the model was on the meta device before it was sharded."""
+numel_read: list[int] = []
+"""Elements read of saved weights and optimizer state, tensor by tensor."""
 SafetensorsReader.read = read
 Strategy.parallelize = parallelize
 PipelineStrategy.parallelize = functools.partialmethod(parallelize, original=PipelineStrategy.parallelize)
@@ -117,7 +117,7 @@ torch.set_num_threads(1)
 
 
 def run_all(runs):
-    """The exit code of the first that fails."""
+    """Do ``runs``, each a list of arguments; return the first exit code that is not 0."""
     code = 0
     for arguments in runs:
         code = code or main(arguments)

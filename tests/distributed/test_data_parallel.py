@@ -1,4 +1,4 @@
-"""Real processes under `accelerate launch`: the same run on two as on one."""
+"""Real processes under `accelerate launch`: two give the run of one."""
 
 import os
 import subprocess
@@ -35,12 +35,12 @@ def arguments(run_dir, corpus, steps):
     return [*run, "--training.save_every", "5", "--training.eval_every", "5"]
 
 
-def test_two_processes_give_the_run_of_one_and_each_goes_on_with_the_other(corpus, tmp_path):
+def test_two_processes_give_the_run_of_one_and_each_resumes_from_the_other(corpus, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     done = launch(arguments(two, corpus, 10), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "256 tokens a step on 2 process(es)" in done.stdout
-    assert done.stdout.count("arithmetic") == 1  # the second process keeps quiet
+    assert done.stdout.count("arithmetic") == 1  # only the main process prints
     assert main(arguments(one, corpus, 10)) == 0
 
     def compare(steps):
@@ -53,7 +53,7 @@ def test_two_processes_give_the_run_of_one_and_each_goes_on_with_the_other(corpu
             torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)
 
     compare(10)
-    # begun on two, continued on one; the order of the data is that of the uninterrupted run
+    # begun on two, resumed on one: the data order is that of the uninterrupted run
     assert main([*arguments(two, corpus, 15)]) == 0
     assert main([*arguments(one, corpus, 15)]) == 0
     compare(15)
@@ -62,12 +62,12 @@ def test_two_processes_give_the_run_of_one_and_each_goes_on_with_the_other(corpu
 OVERFLOW = """
 import math, sys, torch
 from scratch_gpt.cli import leave, main
-from scratch_gpt.training import loop
-from scratch_gpt.training.loss_scaler import LossScale
+from scratch_gpt.training import trainer
+from scratch_gpt.training.loss_scaler import LossScaler
 
-def forward_backward(self, data, original=loop.Loop.forward_backward):
-    weight = self.layout.unwrap(self.model).lm_head.weight
-    last = self.layout.rank == self.layout.world - 1
+def forward_backward(self, data, original=trainer.Trainer.forward_backward):
+    weight = self.strategy.unwrap(self.model).lm_head.weight
+    last = self.strategy.rank == self.strategy.world_size - 1
     if not last or data.cursor.row // 8 != 3:
         return original(self, data)
     hook = weight.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
@@ -75,14 +75,14 @@ def forward_backward(self, data, original=loop.Loop.forward_backward):
     hook.remove()
     return loss
 
-loop.Loop.forward_backward = forward_backward
-loop.LossScale = lambda _, **state: LossScale(True, **state)
+trainer.Trainer.forward_backward = forward_backward
+trainer.LossScaler = lambda _, **state: LossScaler(True, **state)
 leave(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-def test_gradients_that_overflow_in_one_process_are_dropped_by_all(corpus, tmp_path):
+def test_an_overflow_on_one_rank_skips_the_step_on_all(corpus, tmp_path):
     script = tmp_path / "overflow.py"
     script.write_text(OVERFLOW)
     run = arguments(tmp_path / "two", corpus, 6)

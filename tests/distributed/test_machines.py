@@ -1,4 +1,4 @@
-"""Several machines, here two launches, each with a network of its own; the Slurm script; what `doctor` says of a launch."""
+"""Several machines, emulated by two launches in separate networks; the Slurm script; `doctor` under a launch."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ exec cat
 
 @pytest.fixture
 def networks():
-    """Two network namespaces joined by a cable: what to put before a command in either, and the first one's address.
+    """Two network namespaces joined by a cable: the prefix of a command in each, and the address of the first.
 
     Where the system does not allow that, both commands run in this network.
     """
@@ -74,10 +74,10 @@ def test_two_machines_give_the_run_of_one_process(networks, shards, tmp_path):
     alone(arguments(tmp_path / "one", shards, "gpt2"))
     assert_same_run(tmp_path / "one", tmp_path / "two", 20)
     assert [process["dtensors"] for process in facts(tmp_path / "two")] == [36, 36]
-    assert "fsdp2 on 2 process(es)" in first.stdout and "fsdp2" not in second.stdout  # one of them speaks
+    assert "fsdp2 on 2 process(es)" in first.stdout and "fsdp2" not in second.stdout  # only the main process prints
 
 
-def test_doctor_says_what_each_process_of_a_launch_runs(tmp_path):
+def test_doctor_reports_what_each_process_of_a_launch_runs(tmp_path):
     config = configuration("hsdp_multi_node", tmp_path, 2, dp_replicate_size=1, dp_shard_size=2)
     settings = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**settings, "num_machines": 1}))
@@ -85,11 +85,11 @@ def test_doctor_says_what_each_process_of_a_launch_runs(tmp_path):
     assert done.stdout.count("process 0 on") == done.stdout.count("process 1 on") == 1
     assert "fsdp2 on 2 process(es), dp_shard 2, cpu" in done.stdout
     assert (
-        "24 of 24 parameters sharded, 49,328 of 98,656 numbers held; bf16, gradients reduced in float32" in done.stdout
+        "24 of 24 parameters sharded, 49,328 of 98,656 weights held; bf16, gradients reduced in float32" in done.stdout
     )
 
 
-def test_no_configuration_ships_that_no_test_runs_or_the_readme_does_not_name():
+def test_every_configuration_is_tested_and_documented():
     tests = "".join(path.read_text() for path in (ROOT / "tests" / "distributed").glob("test_*.py"))
     readme = (ROOT / "README.md").read_text()
     for path in (ROOT / "configs" / "accelerate").glob("*.yaml"):
@@ -104,14 +104,14 @@ def test_configurations_of_one_process(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_layout_that_does_not_fit_the_launch_is_refused(tmp_path):
+def test_a_mesh_that_does_not_fit_the_launch_is_refused(tmp_path):
     done = launch(configuration("hsdp", tmp_path, 2, dp_replicate_size=2, dp_shard_size=2), ["doctor"], check=False)
     assert done.returncode != 0 and "asks for 4 processes, the launcher started 2" in done.stderr
 
 
 @pytest.mark.slow
 def test_the_slurm_script_queues_itself_again_until_the_run_is_finished(shards, tmp_path):
-    """With commands in place of Slurm's."""
+    """Slurm's commands are replaced by shell scripts."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     commands = {

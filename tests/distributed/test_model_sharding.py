@@ -1,4 +1,4 @@
-"""One model on two processes, its weights split by the plans of its config: the same numbers as in one."""
+"""A model sharded over two processes by the plans of its config computes what one process does."""
 
 import types
 
@@ -14,7 +14,7 @@ from transformers.distributed import DistributedConfig
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from tests.model.conftest import SIZE, STYLES
 
-SPLITS = {"tensor parallel": {"tp_size": 2}, "fully sharded": {"fsdp_size": 2}}
+SHARDINGS = {"tensor parallel": {"tp_size": 2}, "fully sharded": {"fsdp_size": 2}}
 IDS = torch.randint(1, SIZE["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(1))
 
 
@@ -29,7 +29,7 @@ def work(rank, folder, store_file):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store_file, 2), rank=rank, world_size=2)
     for style in ("gpt2", "modern"):
-        for split, sizes in SPLITS.items():
+        for sharding, sizes in SHARDINGS.items():
             model = ScratchGPTForCausalLM.from_pretrained(
                 folder / style, distributed_config=DistributedConfig(**sizes), attn_implementation="sdpa"
             )
@@ -40,8 +40,8 @@ def work(rank, folder, store_file):
                 name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()
             }
             held = sum(getattr(p, "_local_tensor", p).numel() for p in model.parameters())
-            torch.save((logits, whole, held), folder / f"{style} {split} {rank}.pt")
-            model.save_pretrained(folder / f"{style} {split}")
+            torch.save((logits, whole, held), folder / f"{style} {sharding} {rank}.pt")
+            model.save_pretrained(folder / f"{style} {sharding}")
 
     model = ScratchGPTForCausalLM.from_pretrained(folder / "padded").train()
     model.forward = types.MethodType(forward_as_trl_does, model)
@@ -54,7 +54,7 @@ def work(rank, folder, store_file):
 
 
 def forward_as_trl_does(self, ids):
-    """The loss of `trl.trainer.utils.add_fused_lm_head`, which takes the head's matrix into its own hands."""
+    """The loss of `trl.trainer.utils.add_fused_lm_head`, which multiplies by the head's matrix itself."""
     hidden_states = self.base_model(ids, use_cache=False).last_hidden_state[:, :-1]
     weight = self.get_output_embeddings().weight  # gathered already, with the norm that shares its group
     logits = hidden_states @ (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).t()
@@ -62,7 +62,7 @@ def forward_as_trl_does(self, ids):
 
 
 def shard_as_accelerate_does(model):
-    """The groups of `accelerate.utils.fsdp_utils.fsdp2_prepare_model`, which has no CPU version."""
+    """Shard the groups of `accelerate.utils.fsdp_utils.fsdp2_prepare_model`, which does not run on CPUs."""
     mesh = init_device_mesh("cpu", (2,))
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)
@@ -85,28 +85,28 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("split", list(SPLITS))
+@pytest.mark.parametrize("sharding", list(SHARDINGS))
 @pytest.mark.parametrize("style", ["gpt2", "modern"])
-def test_two_processes_give_the_logits_and_gradients_of_one(folder, style, split):
+def test_two_processes_give_the_logits_and_gradients_of_one(folder, style, sharding):
     model = ScratchGPTForCausalLM.from_pretrained(folder / style, attn_implementation="sdpa")
     logits, gradients = logits_and_gradients(model, IDS)
     for rank in range(2):
-        split_logits, split_gradients, held = torch.load(folder / f"{style} {split} {rank}.pt")
-        expected = logits if split == "tensor parallel" else logits[rank : rank + 1]
-        torch.testing.assert_close(split_logits, expected, rtol=1e-5, atol=1e-4)
-        assert split_gradients.keys() == gradients.keys()
+        sharded_logits, sharded_gradients, held = torch.load(folder / f"{style} {sharding} {rank}.pt")
+        expected = logits if sharding == "tensor parallel" else logits[rank : rank + 1]
+        torch.testing.assert_close(sharded_logits, expected, rtol=1e-5, atol=1e-4)
+        assert sharded_gradients.keys() == gradients.keys()
         for name, grad in gradients.items():
             torch.testing.assert_close(
-                split_gradients[name], grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                sharded_gradients[name], grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
         assert held < 0.7 * model.num_parameters()  # each process holds about half of the weights
 
 
-@pytest.mark.parametrize("split", list(SPLITS))
+@pytest.mark.parametrize("sharding", list(SHARDINGS))
 @pytest.mark.parametrize("style", ["gpt2", "modern"])
-def test_a_split_model_saves_the_weights_it_was_loaded_from(folder, style, split):
+def test_a_sharded_model_saves_the_weights_it_was_loaded_from(folder, style, sharding):
     original = ScratchGPTForCausalLM.from_pretrained(folder / style)
-    saved = ScratchGPTForCausalLM.from_pretrained(folder / f"{style} {split}")
+    saved = ScratchGPTForCausalLM.from_pretrained(folder / f"{style} {sharding}")
     assert saved.lm_head.weight is saved.transformer.wte.weight
     for name, weight in original.state_dict().items():
         assert torch.equal(saved.state_dict()[name], weight), name

@@ -1,4 +1,4 @@
-"""A model whose blocks are spread over processes computes what it does in one."""
+"""A pipeline of stages computes the losses and gradients of one process."""
 
 import contextlib
 import itertools
@@ -19,9 +19,13 @@ from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.model.flops import flops_per_token
 from tests.model.conftest import SIZE, STYLES
 
-LAYOUTS = {"four stages": ((4, 1), "1f1b"), "two by two": ((2, 2), "1f1b"), "interleaved": ((2, 2), "interleaved1f1b")}
-MICRO_BATCHES, ROWS, CONTEXT = 4, 2, 12
-WORLD = 4
+PIPELINES = {
+    "four stages": ((4, 1), "1f1b"),
+    "two by two": ((2, 2), "1f1b"),
+    "interleaved": ((2, 2), "interleaved1f1b"),
+}
+NUM_MICRO_BATCHES, BATCH_SIZE, CONTEXT = 4, 2, 12
+WORLD_SIZE = 4
 
 
 def build(style):
@@ -38,55 +42,55 @@ def build(style):
 
 
 def batches(copy):
-    """The micro-batches of one of two data-parallel copies: packed documents, some targets left out."""
+    """The micro-batches of one of two data-parallel copies: packed documents, some targets ignored."""
     random = torch.Generator().manual_seed(copy)
-    for _ in range(MICRO_BATCHES):
-        ids = torch.randint(1, SIZE["vocab_size"], (ROWS, CONTEXT + 1), generator=random)
+    for _ in range(NUM_MICRO_BATCHES):
+        ids = torch.randint(1, SIZE["vocab_size"], (BATCH_SIZE, CONTEXT + 1), generator=random)
         labels = ids[:, 1:].clone()
         labels[0, 7 + copy :] = -100
-        yield Batch(ids[:, :-1], labels, torch.cat([torch.arange(5), torch.arange(7)]).expand(ROWS, -1))
+        yield Batch(ids[:, :-1], labels, torch.cat([torch.arange(5), torch.arange(7)]).expand(BATCH_SIZE, -1))
 
 
 SMALL = Batch(*(tensor[:1, :9] for tensor in next(batches(0))._tensors()))
-"""One row, shorter than those that the pipeline trains on."""
+"""One sequence, shorter than those that the pipeline trains on."""
 
 
 def work(rank, folder, store_file):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store_file, WORLD), rank=rank, world_size=WORLD)
-    for strategy, (shape, schedule) in LAYOUTS.items():
+    dist.init_process_group("gloo", store=dist.FileStore(store_file, WORLD_SIZE), rank=rank, world_size=WORLD_SIZE)
+    for name, (shape, schedule) in PIPELINES.items():
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("pipeline", "data"))
         copy = mesh.get_local_rank("data")
         for style in ("gpt2", "modern", "mixture"):
-            own = [batch for one in range(2) if shape[1] == 1 or one == copy for batch in batches(one)]
+            local = [batch for one in range(2) if shape[1] == 1 or one == copy for batch in batches(one)]
             pipeline = Pipeline(build(style), mesh, schedule, CONTEXT, torch.device("cpu"), contextlib.nullcontext)
             parameters = dict(pipeline.model.named_parameters())
             num_targets = sum(int((batch.targets != -100).sum()) for one in range(2) for batch in batches(one))
-            loss = pipeline.forward_backward(own, num_targets, loss_factor=8.0)
+            loss = pipeline.forward_backward(local, num_targets, loss_factor=8.0)
             result = {
                 "loss": loss,
-                "gradients": pipeline.gather_full({name: p.grad / 8 for name, p in parameters.items()}),
+                "gradients": pipeline.gather_full({key: p.grad / 8 for key, p in parameters.items()}),
                 "weights": pipeline.gather_full(parameters),
-                "validation": pipeline.sum_of_losses(SMALL),
+                "validation": pipeline.loss_sum(SMALL),
                 "names": list(parameters),
                 "stages": len(pipeline.stages),
             }
-            if pipeline.tied_end is not None:
-                result["tied gradient"] = pipeline.tied_end.grad / 8
-            torch.save(result, folder / f"{strategy} {style} {rank}.pt")
+            if pipeline.tied_weight is not None:
+                result["tied gradient"] = pipeline.tied_weight.grad / 8
+            torch.save(result, folder / f"{name} {style} {rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    mp.spawn(work, args=(folder, str(folder / "store")), nprocs=WORLD)
+    mp.spawn(work, args=(folder, str(folder / "store")), nprocs=WORLD_SIZE)
     return folder
 
 
-@pytest.mark.parametrize("strategy", list(LAYOUTS))
+@pytest.mark.parametrize("pipeline", list(PIPELINES))
 @pytest.mark.parametrize("style", ["gpt2", "modern", "mixture"])
-def test_a_step_through_the_pipeline_is_that_of_one_process(folder, style, strategy):
+def test_a_step_through_the_pipeline_equals_that_of_one_process(folder, style, pipeline):
     model = build(style)
     everything = [batch for copy in range(2) for batch in batches(copy)]
     num_targets = sum(int((batch.targets != -100).sum()) for batch in everything)
@@ -100,10 +104,10 @@ def test_a_step_through_the_pipeline_is_that_of_one_process(folder, style, strat
     arguments = {"shift_labels": SMALL.targets, "num_items_in_batch": 1}
     validation = model(SMALL.input_ids, position_ids=SMALL.position_ids, **arguments).loss.detach()
 
-    shape, schedule = LAYOUTS[strategy]
-    results = [torch.load(folder / f"{strategy} {style} {rank}.pt") for rank in range(WORLD)]
-    whole_loss = sum(results[rank]["loss"] for rank in range(shape[1]))  # of one process from each copy
-    torch.testing.assert_close(whole_loss, loss)
+    shape, schedule = PIPELINES[pipeline]
+    results = [torch.load(folder / f"{pipeline} {style} {rank}.pt") for rank in range(WORLD_SIZE)]
+    total_loss = sum(results[rank]["loss"] for rank in range(shape[1]))  # of one process from each copy
+    torch.testing.assert_close(total_loss, loss)
     for what, expected in (("gradients", gradients), ("weights", dict(model.named_parameters()))):
         assert results[0][what].keys() == expected.keys()
         for name, tensor in expected.items():
@@ -114,7 +118,7 @@ def test_a_step_through_the_pipeline_is_that_of_one_process(folder, style, strat
         torch.testing.assert_close(result["validation"], validation)
         if "tied gradient" in result:
             assert torch.equal(result["tied gradient"], results[0]["gradients"]["transformer.wte.weight"])
-    # each process holds its stages and no more
+    # each process holds its stages only
     per_process = 2 if schedule == "interleaved1f1b" else 1
     stages = split_into_stages(model.config, CONTEXT, shape[0] * per_process).blocks
     for rank, result in enumerate(results):
@@ -134,48 +138,48 @@ def test_no_split_has_a_faster_slowest_stage(stages, vocab_size):
     config = ScratchGPTConfig(**{**SIZE, "num_hidden_layers": 8, "vocab_size": vocab_size})
     chosen = split_into_stages(config, CONTEXT, stages)
     assert [block for blocks in chosen.blocks for block in blocks] == list(range(8))
-    assert sum(chosen.shares) == pytest.approx(1)
+    assert sum(chosen.flops_fractions) == pytest.approx(1)
     head = 6 * vocab_size * config.hidden_size / flops_per_token(config, CONTEXT).total
     block = (1 - head) / 8
     slowest = []
     for cuts in itertools.combinations(range(1, 8), stages - 1):
         sizes = [end - start for start, end in itertools.pairwise([0, *cuts, 8])]
         slowest.append(max(*(size * block for size in sizes), sizes[-1] * block + head))
-    assert max(chosen.shares) == pytest.approx(min(slowest))
+    assert max(chosen.flops_fractions) == pytest.approx(min(slowest))
 
 
-PLAIN = SimpleNamespace(strategy="ddp", world=4)
-SHARDED = {
-    name: SimpleNamespace(strategy="fsdp2", world=4, offloads=name == "offloaded") for name in ("kept", "offloaded")
-}
+DDP, HSDP, FSDP2, OFFLOADED = (
+    SimpleNamespace(name=name, world_size=4, offloads_to_cpu=offloads_to_cpu)
+    for name, offloads_to_cpu in (("ddp", False), ("hsdp", False), ("fsdp2", False), ("fsdp2", True))
+)
 REFUSED = {
-    "must divide the number of processes, which is 4": (PLAIN, ParallelSettings(pipeline=3), {}),
-    "8 stages, but the model has only 6 blocks": (PLAIN, ParallelSettings(4, "interleaved1f1b"), {}),
-    "the configuration file says hsdp": (SimpleNamespace(strategy="hsdp", world=4), ParallelSettings(2), {}),
-    "no two share a stage": (SHARDED["kept"], ParallelSettings(4), {}),
-    "fsdp_offload_params is true": (SHARDED["offloaded"], ParallelSettings(2), {}),
-    "leave it at 0": (PLAIN, ParallelSettings(2), {"batch_warmup_steps": 10}),
-    "sample_every is given": (PLAIN, ParallelSettings(2), {"sample_every": 10}),
+    "must divide the number of processes, which is 4": (DDP, ParallelSettings(pipeline=3), {}),
+    "8 stages, but the model has only 6 blocks": (DDP, ParallelSettings(4, "interleaved1f1b"), {}),
+    "the configuration file says hsdp": (HSDP, ParallelSettings(2), {}),
+    "no stage has two to be sharded over": (FSDP2, ParallelSettings(4), {}),
+    "fsdp_offload_params is true": (OFFLOADED, ParallelSettings(2), {}),
+    "leave it at 0": (DDP, ParallelSettings(2), {"batch_warmup_steps": 10}),
+    "sample_every is given": (DDP, ParallelSettings(2), {"sample_every": 10}),
 }
 
 
 @pytest.mark.parametrize("message", list(REFUSED))
-def test_what_cannot_be_a_pipeline_is_refused(message):
+def test_an_impossible_pipeline_is_refused(message):
     strategy, parallel, training = REFUSED[message]
     settings = PretrainSettings(parallel=parallel, training=TrainingSettings(**training))
     with pytest.raises(UserError, match=message):
         build_pipeline_strategy(strategy, settings, build("modern").config, CONTEXT)
 
 
-def test_rows_are_divided_into_what_the_schedule_can_run():
+def test_sequences_are_divided_into_micro_batches_that_the_schedule_can_run():
     assert micro_batch_size(ParallelSettings(2), 32, None) == 4
     assert micro_batch_size(ParallelSettings(2, pipeline_microbatches=4), 32, None) == 8
     assert micro_batch_size(ParallelSettings(4, "interleaved1f1b"), 32, 2) == 2
-    for settings, asked, message in (
+    for settings, requested, message in (
         (ParallelSettings(2, pipeline_microbatches=4), 8, "not both"),
-        (ParallelSettings(2, pipeline_microbatches=5), None, "32 rows per pipeline and step do not divide into 5"),
+        (ParallelSettings(2, pipeline_microbatches=5), None, "32 sequences per pipeline and step do not divide into 5"),
         (ParallelSettings(4, pipeline_microbatches=2), None, "2 micro-batches cannot fill the 4 stages"),
         (ParallelSettings(4, "interleaved1f1b"), 16, "a multiple of --parallel.pipeline 4 micro-batches"),
     ):
         with pytest.raises(UserError, match=message):
-            micro_batch_size(settings, 32, asked)
+            micro_batch_size(settings, 32, requested)

@@ -1,4 +1,4 @@
-"""Runs whose model is a pipeline: those of one process, and each goes on with the other's checkpoints."""
+"""Runs whose model is a pipeline equal those of one process, and each resumes from the other's checkpoints."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from scratch_gpt.training.metrics import read_events
 from tests.distributed.launch import (
     alone,
     arguments,
-    assert_only_own_parts_were_read,
+    assert_only_local_shards_were_read,
     assert_same_run,
     configuration,
     curve,
@@ -25,8 +25,8 @@ RECOMPUTE = ["--training.activation_checkpointing", "full"]
 DROPOUT = ["--model.overrides.hidden_dropout", "0.1", "--model.overrides.embedding_dropout", "0.1"]
 
 
-def pipeline(places, micro_batches, schedule="1f1b"):
-    words = ["--parallel.pipeline", places, "--parallel.pipeline_microbatches", micro_batches]
+def pipeline(size, num_micro_batches, schedule="1f1b"):
+    words = ["--parallel.pipeline", size, "--parallel.pipeline_microbatches", num_micro_batches]
     return [str(word) for word in [*words, "--parallel.pipeline_schedule", schedule]]
 
 
@@ -40,7 +40,7 @@ def weights(run_dir):
 
 
 def forget(run_dir, steps):
-    """Leave of a finished run what a kill after ``steps`` steps would."""
+    """Reduce a finished run to what a kill after ``steps`` steps would leave."""
     shutil.rmtree(run_dir / "final")
     for folder in run_dir.glob("checkpoint-*"):
         if int(folder.name.split("-")[1]) > steps:
@@ -57,7 +57,7 @@ def single(tmp_path_factory, shards):
 
 @pytest.fixture(scope="module")
 def two(single, shards, tmp_path_factory):
-    """The same runs on two processes: as two stages and as four."""
+    """The same runs on two processes, with two stages and with four."""
     folder = tmp_path_factory.mktemp("pipeline")
     done = launch(
         configuration("pipeline", folder, 2),
@@ -67,10 +67,10 @@ def two(single, shards, tmp_path_factory):
     return folder, done.stdout
 
 
-def assert_pipeline(run_dir, places, stages, copies=1, sharers=1):
-    """Each process has so many stages, and the places of a pipeline share the weights among them."""
+def assert_pipeline(run_dir, size, stages, copies=1, shards=1):
+    """Each rank has ``stages`` stages, and the ``size`` ranks of a pipeline have the model's weights between them."""
     processes = facts(run_dir)
-    assert len(processes) == places * copies * sharers
+    assert len(processes) == size * copies * shards
     assert all(process["model"] == "Pipeline" and process["stages"] == stages for process in processes)
     sizes = {name: weight.numel() for name, weight in weights(run_dir).items()}
     tied = 0 if "lm_head.weight" in sizes else sizes["transformer.wte.weight"]  # at both ends
@@ -82,33 +82,33 @@ def test_two_and_four_stages_give_the_run_of_one_process(single, two):
     folder, said = two
     for style, stages in (("gpt2", 1), ("modern", 2)):
         assert_same_run(single / style, folder / style, STEPS)
-        assert_pipeline(folder / style, places=2, stages=stages)
+        assert_pipeline(folder / style, size=2, stages=stages)
     assert "pipeline on 2 process(es), pipeline 2 x data 1, cpu, 1f1b" in said
-    assert "stage 3 in place 1: block 3, head and loss" in said and "2 of 2 blocks recomputed" in said
+    assert "stage 3 on pipeline rank 1: block 3, head and loss" in said and "2 of 2 blocks recomputed" in said
 
 
-def test_a_killed_pipeline_goes_on_bit_for_bit_and_checkpoints_fit_any_layout(single, two, shards, tmp_path):
+def test_a_killed_pipeline_resumes_bit_for_bit_and_checkpoints_fit_any_strategy(single, two, shards, tmp_path):
     folder, _ = two
     for style in ("gpt2", "modern"):
-        for origin, name in ((folder, "killed"), (folder, "alone"), (single, "spread")):
+        for origin, name in ((folder, "killed"), (folder, "alone"), (single, "resharded")):
             shutil.copytree(origin / style, tmp_path / f"{style} {name}")
             forget(tmp_path / f"{style} {name}", steps=10)
     gpt2, modern = pipeline(2, 4), [*pipeline(2, 4, "interleaved1f1b"), *RECOMPUTE]
     launch(
         configuration("pipeline", tmp_path, 2),
         run(tmp_path / "gpt2 killed", shards, "gpt2", *gpt2),
-        run(tmp_path / "gpt2 spread", shards, "gpt2", *gpt2),
+        run(tmp_path / "gpt2 resharded", shards, "gpt2", *gpt2),
         run(tmp_path / "modern killed", shards, "modern", *modern),
     )
     alone(run(tmp_path / "gpt2 alone", shards, "gpt2"))
-    for name in ("gpt2 killed", "gpt2 spread", "modern killed"):
-        assert_only_own_parts_were_read(tmp_path / name)
+    for name in ("gpt2 killed", "gpt2 resharded", "modern killed"):
+        assert_only_local_shards_were_read(tmp_path / name)
     for style in ("gpt2", "modern"):
         for key in ("loss", "grad_norm", "validation_loss"):
             assert curve(tmp_path / f"{style} killed", key) == curve(folder / style, key)
         killed, whole = weights(tmp_path / f"{style} killed"), weights(folder / style)
         assert killed.keys() == whole.keys() and all(torch.equal(killed[name], whole[name]) for name in whole)
-    assert_same_run(single / "gpt2", tmp_path / "gpt2 spread", STEPS)
+    assert_same_run(single / "gpt2", tmp_path / "gpt2 resharded", STEPS)
     assert_same_run(single / "gpt2", tmp_path / "gpt2 alone", STEPS)
 
 
@@ -127,33 +127,33 @@ def test_four_processes_are_four_stages_or_two_pipelines(single, shards, tmp_pat
     for style in ("gpt2", "modern"):
         for name in ("four", "two"):
             assert_same_run(single / style, tmp_path / f"{name} {style}", STEPS)
-    # Muon orthogonalises in bfloat16, where the last bit of a gradient can move an update.
+    # Muon orthogonalizes in bfloat16, where the last bit of a gradient can move an update.
     assert_same_run(tmp_path / "muon", tmp_path / "two muon", STEPS, rel=2e-3, weights=0.1)
     for style in ("gpt2", "modern"):
-        assert_pipeline(tmp_path / f"four {style}", places=4, stages=1)
-    assert_pipeline(tmp_path / "two gpt2", places=2, stages=2, copies=2)
-    assert_pipeline(tmp_path / "two muon", places=2, stages=1, copies=2)
+        assert_pipeline(tmp_path / f"four {style}", size=4, stages=1)
+    assert_pipeline(tmp_path / "two gpt2", size=2, stages=2, copies=2)
+    assert_pipeline(tmp_path / "two muon", size=2, stages=1, copies=2)
 
 
-def assert_stages_in_parts(run_dir, stages):
-    """Two places, in each of which two processes have half of every parameter."""
-    assert_pipeline(run_dir, places=2, stages=stages, copies=1, sharers=2)
+def assert_sharded_stages(run_dir, stages):
+    """A pipeline of two ranks, the stages of each sharded over two processes."""
+    assert_pipeline(run_dir, size=2, stages=stages, copies=1, shards=2)
     for rank, process in enumerate(facts(run_dir)):
         assert process["dtensors"] == process["parameters"] and process["placements"] == ["(Shard(dim=0),)"]
-        assert process["meshes"] == ["[0, 1]" if rank < 2 else "[2, 3]"] and process["began_empty"]
+        assert process["meshes"] == ["[0, 1]" if rank < 2 else "[2, 3]"] and process["began_on_meta"]
         assert process["held"] == process["total"] / 2 and process["reduced"] == ["torch.float32"]
 
 
-SHARED = {"gpt2": pipeline(2, 4), "modern": [*pipeline(2, 4, "interleaved1f1b"), *RECOMPUTE]}
+SHARDED_STAGES = {"gpt2": pipeline(2, 4), "modern": [*pipeline(2, 4, "interleaved1f1b"), *RECOMPUTE]}
 
 
 @pytest.mark.slow
-def test_pipelines_that_share_their_stages_in_parts_give_the_run_of_one_process(single, shards, tmp_path):
+def test_pipelines_with_sharded_stages_give_the_run_of_one_process(single, shards, tmp_path):
     config = configuration("pipeline_fsdp2", tmp_path, 4)
-    done = launch(config, *(run(tmp_path / style, shards, style, *SHARED[style]) for style in SHARED))
+    done = launch(config, *(run(tmp_path / style, shards, style, *SHARDED_STAGES[style]) for style in SHARDED_STAGES))
     for style, stages in (("gpt2", 1), ("modern", 2)):
         assert_same_run(single / style, tmp_path / style, STEPS)
-        assert_stages_in_parts(tmp_path / style, stages)
+        assert_sharded_stages(tmp_path / style, stages)
     assert "pipeline x fsdp2 on 4 process(es), pipeline 2 x dp_shard 2, cpu, 1f1b" in done.stdout
 
 
@@ -161,41 +161,41 @@ def test_pipelines_that_share_their_stages_in_parts_give_the_run_of_one_process(
 def test_checkpoints_of_shared_stages_go_on_bit_for_bit_and_in_any_layout(single, shards, tmp_path):
     muon, bf16 = ["--training.optimizer", "muon"], ["--training.precision", "bf16"]
     alone(run(tmp_path / "one muon", shards, "modern", *muon), run(tmp_path / "one bf16", shards, "modern", *bf16))
-    shutil.copytree(single / "modern", tmp_path / "spread")
-    forget(tmp_path / "spread", steps=10)
+    shutil.copytree(single / "modern", tmp_path / "resharded")
+    forget(tmp_path / "resharded", steps=10)
     config = configuration("pipeline_fsdp2", tmp_path, 4)
     settings = yaml.safe_load(config.read_text())
     settings["fsdp_config"]["fsdp_reshard_after_forward"] = True  # gathered for each micro-batch
     config.write_text(yaml.safe_dump(settings))
     launch(
         config,
-        run(tmp_path / "gpt2", shards, "gpt2", *SHARED["gpt2"], *DROPOUT),
-        run(tmp_path / "modern", shards, "modern", *SHARED["modern"]),
-        run(tmp_path / "spread", shards, "modern", *pipeline(2, 2)),
+        run(tmp_path / "gpt2", shards, "gpt2", *SHARDED_STAGES["gpt2"], *DROPOUT),
+        run(tmp_path / "modern", shards, "modern", *SHARDED_STAGES["modern"]),
+        run(tmp_path / "resharded", shards, "modern", *pipeline(2, 2)),
         run(tmp_path / "muon", shards, "modern", *pipeline(2, 4), *muon),
         run(tmp_path / "bf16", shards, "modern", *pipeline(2, 4), *bf16),
     )
     for name in ("gpt2", "modern"):
         shutil.copytree(tmp_path / name, tmp_path / f"{name} killed")
         forget(tmp_path / f"{name} killed", steps=10)
-    shutil.copytree(tmp_path / "spread", tmp_path / "alone")
+    shutil.copytree(tmp_path / "resharded", tmp_path / "alone")
     forget(tmp_path / "alone", steps=15)
     launch(
         config,
-        run(tmp_path / "gpt2 killed", shards, "gpt2", *SHARED["gpt2"], *DROPOUT),
-        run(tmp_path / "modern killed", shards, "modern", *SHARED["modern"]),
+        run(tmp_path / "gpt2 killed", shards, "gpt2", *SHARDED_STAGES["gpt2"], *DROPOUT),
+        run(tmp_path / "modern killed", shards, "modern", *SHARDED_STAGES["modern"]),
     )
     alone(run(tmp_path / "alone", shards, "modern"))
     for name in ("gpt2", "modern"):
-        assert_only_own_parts_were_read(tmp_path / f"{name} killed")
+        assert_only_local_shards_were_read(tmp_path / f"{name} killed")
         assert curve(tmp_path / f"{name} killed") == curve(tmp_path / name)
         whole = weights(tmp_path / name)
         assert all(torch.equal(weight, whole[key]) for key, weight in weights(tmp_path / f"{name} killed").items())
-    for name in ("modern", "spread", "alone"):
+    for name in ("modern", "resharded", "alone"):
         assert_same_run(single / "modern", tmp_path / name, STEPS)
     assert_same_run(tmp_path / "one muon", tmp_path / "muon", STEPS, rel=2e-3, weights=0.1)
     assert curve(tmp_path / "bf16") == pytest.approx(curve(tmp_path / "one bf16"), rel=1e-3)
-    assert_stages_in_parts(tmp_path / "bf16", stages=1)
+    assert_sharded_stages(tmp_path / "bf16", stages=1)
 
 
 @pytest.mark.slow
@@ -219,17 +219,17 @@ def test_dropout_is_the_same_recomputed_and_after_a_kill(shards, tmp_path):
 TROUBLE = """
 import json, math, os, signal, sys, torch
 from scratch_gpt.cli import leave, main
-from scratch_gpt.training.trainer import Loop
+from scratch_gpt.training.trainer import Trainer
 
-def forward_backward(self, data, original=Loop.forward_backward):
+def forward_backward(self, data, original=Trainer.forward_backward):
     loss = original(self, data)
-    if self.layout.rank == 1 and data.cursor.row == 3 * 8:
+    if self.strategy.rank == 1 and data.cursor.row == 3 * 8:
         next(self.model.parameters()).grad.fill_(math.inf)
-    if self.layout.rank == 1 and self.state.step == 6:
+    if self.strategy.rank == 1 and self.state.step == 6:
         os.kill(os.getpid(), signal.SIGTERM)
     return loss
 
-Loop.forward_backward = forward_backward
+Trainer.forward_backward = forward_backward
 (run,) = json.loads(sys.argv[1])
 leave(main(run))
 """

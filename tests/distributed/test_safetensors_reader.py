@@ -1,4 +1,4 @@
-"""What a process reads of saved tensors, as one of several that do not exist."""
+"""What one rank reads of saved tensors; the other ranks do not exist."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.distributed.dtensor import shard_like, to_local
-from scratch_gpt.distributed.materialize import empty_model
+from scratch_gpt.distributed.materialize import build_meta_model
 from scratch_gpt.distributed.optimizer import build_optimizer
 from scratch_gpt.distributed.safetensors_reader import SafetensorsReader, load_weights
 from scratch_gpt.errors import UserError
@@ -21,10 +21,10 @@ from scratch_gpt.planning.dry_run import fake_strategy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"vocab_size": 101, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
-LAYOUTS = [  # each mesh once: torch remembers which place in it this process has
+MESHES = [  # each shape once, because torch caches the coordinates of this rank in it
     ({"dp_shard": 3}, 2),
     ({"dp_shard": 61}, 0),
-    ({"dp_shard": 67}, 30),  # more than some tensors have rows
+    ({"dp_shard": 67}, 30),  # more shards than some tensors have rows
     ({"dp_replicate": 2, "dp_shard": 3}, 5),
     ({"tp": 2}, 1),
     ({"dp_shard": 3, "tp": 2}, 3),
@@ -32,8 +32,8 @@ LAYOUTS = [  # each mesh once: torch remembers which place in it this process ha
 
 
 def save(config, optimizer, folder):
-    """Random weights and optimizer state of a whole model."""
-    shapes = {name: parameter.shape for name, parameter in empty_model(config).named_parameters()}
+    """Save random weights and optimizer state of a model."""
+    shapes = {name: parameter.shape for name, parameter in build_meta_model(config).named_parameters()}
     weights = {name: torch.randn(shape) for name, shape in shapes.items()}
     state = {}
     for name, shape in shapes.items():
@@ -48,12 +48,12 @@ def save(config, optimizer, folder):
 
 
 def load(config, optimizer, dimensions, rank, folder):
-    """Model and optimizer of one process, filled from ``folder``."""
+    """Build model and optimizer of one rank, and load them from ``folder``."""
     world = torch.Size(dimensions.values()).numel()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         strategy = fake_strategy(dimensions, "cpu")
-        model = empty_model(config)
+        model = build_meta_model(config)
         strategy.parallelize(model, "fp32")
         load_weights(model, SafetensorsReader(folder, "model*.safetensors"))
         optimizers = build_optimizer(model, TrainingSettings(optimizer=optimizer))
@@ -63,26 +63,26 @@ def load(config, optimizer, dimensions, rank, folder):
     return model, optimizers
 
 
-@pytest.mark.parametrize(("dimensions", "rank"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("dimensions", "rank"), MESHES, ids=str)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_each_process_reads_its_parts_as_torch_divides_whole_tensors(dimensions, rank, optimizer, tmp_path):
+def test_each_rank_reads_the_shards_that_torch_would_give_it(dimensions, rank, optimizer, tmp_path):
     config = preset("modern-30m", **SIZES, num_key_value_heads=2, intermediate_size=54)
     save(config, optimizer, tmp_path)
-    whole = load_file(tmp_path / "model.safetensors") | load_file(tmp_path / "optimizer.safetensors")
+    full = load_file(tmp_path / "model.safetensors") | load_file(tmp_path / "optimizer.safetensors")
     model, optimizers = load(config, optimizer, dimensions, rank, tmp_path)
     loaded = dict(model.named_parameters()) | optimizers.state_tensors()
-    assert loaded.keys() == whole.keys()
+    assert loaded.keys() == full.keys()
     for name, tensor in loaded.items():
         if name.endswith(".step"):
             assert tensor == 7
             continue
         like = model.get_parameter(re.sub(r"\.(exp_avg(_sq)?|momentum_buffer)$", "", name))
         assert type(tensor.detach()) is type(like.detach()) and to_local(tensor).shape == to_local(like).shape
-        assert torch.equal(to_local(tensor), to_local(shard_like(whole[name], like))), name
+        assert torch.equal(to_local(tensor), to_local(shard_like(full[name], like))), name
 
 
 def save_zeros(shapes, file):
-    """A file with tensors of zeros, which take no disk."""
+    """Write a sparse file of zero tensors, which takes no space on disk."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 4 * shape.numel()
@@ -99,35 +99,34 @@ def resident(field):
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="what is held is Linux's to tell")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory in use from /proc")
 @pytest.mark.parametrize("dimensions", [{"dp_shard": 59}, {"dp_shard": 9, "tp": 8}], ids=str)
-def test_a_process_never_holds_more_than_its_parts_and_one_tensor(dimensions, tmp_path, monkeypatch):
+def test_a_rank_never_holds_more_than_its_shards_and_one_tensor(dimensions, tmp_path, monkeypatch):
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 4096}
     config = preset("modern-30m", vocab_size=8192, **sizes, num_hidden_layers=4)
-    shapes = {name: parameter.shape for name, parameter in empty_model(config).named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in build_meta_model(config).named_parameters()}
     save_zeros(shapes, tmp_path / "model.safetensors")
     state = {f"{name}.{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
     save_zeros(state | {f"{name}.step": torch.Size([]) for name in shapes}, tmp_path / "optimizer.safetensors")
     peak = [0]
 
     def read(saved, name, like, original=SafetensorsReader.read):
-        part = original(saved, name, like)
+        shard = original(saved, name, like)
         peak.append(resident("RssAnon"))
-        return part
+        return shard
 
     monkeypatch.setattr(SafetensorsReader, "read", read)
     before, mapped = resident("RssAnon"), resident("RssFile")
     model, _ = load(config, "adamw", dimensions, 1, tmp_path)
-    numbers = [shape.numel() for shape in shapes.values()]
-    own = 12 * sum(to_local(parameter).numel() for parameter in model.parameters())  # weights and two moments
-    assert 12 * sum(numbers) > 50 * own
-    assert max(peak) - before < own + 4 * max(numbers)
-    assert resident("RssAnon") + resident("RssFile") - before - mapped < own + 4 * max(
-        numbers
-    )  # and the files are let go
+    numels = [shape.numel() for shape in shapes.values()]
+    local = 12 * sum(to_local(parameter).numel() for parameter in model.parameters())  # weights and two moments
+    assert 12 * sum(numels) > 50 * local
+    assert max(peak) - before < local + 4 * max(numels)
+    after = resident("RssAnon") + resident("RssFile") - before - mapped
+    assert after < local + 4 * max(numels)  # and the files are unmapped
 
 
-def test_what_is_missing_or_of_another_shape_is_named(tmp_path):
+def test_a_missing_tensor_or_another_shape_is_named(tmp_path):
     save_file({"one": torch.ones(2, 3)}, tmp_path / "model.safetensors")
     saved = SafetensorsReader(tmp_path, "model*.safetensors")
     with pytest.raises(UserError, match=r"holds no two: is it a model of this package"):
@@ -137,9 +136,9 @@ def test_what_is_missing_or_of_another_shape_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (20,), (4, 5, 2)], ids=str)
-def test_a_range_is_that_of_the_flattened_tensor(shape, tmp_path):
-    whole = torch.randn(shape)
-    save_file({"one": whole}, tmp_path / "model.safetensors")
+def test_a_range_is_of_the_flattened_tensor(shape, tmp_path):
+    full = torch.randn(shape)
+    save_file({"one": full}, tmp_path / "model.safetensors")
     saved = SafetensorsReader(tmp_path, "model*.safetensors")
-    for start, end in [(0, whole.numel()), (4, 11), (5, 6), (6, 20), (9, 9), (whole.numel(), whole.numel())]:
-        assert torch.equal(saved.read_range("one", whole, start, end), whole.flatten()[start:end])
+    for start, end in [(0, full.numel()), (4, 11), (5, 6), (6, 20), (9, 9), (full.numel(), full.numel())]:
+        assert torch.equal(saved.read_range("one", full, start, end), full.flatten()[start:end])

@@ -1,4 +1,4 @@
-"""Saving with several processes: what befalls the one that writes is known to all."""
+"""Saving with several processes: an error of the one that writes ends all of them."""
 
 from tests.distributed.launch import arguments, configuration, curve, launch
 

@@ -94,9 +94,9 @@ def test_the_advice_quotes_how_much_was_asked_for():
     ("training", "expected"),
     [
         ({"device_batch_size": 1, "context_length": 64}, "first recompute activations"),
-        ({"context_length": 64, "total_batch_size": 640}, "device_batch_size 5 (now the whole step, 10 rows"),
+        ({"context_length": 64, "total_batch_size": 640}, "device_batch_size 5 (now the full step, 10 sequences"),
         ({"device_batch_size": 7}, "device_batch_size 1 (now 7"),
-        ({}, "first give --training.device_batch_size fewer rows"),
+        ({}, "first set --training.device_batch_size to fewer sequences"),
     ],
 )
 def test_the_first_advice_fits_the_settings(training, expected):

@@ -1,9 +1,9 @@
-"""Activation checkpointing: forget what the blocks computed in the forward pass, and compute it again in the backward pass.
+"""Activation checkpointing: drop the activations of blocks in the forward pass, and recompute them in the backward pass.
 
-Chen et al., 2016, arXiv:1604.06174. "full" keeps only each block's input; "selective" keeps the results of the matrix
-products and of attention, which are dear, and recomputes what lies between, and attention's scores, which are large
-(Korthikanti et al., 2022, arXiv:2205.05198).
-The random numbers of the second computation are those of the first, or dropout would give another gradient.
+Chen et al., 2016, arXiv:1604.06174. "full" keeps only the input of each block. "selective" keeps the results of matrix
+products and attention, which are expensive, and recomputes the cheap operations between them, and attention scores, which
+are large (Korthikanti et al., 2022, arXiv:2205.05198). Recomputation uses the random numbers of the forward pass, because
+with other dropout masks the gradients would be wrong.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from scratch_gpt.config import TrainingSettings
 
-_KEPT = {
+_SAVED_OPERATIONS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_mm.default,  # float8
@@ -26,18 +26,20 @@ _KEPT = {
 
 
 def enable_activation_checkpointing(model: Any, settings: TrainingSettings) -> None:
-    """Switch it on for every ``activation_checkpointing_every``-th block of ``model`` as the settings say."""
+    """Checkpoint every ``activation_checkpointing_every``-th block of ``model``, if ``settings`` say so."""
     if settings.activation_checkpointing == "none":
         return
-    arguments: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
+    kwargs: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
     if settings.activation_checkpointing == "selective":
-        arguments["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-    model.activation_checkpointing_enable(arguments, every_n_layers=settings.activation_checkpointing_every)
+        kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, selective_policy)
+    model.activation_checkpointing_enable(kwargs, every_n_layers=settings.activation_checkpointing_every)
 
 
-def _policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    kept = operation in _KEPT
+def selective_policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Save the results of expensive operations; recompute all others."""
+    is_saved = operation in _SAVED_OPERATIONS
     if operation is torch.ops.aten.bmm.default:
-        one, other = arguments  # queries and keys make scores, weights and values an output of the size of the queries
-        kept = other.shape[2] <= one.shape[2]
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        # queries x keys gives large scores; scores x values gives an output of the size of the queries
+        left, right = args
+        is_saved = right.shape[2] <= left.shape[2]
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE

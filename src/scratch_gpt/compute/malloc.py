@@ -1,19 +1,19 @@
-"""Memory that stays with the process, on Linux with glibc.
+"""Keep freed memory in the process, on Linux with glibc.
 
-What is larger than 32 MB, glibc's malloc gives back to the system as soon as it is freed and asks for anew, and the system
-clears every page of it at the first touch: in a training step on a CPU, which allocates the same large tensors each time,
-hundreds of thousands of page faults.
+glibc's malloc returns blocks of more than 32 MB to the system as soon as they are freed and requests them anew, and the
+system clears every page at its first use. A training step on a CPU, which allocates the same large tensors each time, then
+pays for hundreds of thousands of page faults.
 """
 
 import ctypes
 import platform
 
-# The names and numbers of malloc.h, see man 3 mallopt.
+# Names and values from malloc.h; see man 3 mallopt.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep freed memory for the next allocation until the process ends; False where that cannot be asked for."""
+    """Let malloc keep freed memory for later allocations until the process ends; return False where it cannot."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

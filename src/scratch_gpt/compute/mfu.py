@@ -1,7 +1,7 @@
-"""Model FLOPs utilisation (MFU): the FLOP/s that the model needs, over the peak of the devices.
+"""Model FLOPs utilization (MFU): the FLOP/s that the model needs, divided by the peak of the devices.
 
-Chowdhery et al., 2022, arXiv:2204.02311, appendix B: what activation checkpointing computes again does not count. A CPU's
-peak is measured, for it depends on the threads and on the machine's neighbours; a GPU's is looked up.
+Chowdhery et al., 2022, arXiv:2204.02311, appendix B: recomputed activations do not count. A CPU's peak is measured, because
+it depends on the threads and on other load; a GPU's is looked up.
 """
 
 import functools
@@ -21,8 +21,8 @@ from scratch_gpt.model.flops import flops_per_token
 
 TERA = 1e12
 
-# Dense peaks in TFLOP/s as NVIDIA gives them (where a data sheet shows them with sparsity, half of that):
-# name as the driver gives it, bf16 and fp16 on tensor cores with float32 accumulation, fp8 likewise, float32 without TF32.
+# Dense peaks in TFLOP/s from NVIDIA's data sheets (half of the numbers that are given with sparsity):
+# name as reported by the driver, bf16 and fp16 on tensor cores with float32 accumulation, fp8 likewise, float32 without TF32.
 GPU_PEAKS: list[tuple[str, float, float | None, float]] = [
     # B200: data sheet "NVIDIA HGX B200", per GPU
     (r"B200", 2250, 4500, 75),
@@ -54,35 +54,39 @@ GPU_PEAKS: list[tuple[str, float, float | None, float]] = [
     (r"V100S-PCIE-\d+GB", 130, None, 16.4),
     (r"T4", 65, None, 8.1),
 ]
-SIDES = (1024, 2048)
-"""Of the square matrices whose products are timed: which of them is faster depends on the machine."""
-SECONDS = 0.15
-"""How long each is timed; where one product takes longer, as emulated ones do, the larger matrices are left out."""
+MATRIX_SIZES = (1024, 2048)
+"""Sizes of the square matrices whose products are timed; which is faster depends on the machine."""
+SECONDS_PER_SIZE = 0.15
+"""How long each size is timed; if one product takes longer, as emulated ones do, larger sizes are skipped."""
 
 
 class MFUMeter:
-    """All processes make one at the same moment: those of one machine share its cores."""
+    """Peak of all processes and FLOPs per token. All ranks build one together, because those of a machine share its cores."""
 
     def __init__(self, accelerator: Accelerator, config: ScratchGPTConfig, context_length: int, precision: str):
         self.per_token = flops_per_token(config, context_length).total
         self.peak: float | None = None
-        """FLOP/s of all processes, or None where it is not known."""
+        """FLOP/s of all processes, or None if unknown."""
         accelerator.wait_for_everyone()
-        own = measured_peak(precision) if accelerator.device.type == "cpu" else gpu_peak(accelerator.device, precision)
-        total = accelerator.reduce(torch.tensor(own or float("nan"), device=accelerator.device), "sum").item()
-        if not math.isnan(total):  # one peak that is not known makes the sum unknown
+        local = (
+            measured_peak(precision) if accelerator.device.type == "cpu" else gpu_peak(accelerator.device, precision)
+        )
+        total = accelerator.reduce(torch.tensor(local or float("nan"), device=accelerator.device), "sum").item()
+        if not math.isnan(total):  # one unknown peak makes the sum unknown
             self.peak = total
 
     def mfu(self, tokens_per_second: float) -> float | None:
+        """Return the MFU, between 0 and 1, at a speed of all processes; None if the peak is unknown."""
         return None if self.peak is None else round(self.per_token * tokens_per_second / self.peak, 4)
 
 
 def gpu_peak(device: torch.device, precision: str) -> float | None:
+    """Return the FLOP/s of a CUDA ``device``; None for an unknown GPU or another type of device."""
     return data_sheet_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
 def data_sheet_peak(name: str, precision: str) -> float | None:
-    """FLOP/s of the GPU that the driver calls ``name``; None for one that is not in the table, such as a MIG slice."""
+    """Return the FLOP/s of the GPU that the driver calls ``name``; None if it is not in the table, such as a MIG slice."""
     for pattern, half, fp8, fp32 in GPU_PEAKS:
         if re.fullmatch(rf"(NVIDIA |Tesla )?({pattern})", name):
             peak = {"fp32": fp32, "fp8": fp8}.get(precision, half)
@@ -91,33 +95,33 @@ def data_sheet_peak(name: str, precision: str) -> float | None:
 
 
 def measured_peak(precision: str) -> float:
-    """FLOP/s of matrix products on this process's threads, measured once: the median over a moment, of the faster size."""
+    """Return the FLOP/s of matrix products on this process's threads: the median, for the faster size, measured once."""
     return _measured_peak(torch.float32 if precision == "fp32" else torch.bfloat16, torch.get_num_threads())
 
 
 @functools.cache
 def _measured_peak(dtype: torch.dtype, threads: int) -> float:
     speeds: list[float] = []
-    for side in SIDES:
-        speeds.append(_product_speed(side, dtype))
-        if 2 * side**3 / speeds[-1] > SECONDS:
+    for size in MATRIX_SIZES:
+        speeds.append(_product_speed(size, dtype))
+        if 2 * size**3 / speeds[-1] > SECONDS_PER_SIZE:
             break
     return max(speeds)
 
 
-def _product_speed(side: int, dtype: torch.dtype) -> float:
-    one, other, product = (torch.ones(side, side, dtype=dtype) for _ in range(3))
-    torch.mm(one, other, out=product)
+def _product_speed(size: int, dtype: torch.dtype) -> float:
+    left, right, product = (torch.ones(size, size, dtype=dtype) for _ in range(3))
+    torch.mm(left, right, out=product)
     seconds: list[float] = []
-    while sum(seconds) < SECONDS:
+    while sum(seconds) < SECONDS_PER_SIZE:
         start = time.perf_counter()
-        torch.mm(one, other, out=product)
+        torch.mm(left, right, out=product)
         seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / statistics.median(seconds)
+    return 2 * size**3 / statistics.median(seconds)
 
 
 def hardware() -> str:
-    """What the training ran on, as far as the system says."""
+    """Return the names and numbers of GPUs or CPU cores of this machine, as in "8 x NVIDIA H100 80GB HBM3"."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()

@@ -1,10 +1,7 @@
-"""What the model computes in: which precisions this machine has, and which arithmetic is fastest on it.
+"""The precisions in which a model can compute, and which of them this machine has.
 
-The speed is measured on the model and batch that will be trained, before the run starts.
-
-Not every CPU has bf16 instructions, and one that emulates them takes up to a hundred times as long as in fp32, so that
-bf16 is not even tried there. A CPU that has them may still be slower with them; a compiled block saves element-wise passes over
-memory but takes half a minute to compile. So both are tried, and the choice is said.
+A CPU without bf16 instructions emulates them, up to a hundred times slower than fp32. Which of the available precisions is
+fastest is measured by `training/autotune.py`.
 """
 
 import functools
@@ -16,22 +13,24 @@ import torch
 from scratch_gpt.compute.float8 import check_float8
 from scratch_gpt.errors import UserError
 
-EMULATED = 4.0
-"""How many times as long as in fp32 a product in bf16 takes at least, where it is emulated: 40 to 100 were measured."""
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""The dtype to which autocast casts weights; float8 layers round from it."""
+EMULATION_SLOWDOWN = 4.0
+"""If a bf16 product takes this many times as long as in fp32, it is emulated; 40 to 100 were measured."""
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse what this machine does not have, or only seems to have.
+    """Check that this machine has ``precision``, without emulation.
 
     Raises:
-        UserError: says what is missing, and what to take instead.
+        UserError: It does not; the message says what is missing and what to take instead.
     """
     if precision == "fp8":
         check_float8(device)
     if precision == "fp16" and device.type != "cuda":
         raise UserError(
-            f"precision fp16 needs a CUDA GPU, and this run is on {device.type}: there Accelerate computes in float32 "
-            "without a word. Take bf16 or auto"
+            f"precision fp16 needs a CUDA GPU, and this run is on {device.type}: there Accelerate silently computes in "
+            "float32. Take bf16 or auto"
         )
     if precision == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise UserError(
@@ -41,7 +40,7 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """False where bf16 is emulated, on a GPU or a CPU."""
+    """Whether ``device`` has bf16 without emulation."""
     if device.type == "cpu":
         return not _cpu_emulates_bf16()
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -49,31 +48,31 @@ def has_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def _cpu_emulates_bf16(side: int = 256) -> bool:
-    """By the time of a small matrix product on one thread, for several wait for each other where other work shares the cores:
-    torch does not say which instructions its products use.
+    """Measure a small matrix product, because torch does not say which instructions it uses.
+
+    On one thread: several would wait for each other where other work shares the cores.
     """
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(side, side, dtype=dtype)
-        return min(_timed(lambda: torch.mm(matrix, matrix)) for _ in range(5))
+        return min(measure_seconds(lambda: torch.mm(matrix, matrix)) for _ in range(5))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return seconds(torch.bfloat16) > EMULATED * seconds(torch.float32)
+        return seconds(torch.bfloat16) > EMULATION_SLOWDOWN * seconds(torch.float32)
     finally:
         torch.set_num_threads(threads)
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
+    """Return the autocast context of ``precision`` for a type of device; for fp32 it does nothing."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device, dtype, enabled=precision != "fp32")
 
 
-def _timed(action: Callable[[], object]) -> float:
+def measure_seconds(action: Callable[[], object]) -> float:
+    """Run ``action`` once and return the seconds that it takes."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
-
-
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}

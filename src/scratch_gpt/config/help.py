@@ -19,11 +19,8 @@ INDENT = 26
 def field_docs(settings_class: Any) -> dict[str, str]:
     """The string under each field of a settings dataclass, inherited fields included."""
     docs: dict[str, str] = {}
-    bases: list[Any] = list(reversed(settings_class.__mro__))
-    for base in bases:
-        if not dataclasses.is_dataclass(base):
-            continue
-        [tree] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+    for base in (c for c in reversed(settings_class.__mro__) if dataclasses.is_dataclass(c)):
+        [tree] = ast.parse(textwrap.dedent(inspect.getsource(typing.cast(type, base)))).body
         assert isinstance(tree, ast.ClassDef)
         for statement, following in zip(tree.body, tree.body[1:], strict=False):
             match statement, following:

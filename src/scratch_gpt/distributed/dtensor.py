@@ -1,4 +1,7 @@
-"""What a process holds of a tensor: all of it, a part as torch's DTensor divides it, or one as DeepSpeed's ZeRO-3 does."""
+"""The shard of a tensor on one rank: the full tensor, torch's DTensor, or a parameter partitioned by DeepSpeed ZeRO-3.
+
+The attributes ``ds_*`` are those that DeepSpeed sets on a parameter that ZeRO-3 partitions.
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of ``tensor`` that this process holds; what changes in it changes in ``tensor``."""
+    """Return this rank's shard of ``tensor``, sharing its memory. A ZeRO-3 shard is flat and excludes padding."""
     if is_zero3(tensor):
         start, end = zero3_range(tensor)
         return tensor.ds_tensor.detach()[: end - start]
@@ -15,23 +18,23 @@ def to_local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of ``tensor`` with all its parts."""
+    """Return the shape of the unsharded tensor."""
     return tensor.ds_shape if is_zero3(tensor) else tensor.shape
 
 
 def is_zero3(tensor: torch.Tensor) -> bool:
-    """Whether it is a parameter that DeepSpeed's ZeRO-3 has cut into parts, the rows one after the other."""
+    """Whether ``tensor`` is a parameter that ZeRO-3 has flattened and partitioned over the ranks."""
     return hasattr(tensor, "ds_tensor")
 
 
 def zero3_range(parameter: Any) -> tuple[int, int]:
-    """Which numbers of the flattened parameter this process holds; the last part may be short, or empty."""
+    """Return start and end of this rank's shard in the flattened parameter; the last shards may be short or empty."""
     size, rank = parameter.ds_tensor.ds_numel, parameter.ds_zero_partition_rank
     return min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
 
 
 def num_shards(tensor: torch.Tensor) -> int:
-    """In how many different parts ``tensor`` lies on the processes; 1 where each has all of it."""
+    """Return the number of distinct shards of ``tensor``; 1 if every rank has the full tensor."""
     if is_zero3(tensor):
         return tensor.ds_zero_partition_world_size
     if not isinstance(tensor, DTensor):
@@ -43,11 +46,11 @@ def num_shards(tensor: torch.Tensor) -> int:
     return shards
 
 
-def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``whole``, of which every process has a copy, as ``like`` is held."""
+def shard_like(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Shard ``full``, which every rank has, in the same way as ``like``; no communication."""
     if is_zero3(like):
         start, end = zero3_range(like)
-        return whole.flatten()[start:end].to(like.ds_tensor.device)
+        return full.flatten()[start:end].to(like.ds_tensor.device)
     if not isinstance(like, DTensor):
-        return whole.to(like.device)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return full.to(like.device)
+    return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,7 +1,7 @@
 """The processes of a launch, as Accelerate sees them."""
 
-import functools
 import os
+from contextlib import AbstractContextManager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -10,56 +10,59 @@ from accelerate.utils import DistributedType, parse_flag_from_env, patch_environ
 
 from scratch_gpt.errors import UserError
 
-WITHOUT_DEEPSPEED = functools.partial(patch_environment, ACCELERATE_USE_DEEPSPEED="false")
-"""`zero.py` sets DeepSpeed up by itself, alike on all devices; on CPUs Accelerate drops it without a word."""
+_process_groups: list[object] = []
+"""Groups that must not be freed before the process ends; see :func:`shutdown`."""
 
-WITHOUT_LAYOUT = functools.partial(
-    patch_environment, ACCELERATE_USE_PARALLELISM_CONFIG="false", ACCELERATE_USE_FSDP="false"
-)
-"""For what sees data parallelism alone, where `layout.py` sets the rest up."""
 
-_parted: list[object] = []
+def hide_deepspeed() -> AbstractContextManager[None]:
+    """Hide DeepSpeed's settings from Accelerate, which drops them silently on CPUs: `deepspeed.py` applies them itself."""
+    return patch_environment(ACCELERATE_USE_DEEPSPEED="false")
+
+
+def hide_sharding() -> AbstractContextManager[None]:
+    """Hide FSDP and parallelism_config from Accelerate and Trainer, which then see plain data parallelism."""
+    return patch_environment(ACCELERATE_USE_PARALLELISM_CONFIG="false", ACCELERATE_USE_FSDP="false")
 
 
 def shutdown(accelerator: Accelerator) -> None:
-    """Take leave of the other processes of the launch; the memory of their group goes with this process.
+    """Leave the process group, and keep its memory until this process ends.
 
-    `DistributedDataParallel` has the group too. Were it the last to free it, it would wait for the group's threads with the
-    interpreter locked, which one of them may need to free the tensors of the last collective.
+    `DistributedDataParallel` refers to the group as well. If it were the last to free it, it would wait, holding the GIL,
+    for the group's threads, one of which may need the GIL to free the tensors of the last collective.
     """
     if dist.is_initialized():
-        _parted.append(dist.group.WORLD)
+        _process_groups.append(dist.group.WORLD)
     accelerator.end_training()
 
 
 def requested_model_parallel_size() -> int:
-    """How many processes of the launch share each row: its matrix products, or its columns."""
+    """Return tp_size x cp_size of the launch: the number of ranks that read the same sequences."""
     tensor, context = (os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") for kind in ("TP", "CP"))
     return int(tensor) * int(context)
 
 
 def data_parallel_size() -> int:
-    """Over how many processes of the launch, or groups that share rows, the rows of a step are divided."""
+    """Return the number of data-parallel ranks of the launch: the sequences of a batch are divided by it."""
     return launch_state().num_processes // requested_model_parallel_size()
 
 
 def deepspeed_requested() -> bool:
-    """Whether the configuration file says distributed_type: DEEPSPEED; Accelerate's own state does not, see above."""
+    """Whether the launch's configuration file says distributed_type: DEEPSPEED; Accelerate's own state does not tell."""
     return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
 
 
 def launch_state(timeout: float | None = None) -> PartialState:
-    """Device and rank of this process.
+    """Return device and rank of this process, and initialize the process group if there are several.
 
-    ``timeout``: the seconds of `--parallel.timeout`. torch's own time-out does not name a process that hangs and comes
-    after that of `watch.py`, which does.
+    ``timeout``: seconds, of `--parallel.timeout`. torch's own timeout is twice as long, because it cannot name the rank
+    that hangs and `watchdog.py`, which can, must come first. Default: torch's.
 
     Raises:
-        UserError: the launcher started several processes that Accelerate does not take as one run.
+        UserError: The launcher started several processes that Accelerate does not join into one run.
     """
-    patience = {} if timeout is None else {"timeout": timedelta(seconds=2 * timeout)}
-    with WITHOUT_DEEPSPEED():
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **patience)
+    options = {} if timeout is None else {"timeout": timedelta(seconds=2 * timeout)}
+    with hide_deepspeed():
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != expected:
         raise UserError(
@@ -67,35 +70,36 @@ def launch_state(timeout: float | None = None) -> PartialState:
             "ACCELERATE_USE_CPU=true and a configuration file whose distributed_type is MULTI_GPU, such as "
             "configs/accelerate/ddp_cpu.yaml."
         )
-    _let_cpus_shard(state)
+    _allow_sharding_on_cpu(state)
     if state.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where installed, takes the GPU, or warns of none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, if installed, picks a GPU or warns of none
     return state
 
 
 def build_accelerator() -> Accelerator:
-    """Accelerate's view of the launch: the plugins and sizes of its configuration file.
+    """Build Accelerate's view of the launch, with the plugins and sizes of its configuration file.
 
     Raises:
-        UserError: it refuses the combination.
+        UserError: Accelerate refuses the combination.
     """
-    world = launch_state().num_processes
+    world_size = launch_state().num_processes
     try:
         if (
             parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")
-            and (asked := ParallelismConfig().total_size) != world
+            and (requested := ParallelismConfig().total_size) != world_size
         ):
-            raise ValueError(f"parallelism_config asks for {asked} processes, the launcher started {world}")
-        with WITHOUT_DEEPSPEED():
+            raise ValueError(f"parallelism_config asks for {requested} processes, the launcher started {world_size}")
+        with hide_deepspeed():
             return Accelerator()
     except (ValueError, ImportError) as error:
         raise UserError(f"this launch is refused: {error}") from error
 
 
-def _let_cpus_shard(state: PartialState) -> None:
-    """Accelerate 1.15 shards on accelerators only, and with MULTI_CPU falls back to copies without a word. torch itself
-    shards on CPUs just as well, so that layouts can be tried without a GPU: only the name has to change.
+def _allow_sharding_on_cpu(state: PartialState) -> None:
+    """Call several CPU processes MULTI_GPU: with MULTI_CPU, Accelerate 1.15 silently replaces sharding by copies.
+
+    torch shards on CPUs too, so every strategy can be tried without a GPU.
     """
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
-        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # or copies under that name would be given numbers of GPUs
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # or Accelerate assigns GPU numbers to the copies

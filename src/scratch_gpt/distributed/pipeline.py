@@ -1,17 +1,16 @@
-"""Pipeline parallelism: the blocks of a model spread over processes, through which micro-batches flow.
+"""Pipeline parallelism: the blocks of a model are divided over ranks, through which micro-batches flow.
 
-A stage is a run of blocks; the first one also embeds the tokens and the last one has the head and the loss. The
-schedules are those of `torch.distributed.pipelining`: 1F1B (Narayanan et al., 2019, arXiv:1806.03377), where a process
-has one stage, and interleaved 1F1B (Narayanan et al., 2021, arXiv:2104.04473), where it has two that lie apart, so that
-it waits less. What is computed is the step of a single process, the micro-batches of a pipeline being those of gradient
-accumulation.
+A stage is a run of consecutive blocks; the first stage also embeds the tokens, and the last one has the head and the loss.
+The schedules are those of `torch.distributed.pipelining`: 1F1B (Narayanan et al., 2019, arXiv:1806.03377), with one stage
+per rank, and interleaved 1F1B (Narayanan et al., 2021, arXiv:2104.04473), with two stages per rank that are not adjacent,
+so that ranks idle less. The micro-batches are those of gradient accumulation, and the step equals that of one process.
 
-A stage is the model itself with holes in it, so that every parameter keeps its name and `modeling_scratch_gpt.py`
-remains the only description of the forward pass.
+A stage is the model itself with the other stages' modules removed, so that every parameter keeps its name and
+`modeling_scratch_gpt.py` remains the only description of the forward pass.
 
-Pipelines side by side have other data. They are copies, or (with an FSDP2 configuration) processes in the same place share
-a stage in parts. Then a stage is gathered for the first micro-batch, its gradients are reduced after the last one, and
-between steps only the parts are kept: which of torch's schedules do by themselves, as torchtitan uses them.
+Data-parallel copies of the pipeline read different data. With an FSDP2 configuration, the copies of a stage are sharded:
+a stage is gathered for the first micro-batch, its gradients are reduce-scattered after the last one, and between steps only
+the shards are kept, which torch's schedules do by themselves.
 """
 
 import copy
@@ -39,7 +38,7 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.model.flops import flops_per_token
 
-STAGES_PER_PROCESS = {"1f1b": 1, "interleaved1f1b": 2}
+STAGES_PER_RANK = {"1f1b": 1, "interleaved1f1b": 2}
 EMBEDDING = "transformer.wte.weight"
 
 
@@ -48,39 +47,39 @@ EMBEDDING = "transformer.wte.weight"
 
 @dataclass(frozen=True)
 class StageSplit:
-    """Which blocks each stage has, and its share of the model's floating-point operations."""
+    """The blocks of each stage, and its fraction of the model's floating-point operations."""
 
     blocks: tuple[range, ...]
-    shares: tuple[float, ...]
+    flops_fractions: tuple[float, ...]
 
-    def describe(self, processes: int) -> Iterator[str]:
-        """One line for each stage; stage s is in place s modulo ``processes`` of the pipeline."""
+    def describe(self, num_ranks: int) -> Iterator[str]:
+        """Yield one line for each stage of a pipeline of ``num_ranks``; stage s is on rank s modulo ``num_ranks``."""
         last = len(self.blocks) - 1
-        for stage, (blocks, share) in enumerate(zip(self.blocks, self.shares, strict=True)):
+        for stage, (blocks, fraction) in enumerate(zip(self.blocks, self.flops_fractions, strict=True)):
             parts = [f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"]
             parts = ["embedding"] * (stage == 0) + parts + ["head and loss"] * (stage == last)
-            yield f"stage {stage} in place {stage % processes}: {', '.join(parts)}, {share:.0%} of the FLOPs"
+            yield f"stage {stage} on pipeline rank {stage % num_ranks}: {', '.join(parts)}, {fraction:.0%} of the FLOPs"
 
 
-def split_into_stages(config: ScratchGPTConfig, context_length: int, stages: int) -> StageSplit:
-    """The split whose slowest stage is fastest. The head counts as what it computes; looking up an embedding is free."""
+def split_into_stages(config: ScratchGPTConfig, context_length: int, num_stages: int) -> StageSplit:
+    """Return the split whose slowest stage is fastest, in FLOPs; looking up an embedding is free."""
     flops = flops_per_token(config, context_length).total
     head = 6 * config.padded_vocab_size * config.hidden_size
     num_blocks = config.num_hidden_layers
     block = (flops - head) / num_blocks
-    assert 2 <= stages <= num_blocks
+    assert 2 <= num_stages <= num_blocks
 
-    def slowest(of_last: int) -> float:
-        others = -(-(num_blocks - of_last) // (stages - 1))  # rounded up
-        return max(others * block, of_last * block + head)
+    def slowest(in_last: int) -> float:
+        in_others = -(-(num_blocks - in_last) // (num_stages - 1))  # rounded up
+        return max(in_others * block, in_last * block + head)
 
-    of_last = min(range(1, num_blocks - stages + 2), key=lambda number: (slowest(number), -number))
-    each, more = divmod(num_blocks - of_last, stages - 1)
-    # The first stages keep more micro-batches in flight, so it is later ones that get one block more.
-    sizes = [each] * (stages - 1 - more) + [each + 1] * more + [of_last]
-    starts = [sum(sizes[:stage]) for stage in range(stages)]
+    in_last = min(range(1, num_blocks - num_stages + 2), key=lambda number: (slowest(number), -number))
+    in_each, remainder = divmod(num_blocks - in_last, num_stages - 1)
+    # The first stages keep more micro-batches in flight, so later ones get the extra blocks.
+    sizes = [in_each] * (num_stages - 1 - remainder) + [in_each + 1] * remainder + [in_last]
+    starts = [sum(sizes[:stage]) for stage in range(num_stages)]
     blocks = tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
-    costs = [size * block + head * (stage == stages - 1) for stage, size in enumerate(sizes)]
+    costs = [size * block + head * (stage == num_stages - 1) for stage, size in enumerate(sizes)]
     return StageSplit(blocks, tuple(cost / flops for cost in costs))
 
 
@@ -88,20 +87,25 @@ def split_into_stages(config: ScratchGPTConfig, context_length: int, stages: int
 
 
 class PassThrough(nn.Module):
-    """In the place of a block that another stage has."""
+    """Stands in for a block that another stage has, and returns its input."""
 
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return hidden_states
 
 
 def _shallow_copy(module: nn.Module) -> Any:
-    twin = copy.copy(module)
-    twin._modules = module._modules.copy()
-    return twin
+    """Copy ``module`` with the same parameters, buffers and children, which the copy may replace or drop."""
+    shared = [
+        *module.children(),
+        *module.parameters(recurse=False),
+        *module.buffers(recurse=False),
+        *([module.config] if hasattr(module, "config") else []),
+    ]
+    return copy.deepcopy(module, memo={id(one): one for one in shared})
 
 
-def _keep(model: Any, blocks: set[int], first: bool, last: bool) -> None:
-    """Drop all of ``model`` but these blocks, the embeddings of the first stage and the head of the last.
+def _prune(model: Any, blocks: set[int], first: bool, last: bool) -> None:
+    """Remove from ``model`` all but these blocks, the embeddings of the first stage and the head of the last.
 
     A tied head remains the embedding's matrix, also by name.
     """
@@ -116,9 +120,10 @@ def _keep(model: Any, blocks: set[int], first: bool, last: bool) -> None:
 
 
 class StageModule(nn.Module):
-    """Token ids or hidden states to hidden states (batch, seq, hidden), or on the last stage to the loss.
+    """One stage, sharing its weights with ``model``.
 
-    It shares its weights with ``model``.
+    The first stage takes token ids (batch, seq), others hidden states (batch, seq, hidden). The last stage returns the loss,
+    others return hidden states.
     """
 
     def __init__(
@@ -132,10 +137,10 @@ class StageModule(nn.Module):
         super().__init__()
         self.model = _shallow_copy(model)
         self.model.transformer = _shallow_copy(model.transformer)
-        _keep(self.model, set(blocks), first, last)
+        _prune(self.model, set(blocks), first, last)
         self.first, self.last, self.autocast = first, last, autocast
         self.blocks = [self.model.transformer.h[i] for i in blocks]
-        if not first and model.config.position_embedding_type == "learned":  # they are in the hidden states already
+        if not first and model.config.position_embedding_type == "learned":  # the first stage has added them
             self.model.transformer.config = copy.copy(model.config)
             self.model.transformer.config.position_embedding_type = "none"
 
@@ -146,16 +151,16 @@ class StageModule(nn.Module):
         num_items_in_batch: int,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        arguments: dict[str, Any] = {("input_ids" if self.first else "inputs_embeds"): inputs, "use_cache": False}
+        kwargs: dict[str, Any] = {("input_ids" if self.first else "inputs_embeds"): inputs, "use_cache": False}
         with self.autocast():
             if not self.last:
-                return self.model.transformer(position_ids=position_ids, **arguments).last_hidden_state
+                return self.model.transformer(position_ids=position_ids, **kwargs).last_hidden_state
             return self.model(
                 position_ids=position_ids,
                 shift_labels=targets,
                 num_items_in_batch=num_items_in_batch,
                 skip_logits=True,
-                **arguments,
+                **kwargs,
             ).loss
 
 
@@ -163,10 +168,10 @@ class StageModule(nn.Module):
 
 
 class Pipeline(nn.Module):
-    """This process's stages of a model of which the other processes of a mesh (pipeline, data) have the rest.
+    """This rank's stages of a model whose other stages are on the other ranks of ``mesh`` (pipeline, data).
 
-    ``model``, whole and the same on all of them or empty (on torch's meta device), is reduced to what this one holds,
-    under the names of the whole.
+    ``model`` has the same weights on every rank, or is on the meta device. It is pruned in place to what this rank holds,
+    under the names of the full model.
     """
 
     def __init__(
@@ -182,54 +187,58 @@ class Pipeline(nn.Module):
         self.group, self.data_group = (mesh[name].get_group() for name in mesh.mesh_dim_names)
         self.rank, self.size = self.group.rank(), self.group.size()
         self.schedule, self.device = schedule, device
-        self.num_stages = self.size * STAGES_PER_PROCESS[schedule]
+        self.num_stages = self.size * STAGES_PER_RANK[schedule]
         self.split = split_into_stages(model.config, context_length, self.num_stages)
-        own = range(self.rank, self.num_stages, self.size)
+        local_stages = range(self.rank, self.num_stages, self.size)
         self.stages = nn.ModuleList(
             StageModule(model, self.split.blocks[stage], stage == 0, stage == self.num_stages - 1, autocast)
-            for stage in own
+            for stage in local_stages
         )
-        _keep(model, {i for stage in own for i in self.split.blocks[stage]}, 0 in own, self.num_stages - 1 in own)
+        local_blocks = {i for stage in local_stages for i in self.split.blocks[stage]}
+        _prune(model, local_blocks, 0 in local_stages, self.num_stages - 1 in local_stages)
         self.model = model if next(model.parameters()).is_meta else model.to(device)
         if model.config.tie_word_embeddings:
-            ends = [dist.get_global_rank(self.group, rank) for rank in (0, self.size - 1)]
-            self.tied_group, _ = dist.new_subgroups_by_enumeration(_of_all_processes(ends))
+            first_and_last = [dist.get_global_rank(self.group, rank) for rank in (0, self.size - 1)]
+            self.tied_group, _ = dist.new_subgroups_by_enumeration(_gather_distinct(first_and_last))
         self.loss_factor = 1.0
         self._schedules: dict[tuple[int, torch.Size], Any] = {}
 
     @property
-    def tied_end(self) -> nn.Parameter | None:
-        """This process's copy of the matrix that the first stage embeds with and the last one has as its head."""
+    def tied_weight(self) -> nn.Parameter | None:
+        """This rank's copy of a tied embedding, which the last stage has as its head; None if there is none here."""
         tied = self.model.config.tie_word_embeddings and self.model.transformer.wte is not None
         return self.model.transformer.wte.weight if tied else None
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the processes of the data group have parts of the same stages."""
+        """Whether the stages are sharded over the data-parallel ranks."""
         return isinstance(self.stages[0], FSDPModule)
 
     def materialize(self) -> None:
-        """See :func:`layout.make_room`."""
+        """Allocate the stages of a model on the meta device; see :func:`materialize.materialize`."""
         for stage in self.stages:
             stage.to_empty(device=self.device)
             init_buffers(stage.model, self.device)
         init_buffers(self.model, self.device)
 
     def forward_backward(self, batches: list[Batch], num_targets: int, loss_factor: float = 1.0) -> torch.Tensor:
-        """The loss of ``batches``, one micro-batch each, in nats per ``num_targets``: on every process of the pipeline.
+        """Run one step, each of ``batches`` being a micro-batch; all ranks of the pipeline return the loss.
 
-        The gradients, times ``loss_factor``, are summed over the copies of the pipeline that have other data.
+        The gradients, times ``loss_factor``, are summed over the data-parallel copies of the pipeline.
+
+        Returns:
+            The sum of the cross-entropies of ``batches`` in nats, divided by ``num_targets``.
         """
-        # parts of gradients are averaged over the processes that share a stage; what we want is their sum
+        # sharded gradients are averaged over the data-parallel ranks, and should be summed
         self.loss_factor = loss_factor * (self.data_group.size() if self.is_sharded else 1)
         targets = torch.cat([batch.targets for batch in batches])
-        arguments: dict[str, Any] = {"targets": targets, "num_items_in_batch": num_targets}
+        kwargs: dict[str, Any] = {"targets": targets, "num_items_in_batch": num_targets}
         if batches[0].position_ids is not None:
-            arguments["position_ids"] = torch.cat([batch.position_ids for batch in batches])
+            kwargs["position_ids"] = torch.cat([batch.position_ids for batch in batches])
         inputs = (torch.cat([batch.input_ids for batch in batches]),) if self.rank == 0 else ()
         losses: list[torch.Tensor] = []
         schedule = self._schedule(len(batches), batches[0].input_ids.shape)
-        schedule.step(*inputs, target=targets, losses=losses, return_outputs=False, **arguments)
+        schedule.step(*inputs, target=targets, losses=losses, return_outputs=False, **kwargs)
         self._reduce_gradients()
         loss = torch.stack(losses).detach().sum() / self.loss_factor if losses else torch.zeros((), device=self.device)
         dist.all_reduce(loss, group=self.group)
@@ -239,12 +248,12 @@ class Pipeline(nn.Module):
         if self.data_group.size() > 1 and not self.is_sharded:
             for parameter in self.model.parameters():
                 dist.all_reduce(parameter.grad, group=self.data_group)
-        if self.tied_end is not None:
-            dist.all_reduce(to_local(self.tied_end.grad), group=self.tied_group)
+        if self.tied_weight is not None:
+            dist.all_reduce(to_local(self.tied_weight.grad), group=self.tied_group)
 
-    def _schedule(self, micro_batches: int, shape: torch.Size) -> Any:
-        """The schedule for so many micro-batches of this shape."""
-        if (micro_batches, shape) not in self._schedules:
+    def _schedule(self, num_micro_batches: int, shape: torch.Size) -> Any:
+        """Return the schedule for ``num_micro_batches`` of ``shape`` (batch, seq), built at its first use."""
+        if (num_micro_batches, shape) not in self._schedules:
             ids = torch.empty(shape, dtype=torch.int64, device="meta")
             hidden = torch.empty(*shape, self.model.config.hidden_size, device="meta", requires_grad=True)
             loss = torch.empty((), device="meta", requires_grad=True)
@@ -254,52 +263,52 @@ class Pipeline(nn.Module):
                     self.rank + number * self.size,
                     self.num_stages,
                     self.device,
-                    # given, so that torch need not find out by a pass through the model
+                    # given, or torch infers the shapes by running the model
                     input_args=ids if stage.first else hidden,
                     output_args=loss if stage.last else hidden,
                     group=self.group,
                 )
                 for number, stage in enumerate(self.stages)
             ]
-            of_loss = {"loss_fn": lambda loss, targets: loss * self.loss_factor, "scale_grads": False}
-            self._schedules[micro_batches, shape] = (
-                Schedule1F1B(stages[0], micro_batches, **of_loss)
+            loss_options = {"loss_fn": lambda loss, targets: loss * self.loss_factor, "scale_grads": False}
+            self._schedules[num_micro_batches, shape] = (
+                Schedule1F1B(stages[0], num_micro_batches, **loss_options)
                 if self.schedule == "1f1b"
-                else ScheduleInterleaved1F1B(stages, micro_batches, **of_loss)
+                else ScheduleInterleaved1F1B(stages, num_micro_batches, **loss_options)
             )
-        return self._schedules[micro_batches, shape]
+        return self._schedules[num_micro_batches, shape]
 
     @torch.no_grad()
-    def sum_of_losses(self, batch: Batch) -> torch.Tensor:
-        """The sum of the cross-entropies of a batch of any shape in nats, on every process of the pipeline."""
+    def loss_sum(self, batch: Batch) -> torch.Tensor:
+        """Return the sum of the cross-entropies of a batch of any shape, in nats, on every rank of the pipeline."""
         inputs, loss = batch.input_ids, torch.zeros((), device=self.device)
-        for index in range(self.num_stages):
-            here, there = index % self.size, (index + 1) % self.size
-            if here == self.rank:
-                output = self.stages[index // self.size](inputs, batch.targets, 1, batch.position_ids)
-                if index == self.num_stages - 1:
+        for stage in range(self.num_stages):
+            rank, next_rank = stage % self.size, (stage + 1) % self.size
+            if rank == self.rank:
+                output = self.stages[stage // self.size](inputs, batch.targets, 1, batch.position_ids)
+                if stage == self.num_stages - 1:
                     loss = output
                 else:
-                    dist.send(output, group=self.group, group_dst=there)
-            elif there == self.rank and index < self.num_stages - 1:
+                    dist.send(output, group=self.group, group_dst=next_rank)
+            elif next_rank == self.rank and stage < self.num_stages - 1:
                 inputs = torch.empty(*batch.input_ids.shape, self.model.config.hidden_size, device=self.device)
-                dist.recv(inputs, group=self.group, group_src=here)
+                dist.recv(inputs, group=self.group, group_src=rank)
         dist.broadcast(loss, group=self.group, group_src=self.size - 1)
         return loss
 
     def gather_full(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
-        """The tensors of all stages by name, whole and tied ones once: on the first process, on the CPU.
+        """Gather the tensors of all stages, unsharded, on the CPU of the first rank; tied ones once.
 
-        All processes call it. What is there already is not copied, unless ``copy`` says so.
+        With ``copy``, tensors that are on that CPU already are copied as well.
         """
-        if self.rank > 0 and self.tied_end is not None:
+        if self.rank > 0 and self.tied_weight is not None:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMBEDDING)}
-        described: list[Any] = [None] * self.size
-        own = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        dist.all_gather_object(described, own, group=self.group)
-        whole: dict[str, torch.Tensor] = {}
+        specs: list[Any] = [None] * self.size
+        local_specs = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        dist.all_gather_object(specs, local_specs, group=self.group)
+        full: dict[str, torch.Tensor] = {}
         for source in range(self.size):
-            for name, (shape, dtype) in described[source].items():
+            for name, (shape, dtype) in specs[source].items():
                 if self.rank == source:
                     tensor = tensors[name].detach()
                     if isinstance(tensor, DTensor):
@@ -307,41 +316,41 @@ class Pipeline(nn.Module):
                 if self.data_group.rank() > 0:
                     continue
                 if self.rank == source == 0:
-                    whole[name] = tensor.to("cpu", copy=copy).contiguous()
+                    full[name] = tensor.to("cpu", copy=copy).contiguous()
                 elif self.rank == source:
                     dist.send(tensor.to(self.device).contiguous(), group=self.group, group_dst=0)
                 elif self.rank == 0:
                     buffer = torch.empty(shape, dtype=dtype, device=self.device)
                     dist.recv(buffer, group=self.group, group_src=source)
-                    whole[name] = buffer.cpu()
-        return whole
+                    full[name] = buffer.cpu()
+        return full
 
 
-def _of_all_processes(own: list[int]) -> list[list[int]]:
-    """``own`` of every process, without repetition: groups are made by all processes together."""
+def _gather_distinct(ranks: list[int]) -> list[list[int]]:
+    """Return the distinct lists of ``ranks`` over all processes, because process groups are created collectively."""
     lists: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, own)
+    dist.all_gather_object(lists, ranks)
     return [list(one) for one in sorted({tuple(one) for one in lists})]
 
 
-# ------------------------------------------------------------------------------------------------ the layout
+# ------------------------------------------------------------------------------------------------ the strategy
 
 
 class PipelineStrategy(Strategy):
-    """Pipelines side by side with other data; process p has place p // pipelines in its own."""
+    """Data-parallel copies of a pipeline: global rank r is pipeline rank r // copies of copy r % copies."""
 
-    def __init__(self, strategy: Strategy, settings: PretrainSettings, context_length: int):
-        self.settings, self.context_length = settings.parallel, context_length
-        places, side_by_side = self.settings.pipeline, strategy.world_size // self.settings.pipeline
+    def __init__(self, strategy: Strategy, parallel: ParallelSettings, context_length: int):
+        self.parallel, self.context_length = parallel, context_length
+        self.pipeline_size = parallel.pipeline
+        copies = strategy.world_size // self.pipeline_size
         data = "dp_shard" if strategy.uses_fsdp else "data"
-        mesh = init_device_mesh(strategy.device.type, (places, side_by_side), mesh_dim_names=("pipeline", data))
+        mesh = init_device_mesh(strategy.device.type, (self.pipeline_size, copies), mesh_dim_names=("pipeline", data))
         super().__init__(strategy.accelerator, "pipeline x fsdp2" if strategy.uses_fsdp else "pipeline", mesh)
-        self.places = places
         self.pipeline: Pipeline
 
     @property
     def dp_size(self) -> int:
-        return self.world_size // self.places
+        return self.world_size // self.pipeline_size
 
     @property
     def dp_rank(self) -> int:
@@ -351,23 +360,23 @@ class PipelineStrategy(Strategy):
     def rng_rank(self) -> int:
         return self.rank
 
-    def device_batch_size(self, rows: int, asked: int | None) -> int:
-        return micro_batch_size(self.settings, rows, asked)
+    def device_batch_size(self, num_sequences: int, requested: int | None) -> int:
+        return micro_batch_size(self.parallel, num_sequences, requested)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return super().all_reduce_sum(tensor) / self.places  # in each place of a pipeline is the same
+        return super().all_reduce_sum(tensor) / self.pipeline_size  # all ranks of a pipeline have the same
 
-    def parallelize(self, model: Any, precision: str) -> Pipeline:
-        assert self.mesh is not None
-        schedule = self.settings.pipeline_schedule
+    def parallelize(self, model: Any, precision: str, roots: Sequence[nn.Module] | None = None) -> Pipeline:
+        assert self.mesh is not None and roots is None
+        schedule = self.parallel.pipeline_schedule
         autocasting = functools.partial(autocast, self.device.type, precision)
-        empty = next(model.parameters()).is_meta
+        on_meta = next(model.parameters()).is_meta
         self.pipeline = Pipeline(model, self.mesh, schedule, self.context_length, self.device, autocasting)
         if self.uses_fsdp:
             for stage in self.pipeline.stages:
-                self._shard(stage, stage.blocks, precision, (stage,))
+                self._fully_shard(stage, stage.blocks, precision, (stage,))
         self._verify_sharding(model)
-        if empty:
+        if on_meta:
             self.pipeline.materialize()
         return self.pipeline
 
@@ -381,87 +390,99 @@ class PipelineStrategy(Strategy):
         return model.forward_backward([batch.to(self.device) for batch in batches], num_targets, loss_scale)
 
     def score(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        return model.sum_of_losses(batch), (batch.targets != IGNORE_INDEX).sum()
+        return model.loss_sum(batch), (batch.targets != IGNORE_INDEX).sum()
 
     def grad_norm_weight(self, parameter: nn.Parameter) -> float:
-        return (0.5 if parameter is self.pipeline.tied_end else 1.0) * num_shards(parameter) / self.dp_size
+        return (0.5 if parameter is self.pipeline.tied_weight else 1.0) * num_shards(parameter) / self.dp_size
 
     def gather_full(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
         return self.pipeline.gather_full(tensors, copy)
 
     def describe(self, model: nn.Module, precision: str, data: str) -> list[str]:
         first, *others = super().describe(model, precision, data)
-        return [f"{first}, {self.settings.pipeline_schedule}", *self.pipeline.split.describe(self.places), *others]
+        return [
+            f"{first}, {self.parallel.pipeline_schedule}",
+            *self.pipeline.split.describe(self.pipeline_size),
+            *others,
+        ]
 
 
-def micro_batch_size(settings: ParallelSettings, rows: int, asked: int | None) -> int:
-    """Of the ``rows`` that a pipeline reads for a step; ``asked``: training.device_batch_size.
+def micro_batch_size(parallel: ParallelSettings, num_sequences: int, requested: int | None) -> int:
+    """Return the sequences per micro-batch, if a pipeline reads ``num_sequences`` for each step.
+
+    ``requested`` is training.device_batch_size. Default: from parallel.pipeline_microbatches.
 
     Raises:
-        UserError: the schedule cannot run so many micro-batches.
+        UserError: The schedule cannot run that number of micro-batches.
     """
-    micro_batches = settings.pipeline_microbatches
-    if asked and micro_batches:
+    num_micro_batches = parallel.pipeline_microbatches
+    if requested and num_micro_batches:
         raise UserError(
-            "give --training.device_batch_size or --parallel.pipeline_microbatches, not both: each says how the rows of "
-            "a step are divided"
+            "give --training.device_batch_size or --parallel.pipeline_microbatches, not both: each says how the sequences "
+            "of a step are divided into micro-batches"
         )
-    if asked is None:
-        micro_batches = micro_batches or min(rows, 4 * settings.pipeline)
-        if rows % micro_batches:
+    if requested is None:
+        num_micro_batches = num_micro_batches or min(num_sequences, 4 * parallel.pipeline)
+        if num_sequences % num_micro_batches:
             raise UserError(
-                f"the {rows} rows per pipeline and step do not divide into {micro_batches} micro-batches: give "
-                "--parallel.pipeline_microbatches or another --training.total_batch_size"
+                f"the {num_sequences} sequences per pipeline and step do not divide into {num_micro_batches} "
+                "micro-batches: give --parallel.pipeline_microbatches or another --training.total_batch_size"
             )
-        asked = rows // micro_batches
-    micro_batches = rows // asked
-    advice = "give more --parallel.pipeline_microbatches, and a --training.total_batch_size that has the rows"
-    if settings.pipeline_schedule == "1f1b" and micro_batches < settings.pipeline:
-        raise UserError(f"{micro_batches} micro-batches cannot fill the {settings.pipeline} stages of 1f1b: {advice}")
-    if settings.pipeline_schedule == "interleaved1f1b" and micro_batches % settings.pipeline:
+        requested = num_sequences // num_micro_batches
+    num_micro_batches = num_sequences // requested
+    advice = "give more --parallel.pipeline_microbatches, and a --training.total_batch_size with that many sequences"
+    if parallel.pipeline_schedule == "1f1b" and num_micro_batches < parallel.pipeline:
         raise UserError(
-            f"interleaved1f1b takes a multiple of --parallel.pipeline {settings.pipeline} micro-batches, and a step has "
-            f"{micro_batches}: {advice}"
+            f"{num_micro_batches} micro-batches cannot fill the {parallel.pipeline} stages of 1f1b: {advice}"
         )
-    return asked
+    if parallel.pipeline_schedule == "interleaved1f1b" and num_micro_batches % parallel.pipeline:
+        raise UserError(
+            f"interleaved1f1b takes a multiple of --parallel.pipeline {parallel.pipeline} micro-batches, and a step has "
+            f"{num_micro_batches}: {advice}"
+        )
+    return requested
 
 
 def build_pipeline_strategy(
     strategy: Strategy, settings: PretrainSettings, config: ScratchGPTConfig, context_length: int
 ) -> PipelineStrategy:
-    """In place of ``layout``, which the configuration file of `accelerate launch` asks for.
+    """Build a pipeline over the ranks of ``strategy``, the one that the launch's configuration file asks for.
 
     Raises:
-        UserError: the processes, the model or the settings do not allow the pipeline that was asked for.
+        UserError: The processes, the model or the settings do not allow the requested pipeline.
     """
-    asked = f"--parallel.pipeline is {settings.parallel.pipeline}"
+    parallel, training = settings.parallel, settings.training
+    requested = f"--parallel.pipeline is {parallel.pipeline}"
     if strategy.name not in ("single", "ddp", "fsdp2"):
         raise UserError(
-            f"{asked}, the configuration file says {strategy.name}: take configs/accelerate/pipeline.yaml, or "
+            f"{requested}, the configuration file says {strategy.name}: take configs/accelerate/pipeline.yaml, or "
             "pipeline_fsdp2.yaml"
         )
-    if strategy.world_size % settings.parallel.pipeline:
-        raise UserError(f"{asked}; it must divide the number of processes, which is {strategy.world_size}")
-    if strategy.name == "fsdp2" and strategy.world_size == settings.parallel.pipeline:
+    if strategy.world_size % parallel.pipeline:
+        raise UserError(f"{requested}; it must divide the number of processes, which is {strategy.world_size}")
+    if strategy.name == "fsdp2" and strategy.world_size == parallel.pipeline:
         raise UserError(
-            f"{asked}, and so is the number of processes: no two share a stage. Take configs/accelerate/pipeline.yaml"
+            f"{requested}, and so is the number of processes: no stage has two to be sharded over. Take "
+            "configs/accelerate/pipeline.yaml"
         )
     if strategy.name == "fsdp2" and strategy.offloads_to_cpu:
-        raise UserError(f"{asked} and fsdp_offload_params is true, which is not tested with pipelines: leave it false")
-    stages = settings.parallel.pipeline * STAGES_PER_PROCESS[settings.parallel.pipeline_schedule]
-    if stages > config.num_hidden_layers:
         raise UserError(
-            f"{asked} with {settings.parallel.pipeline_schedule}, that is {stages} stages, but the model has only "
-            f"{config.num_hidden_layers} blocks, of which each stage needs one"
+            f"{requested} and fsdp_offload_params is true, which is not tested with pipelines: set it to false"
         )
-    if settings.training.batch_warmup_steps:
+    num_stages = parallel.pipeline * STAGES_PER_RANK[parallel.pipeline_schedule]
+    if num_stages > config.num_hidden_layers:
         raise UserError(
-            f"{asked} and --training.batch_warmup_steps is {settings.training.batch_warmup_steps}: a small batch would "
-            "have too few micro-batches for the stages; leave it at 0"
+            f"{requested} with {parallel.pipeline_schedule}, that is {num_stages} stages, but the model has only "
+            f"{config.num_hidden_layers} blocks, and each stage needs one"
+        )
+    if training.batch_warmup_steps:
+        raise UserError(
+            f"{requested} and --training.batch_warmup_steps is {training.batch_warmup_steps}: a small batch would have too "
+            "few micro-batches for the stages; leave it at 0"
         )
     for name in ("sample_every", "benchmark_every"):
-        if getattr(settings.training, name) is not None:
+        if getattr(training, name) is not None:
             raise UserError(
-                f"{asked} and --training.{name} is given: no process has the model that would write; drop it"
+                f"{requested} and --training.{name} is given: no process has the full model that it needs; drop it"
             )
-    return PipelineStrategy(strategy, settings, context_length)
+    return PipelineStrategy(strategy, parallel, context_length)

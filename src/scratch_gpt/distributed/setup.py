@@ -1,4 +1,4 @@
-"""Build the strategy that this launch asks for."""
+"""Build the strategy that a launch asks for."""
 
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
@@ -9,10 +9,10 @@ from scratch_gpt.errors import UserError
 
 
 def build_strategy() -> Strategy:
-    """The layout that the configuration file of `accelerate launch` asks for.
+    """Build the strategy of the configuration file of `accelerate launch`. Default: a single process.
 
     Raises:
-        UserError: it asks for what is not supported, or would not be in force.
+        UserError: The file asks for what is not supported, or for what is not in effect.
     """
     if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM is not supported: take one of configs/accelerate/")
@@ -21,38 +21,41 @@ def build_strategy() -> Strategy:
 
         return build_deepspeed_strategy()
     accelerator = build_accelerator()
-    world: int = accelerator.num_processes
-    shard_blocks = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    world_size: int = accelerator.num_processes
+    uses_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
     sizes: ParallelismConfig = accelerator.parallelism_config or ParallelismConfig(
-        dp_replicate_size=1 if shard_blocks else world, dp_shard_size=world if shard_blocks else 1
+        dp_replicate_size=1 if uses_fsdp else world_size, dp_shard_size=world_size if uses_fsdp else 1
     )
     if sizes.sp_size > 1:
         raise UserError("parallelism_config: DeepSpeed's sequence parallelism (sp_size) is not supported: take cp_size")
-    if not shard_blocks and sizes.dp_shard_size > 1:
+    if not uses_fsdp and sizes.dp_shard_size > 1:
         raise UserError("parallelism_config asks for dp_shard_size without distributed_type: FSDP")
-    if shard_blocks:
-        _check_plugin(accelerator)
-        strategy = "hsdp" if sizes.dp_replicate_size > 1 else "fsdp2"
-        strategy += " x cp" * (sizes.cp_size > 1) + " x tp" * (sizes.tp_size > 1)
-    elif sizes.tp_size > 1:
-        strategy = "tp"
-    else:
-        return Strategy(accelerator, "ddp" if world > 1 else "single")
-    return Strategy(accelerator, strategy, sizes.get_device_mesh(accelerator.device.type))
+    if uses_fsdp:
+        _check_fsdp(accelerator)
+    elif sizes.tp_size == 1:
+        return Strategy(accelerator, "ddp" if world_size > 1 else "single")
+    return Strategy(accelerator, _name(sizes, uses_fsdp), sizes.get_device_mesh(accelerator.device.type))
 
 
 def build_model_parallel_strategy(accelerator: Accelerator) -> Strategy:
-    """Tensor or context parallel, as the configuration file asks for, over processes which to ``accelerator`` have copies."""
-    sizes = ParallelismConfig()
+    """Build the tensor- or context-parallel strategy of the configuration file, for an ``accelerator`` that was built
+    under :func:`launch.hide_sharding` and sees plain data parallelism.
+    """
+    sizes, uses_fsdp = ParallelismConfig(), parse_flag_from_env("ACCELERATE_USE_FSDP")
     mesh = sizes.get_device_mesh(accelerator.device.type)
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return Strategy(accelerator, "tp", mesh)
-    strategy = "hsdp" if sizes.dp_replicate_size > 1 else "fsdp2"
-    strategy += " x cp" if sizes.cp_size > 1 else " x tp"
-    return Strategy(accelerator, strategy, mesh, FullyShardedDataParallelPlugin())
+    plugin = FullyShardedDataParallelPlugin() if uses_fsdp else None
+    return Strategy(accelerator, _name(sizes, uses_fsdp), mesh, plugin)
 
 
-def _check_plugin(accelerator: Accelerator) -> None:
+def _name(sizes: ParallelismConfig, uses_fsdp: bool) -> str:
+    """Name a sharded strategy, as in "fsdp2 x tp"."""
+    if not uses_fsdp:
+        return "tp"
+    name = "hsdp" if sizes.dp_replicate_size > 1 else "fsdp2"
+    return name + " x cp" * (sizes.cp_size > 1) + " x tp" * (sizes.tp_size > 1)
+
+
+def _check_fsdp(accelerator: Accelerator) -> None:
     if accelerator.distributed_type != DistributedType.FSDP:
         raise UserError(
             f"FSDP was asked for, but Accelerate runs {accelerator.distributed_type.value} on "
@@ -63,6 +66,6 @@ def _check_plugin(accelerator: Accelerator) -> None:
         raise UserError("FSDP version 1 is not supported: put fsdp_version: 2 under fsdp_config")
     if plugin.activation_checkpointing:
         raise UserError(
-            "fsdp_activation_checkpointing draws other random numbers when it recomputes: leave it false and give "
+            "fsdp_activation_checkpointing recomputes activations with other random numbers: leave it false and give "
             "--training.activation_checkpointing full"
         )

@@ -1,13 +1,12 @@
-"""How a model is spread over the processes of a run: the one place that knows.
+"""How a model and its optimizer are placed on the ranks of a run.
 
-Accelerate brings processes and devices and reads its configuration file; torch brings the means: DistributedDataParallel,
-and `fully_shard` for FSDP2 (Zhao et al., 2023, arXiv:2304.11277, per parameter since torch 2.6) and HSDP, both also over
-a model that tensor parallelism has divided before, or whose rows context parallelism divides. Accelerate's `prepare` is
-not used: under bf16 it reduces gradients in bf16 and returns a bf16 loss, and it recomputes activations with other random
-numbers.
+Accelerate provides processes and devices and reads its configuration file. torch provides the means:
+DistributedDataParallel, and `fully_shard` for FSDP2 (Zhao et al., 2023, arXiv:2304.11277; per parameter since torch 2.6)
+and HSDP, both also combined with tensor or context parallelism. Accelerate's `prepare` is not used: under bf16 it reduces
+gradients in bf16 and returns a bf16 loss, and its activation checkpointing recomputes with other random numbers.
 
-The loop asks a `Strategy` which rows to read, how much a loss counts, and for norms and sums over everything. Checkpoints
-hold whole tensors by name and say nothing of the layout, so that any layout goes on from any other.
+The trainer asks a `Strategy` which sequences to read, for forward and backward, and for norms and sums over all ranks.
+Checkpoints hold full tensors by name and nothing of the strategy, so that any strategy resumes from any other.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from scratch_gpt.compute.compile import is_compiled
 from scratch_gpt.compute.precision import COMPUTE_DTYPES, autocast
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.distributed import context_parallel
@@ -31,17 +31,18 @@ from scratch_gpt.distributed.dtensor import full_shape, num_shards, to_local
 from scratch_gpt.distributed.materialize import materialize
 from scratch_gpt.distributed.optimizer import Optimizers
 from scratch_gpt.distributed.safetensors_reader import SafetensorsReader, load_weights
-from scratch_gpt.distributed.tensor_parallel import apply_tensor_parallel, partial_gradients
+from scratch_gpt.distributed.tensor_parallel import apply_tensor_parallel, parameters_with_partial_gradients
 from scratch_gpt.errors import UserError
 from scratch_gpt.evaluation.bits_per_byte import score_batch
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTBlock
 
 
 class Strategy:
-    """One model on all processes of the launch. Every method is called by all of them.
+    """One model on all ranks of the launch. Every method is called by all ranks.
 
-    ``strategy`` is single, ddp, fsdp2, hsdp or tp, or "fsdp2 x tp", "fsdp2 x cp"; ``mesh`` names the dimensions that the
-    processes are arranged in; ``plugin`` has Accelerate's settings of FSDP, by default those of ``accelerator``.
+    ``name`` is single, ddp, fsdp2, hsdp or tp, or a combination such as "fsdp2 x tp" or "fsdp2 x cp". ``mesh`` arranges
+    the ranks in named dimensions. Default: no sharding. ``plugin`` has Accelerate's settings of FSDP. Default: those of
+    ``accelerator``.
     """
 
     def __init__(self, accelerator: Accelerator, name: str, mesh: DeviceMesh | None = None, plugin: Any = None):
@@ -60,200 +61,206 @@ class Strategy:
 
     @property
     def model_parallel_size(self) -> int:
-        """How many processes share each row: its matrix products, or its columns."""
+        """The number of ranks that compute the same sequences together."""
         return self.tp_size * self.cp_size
 
     @property
     def dp_size(self) -> int:
-        """Into how many parts the rows of a step are divided."""
+        """The number of data-parallel ranks: the sequences of a step are divided by it."""
         return self.world_size // self.model_parallel_size
 
     @property
     def dp_rank(self) -> int:
-        """Which part this process reads."""
+        """The data-parallel rank of this process, which says which sequences it reads."""
         return self.rank // self.model_parallel_size
 
     @property
     def rng_rank(self) -> int:
-        """Processes of the same one draw the same random numbers."""
+        """Ranks with the same value generate the same random numbers, as tensor parallelism needs for dropout."""
         return self.rank // self.tp_size
 
     def shard_batch(self, batch: Batch, model: nn.Module) -> tuple[Batch, Any]:
-        """Of the rows that this process reads, what it computes; and what the model is given as attention mask."""
+        """Return the positions of ``batch`` that this rank computes, and the attention mask to pass to ``model``."""
         if self.cp_size == 1:
             return batch, None
         assert self.mesh is not None
         return context_parallel.shard_batch(batch, self.unwrap(model).config, self.mesh["cp"].get_group())
 
     def apply_context_parallel(self, backbone: Any) -> None:
-        """Where processes share columns: let ``backbone`` be given whole rows, and give them back."""
+        """Let ``backbone`` take and return full sequences under context parallelism; otherwise do nothing."""
         if self.cp_size > 1:
             assert self.mesh is not None
             context_parallel.apply_context_parallel(backbone, self.mesh["cp"].get_group())
 
-    def device_batch_size(self, rows: int, asked: int | None) -> int:
-        """Rows of one forward pass of a process that reads ``rows`` a step."""
-        return asked or rows
+    def device_batch_size(self, num_sequences: int, requested: int | None) -> int:
+        """Return the sequences of one forward pass, on a rank that reads ``num_sequences`` for each step."""
+        return requested or num_sequences
 
     @property
     def gradient_divide_factor(self) -> int:
-        """Over how many processes gradients are averaged, where their sum is wanted."""
+        """The number of ranks over which the backward pass averages gradients."""
         return self.world_size // self.tp_size
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` of every part of the data, added up; the same on all processes, bit for bit."""
+        """Sum ``tensor`` over all data; the same result on all ranks, bit for bit."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor / self.tp_size
 
     def broadcast_from_first_rank(self, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` gives, or raises, in the first of the processes that read the same rows; the others do not call it."""
+        """Run ``compute`` on the first rank of the model-parallel group; broadcast its result or exception."""
         if self.model_parallel_size == 1:
             return compute()
         assert self.mesh is not None and 1 in (self.tp_size, self.cp_size)
         mesh = self.mesh["tp" if self.tp_size > 1 else "cp"]
-        told: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # result, exception
         if mesh.get_local_rank() == 0:
             try:
-                told[0] = compute()
-            except Exception as error:  # noqa: BLE001 (raised below, everywhere)
-                told[1] = error
-        dist.broadcast_object_list(told, group_src=0, group=mesh.get_group())
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+                outcome[0] = compute()
+            except Exception as error:  # noqa: BLE001 (raised below, on all ranks)
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, group_src=0, group=mesh.get_group())
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     # ------------------------------------------------------------------------------------------------ model
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a process holds only parts of the model."""
+        """Whether a rank holds only shards of the model's weights."""
         return self.mesh is not None
 
     @property
     def can_compile(self) -> bool:
-        """Whether blocks can be compiled: in torch 2.13 the backward pass of a compiled block forgets how tensor
-        parallelism divides the weights, and fails.
+        """Whether blocks can be compiled.
+
+        Not under tensor parallelism: in torch 2.13 the backward pass of a compiled block loses the sharding of the weights
+        and fails.
         """
         return self.tp_size == 1
 
     def check(self, optimizer: str, precision: str, compiled: bool) -> None:
-        """Raises a UserError if this layout cannot do what a run asks for, or has begun with."""
+        """Raise a UserError if this strategy does not support the settings of a run."""
         if compiled and not self.can_compile:
             raise UserError(
-                "--training.compile is on, and torch's compiler does not take blocks whose matrices are divided by tensor "
+                "--training.compile is on, and torch's compiler does not take blocks whose matrices are sharded by tensor "
                 "parallelism: leave it at auto, or take configs/accelerate/fsdp2.yaml"
             )
 
-    def parallelize(self, model: Any, precision: str) -> nn.Module:
-        """Put ``model`` in force, whole and the same on every process, or empty; returns what to call in its place.
+    def parallelize(self, model: Any, precision: str, roots: Sequence[nn.Module] | None = None) -> nn.Module:
+        """Place ``model`` on the ranks, and return the module to call in its stead.
 
-        An empty one (on torch's meta device) has memory for its parts then, to be filled.
+        ``model`` has the same weights on every rank, or is on the meta device; then its shards are allocated, not
+        initialized. ``roots`` are the modules that are called from outside, together all that has weights; under FSDP each
+        gathers the weights outside of the blocks. Default: ``model`` itself.
 
         Raises:
-            UserError: the layout that was asked for did not come true.
+            UserError: The requested sharding is not in effect.
         """
-        return self.parallelize_roots(model, precision, (model,))
-
-    def parallelize_roots(self, model: Any, precision: str, called: Iterable[nn.Module]) -> nn.Module:
-        """:meth:`spread`, for a model of which ``called`` are called, together all that has weights."""
-        empty = next(model.parameters()).is_meta
-        if not empty:
+        on_meta = next(model.parameters()).is_meta
+        if not on_meta:
             model.to(self.device)
-        spread: nn.Module = model
+        wrapped: nn.Module = model
         if self.tp_size > 1:
             assert self.mesh is not None
             apply_tensor_parallel(model, self.mesh["tp"])
         if self.cp_size > 1:
             model.set_attn_implementation(context_parallel.ATTENTION)
         if self.uses_fsdp:
-            self._shard(model, model.transformer.h, precision, called)
+            self._fully_shard(model, model.transformer.h, precision, roots or (model,))
         elif self.name == "ddp":
             devices = [self.device.index] if self.device.type == "cuda" else None
-            spread = DistributedDataParallel(model, device_ids=devices)
-        self._verify_sharding(spread)
-        if empty:
+            wrapped = DistributedDataParallel(model, device_ids=devices)
+        self._verify_sharding(wrapped)
+        if on_meta:
             materialize(model, torch.device("cpu") if self.offloads_to_cpu else self.device)
-        return spread
+        return wrapped
 
-    def _shard(
-        self, model: nn.Module, blocks: Iterable[nn.Module], precision: str, called: Iterable[nn.Module]
+    def _fully_shard(
+        self, model: nn.Module, blocks: Iterable[nn.Module], precision: str, roots: Iterable[nn.Module]
     ) -> None:
-        """Each of the model's blocks is gathered when it computes; embeddings, final norm and head once for forward and
-        backward, when ``called``.
+        """Apply FSDP2: a block is gathered when it computes; embeddings, final norm and head are gathered with their root,
+        once for forward and backward.
 
-        The loss multiplies by the head's weight without calling the head, whose weight may be that of the embedding: so
-        they are one group, which belongs to the whole model. It stays float32, as autocast has embedding and residual
-        stream; blocks are gathered in the dtype that autocast would cast them to.
+        Embeddings and head are one group because the loss multiplies by the head's weight without calling the head, and
+        that weight may be the embedding's. The group stays float32, as embedding and residual stream do under autocast;
+        blocks are gathered in the dtype to which autocast would cast their weights.
         """
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offloads_to_cpu else OffloadPolicy()
 
-        def policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+        def mixed_precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
             return MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
             )
 
-        common: dict[str, Any] = {"mesh": self._shard_mesh(), "offload_policy": offload}
+        common: dict[str, Any] = {"mesh": self._fsdp_mesh(), "offload_policy": offload}
         for block in blocks:
             fully_shard(
                 block,
-                mp_policy=policy(COMPUTE_DTYPES[precision]),
+                mp_policy=mixed_precision(COMPUTE_DTYPES[precision]),
                 reshard_after_forward=self.plugin.reshard_after_forward,
                 **common,
             )
-        # None: torch keeps what a forward pass has gathered for the backward pass, which a frozen model does not have.
-        again = None if any(parameter.requires_grad for parameter in model.parameters()) else True
-        for module in called:
-            fully_shard(module, mp_policy=policy(torch.float32), reshard_after_forward=again, **common)
+        # None keeps a root gathered until its backward pass; a frozen model has none, so it is resharded at once.
+        is_trained = any(parameter.requires_grad for parameter in model.parameters())
+        for root in roots:
+            fully_shard(
+                root,
+                mp_policy=mixed_precision(torch.float32),
+                reshard_after_forward=None if is_trained else True,
+                **common,
+            )
 
-    def _shard_mesh(self) -> DeviceMesh:
-        """The processes that have parts of a copy, which share rows or not, and if there are several copies those too."""
+    def _fsdp_mesh(self) -> DeviceMesh:
+        """Return the mesh of FSDP: (shards of a copy), or (copies, shards of a copy)."""
         assert self.mesh is not None
-        shards = "dp_shard_cp" if self.cp_size > 1 else "dp_shard"  # one dimension of Accelerate's, made of two
+        shards = "dp_shard_cp" if self.cp_size > 1 else "dp_shard"  # Accelerate's name of both dimensions flattened
         return self.mesh[("dp_replicate", shards) if "dp_replicate" in self.mesh.mesh_dim_names else shards]
 
     @property
     def offloads_to_cpu(self) -> bool:
-        """Whether parts of the model lie in the memory of the CPU while they do not compute."""
+        """Whether shards stay in the memory of the CPU while they are not used."""
         return self.uses_fsdp and isinstance(self.plugin.cpu_offload, CPUOffloadPolicy)
 
     def _verify_sharding(self, model: nn.Module) -> None:
         if self.mesh is not None:
-            shards = self._shard_mesh().shape[-1] if self.uses_fsdp else 1
+            fsdp_shards = self._fsdp_mesh().shape[-1] if self.uses_fsdp else 1
             wrong = [
                 name
                 for name, parameter in model.named_parameters()
-                # biases and norms are whole under tensor parallelism, and of two matrices of an adapter one
+                # tensor parallelism replicates biases and norms, and one of the two matrices of a LoRA adapter
                 if num_shards(parameter)
-                not in {shards * self.tp_size, shards if parameter.ndim == 1 or ".lora_" in name else 0}
+                not in {fsdp_shards * self.tp_size, fsdp_shards if parameter.ndim == 1 or ".lora_" in name else 0}
                 and not name.endswith("wpe.weight")
                 and ".score." not in f".{name}"
             ]
             if wrong:
                 raise UserError(
                     f"{self.name} was asked for, but {', '.join(wrong[:3])} ({len(wrong)} parameters) are not in "
-                    f"{shards * self.tp_size} shards"
+                    f"{fsdp_shards * self.tp_size} shards"
                 )
         elif (self.name == "ddp") != isinstance(model, DistributedDataParallel):
             raise UserError(f"{self.name} was asked for, but the model is a {type(model).__name__}")
 
     def wrap(self, model: nn.Module, optimizers: Optimizers) -> tuple[nn.Module, Optimizers]:
-        """What to call in the place of a model that is spread and filled, and of the optimizers over its parameters."""
+        """Wrap the sharded, initialized model and its optimizers."""
         return model, optimizers
 
     def load_weights(self, model: nn.Module, saved: SafetensorsReader) -> None:
-        """Fill ``model``, which is in training."""
+        """Load the weights of ``model``, which has been wrapped."""
         load_weights(self.unwrap(model), saved)
 
     @staticmethod
     def unwrap(model: nn.Module) -> Any:
+        """Return the model that :meth:`parallelize` and :meth:`wrap` have wrapped."""
         return model.module if isinstance(model, DistributedDataParallel) else model
 
     @contextmanager
     def micro_batch(self, model: Any, last: bool) -> Iterator[None]:
-        """Around forward and backward of one of several micro-batches: what can wait for the last is not communicated.
+        """Enclose forward and backward of one micro-batch; communication that can wait is left to the ``last`` of a step.
 
-        Shards of gradients are added up at once, for whole ones would not fit where models are sharded.
+        FSDP reduce-scatters the gradients of each micro-batch, because full gradients would not fit.
         """
         if isinstance(model, DistributedDataParallel) and not last:
             with model.no_sync():
@@ -272,10 +279,10 @@ class Strategy:
         """Accumulate the gradients of a step's micro-batches, times ``loss_scale``.
 
         Returns:
-            This rank's part of the step's loss, in nats per target of the whole step (``num_targets`` over all ranks).
+            The sum of this rank's cross-entropies in nats, divided by ``num_targets``, the targets of all ranks.
         """
         total = torch.zeros((), device=self.device)
-        # Data parallelism averages gradients over ranks; the gradient of the whole step's mean is their sum.
+        # The backward pass averages gradients over ranks; the gradient of the mean over all targets is their sum.
         factor = self.gradient_divide_factor * loss_scale
         for number, batch in enumerate(batches, start=1):
             batch, attention_mask = self.shard_batch(batch.to(self.device), model)
@@ -293,27 +300,27 @@ class Strategy:
         return total
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of a batch's cross-entropies in nats and number of its targets, of the part that this rank computes."""
+        """Return the sum of the cross-entropies in nats and the number of targets, of this rank's positions of ``batch``."""
         return score_batch(model, *self.shard_batch(batch, model))
 
     def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
-        """The backward pass of one micro-batch."""
+        """Run the backward pass of one micro-batch."""
         loss.backward()
 
     def _reduce_partial_gradients(self, model: Any) -> None:
         assert self.mesh is not None
-        for parameter in model.parameters():  # torch leaves gradients as they come: in parts, whole or as summands
+        for parameter in model.parameters():  # torch may leave gradients sharded otherwise, or as partial sums
             if isinstance(parameter.grad, DTensor) and parameter.grad.placements != parameter.placements:
                 parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
-        gradients = [to_local(parameter.grad) for parameter in partial_gradients(model)]
+        gradients = [to_local(parameter.grad) for parameter in parameters_with_partial_gradients(model)]
         if gradients:
-            together = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(together, group=self.mesh["tp"].get_group())
-            for gradient, whole in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(whole.view_as(gradient))
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat, group=self.mesh["tp"].get_group())
+            for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     def release_gathered_weights(self, model: Any) -> None:
-        """Give up the weights that a forward pass has gathered for a backward pass that does not come."""
+        """Free the weights that a forward pass without a backward pass, as in evaluation, has left gathered."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -321,66 +328,68 @@ class Strategy:
     # ------------------------------------------------------------------------------------------------ gradients
 
     def grad_norm_weight(self, parameter: nn.Parameter) -> float:
-        """What this process's gradient counts for: of equal copies on several processes each is a part."""
+        """Return the weight of this rank's gradient in the squared norm: equal copies on several ranks count once."""
         return num_shards(parameter) / self.world_size
 
     def local_gradients(self, parameters: Iterable[nn.Parameter]) -> tuple[list[torch.Tensor], list[float]]:
-        """The gradients that this process holds, and the :meth:`share` of each."""
-        there_is = [parameter for parameter in parameters if parameter.grad is not None]
-        return [to_local(parameter.grad) for parameter in there_is], [
-            self.grad_norm_weight(parameter) for parameter in there_is
+        """Return this rank's shards of the gradients, and the :meth:`grad_norm_weight` of each."""
+        with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+        return [to_local(parameter.grad) for parameter in with_gradient], [
+            self.grad_norm_weight(parameter) for parameter in with_gradient
         ]
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-        """Scale the gradients so that their norm over the whole model is at most ``max_norm``; returns what it was."""
-        pieces, shares = self.local_gradients(parameters)
-        if not pieces:  # nowhere
+        """Scale the gradients so that their norm over the whole model is at most ``max_norm``; return the norm before."""
+        gradients, weights = self.local_gradients(parameters)
+        if not gradients:  # on no rank
             return 0.0
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
-        norms = torch.stack(torch._foreach_norm(pieces)).to(self.device, exact)
-        squares = norms.square() * torch.tensor(shares, dtype=exact, device=self.device)
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        norms = torch.stack(torch._foreach_norm(gradients)).to(self.device, dtype)
+        squares = norms.square() * torch.tensor(weights, dtype=dtype, device=self.device)
         total = squares.sum()
         if self.world_size > 1:
             dist.all_reduce(total)
         norm: float = total.sqrt().item()
         if norm > max_norm:
-            torch._foreach_mul_(pieces, max_norm / (norm + 1e-6))
+            torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
         return norm
 
-    # ------------------------------------------------------------------------------------------------ whole tensors
+    # ------------------------------------------------------------------------------------------------ full tensors
 
     def gather_full(self, tensors: Mapping[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:
-        """``tensors`` whole and on the CPU of the main process, one after the other; nothing on the other processes.
+        """Gather ``tensors`` one by one, unsharded, on the CPU of the main process; other ranks get an empty dict.
 
-        What is whole on the CPU already is not copied, unless ``copy`` says so.
+        With ``copy``, tensors that are on the CPU already are copied as well.
         """
-        whole: dict[str, torch.Tensor] = {}
+        full: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):
                 tensor = tensor.to(self.device).full_tensor()
             if self.is_main_process:
-                whole[name] = tensor.detach().to("cpu", copy=copy).contiguous()
-        return whole
+                full[name] = tensor.detach().to("cpu", copy=copy).contiguous()
+        return full
 
-    # ------------------------------------------------------------------------------------------------ words
+    # ------------------------------------------------------------------------------------------------ description
 
     def describe(self, model: nn.Module, precision: str, data: str) -> list[str]:
-        """What the processes really run, read off the live ``model``; ``data`` is the fingerprint of the shards,
-        or empty.
+        """Return lines that say what each rank runs, as observed on the live ``model``.
+
+        ``data`` is the fingerprint of the token shards, or empty.
 
         Raises:
-            UserError: processes read different data.
+            UserError: Ranks read different data.
         """
         parameters = list(model.parameters())
         blocks = [block for block in self.unwrap(model).transformer.h if isinstance(block, ScratchGPTBlock)]
-        sharded = sum(num_shards(parameter) > 1 for parameter in parameters)
-        held, number = sum(to_local(p).numel() for p in parameters), sum(full_shape(p).numel() for p in parameters)
-        recomputed = sum(block.gradient_checkpointing for block in blocks)
-        compiled = sum(block._compiled_call_impl is not None for block in blocks)
+        num_sharded = sum(num_shards(parameter) > 1 for parameter in parameters)
+        local = sum(to_local(p).numel() for p in parameters)
+        total = sum(full_shape(p).numel() for p in parameters)
+        num_recomputed = sum(block.gradient_checkpointing for block in blocks)
+        num_compiled = sum(is_compiled(block) for block in blocks)
         line = (
-            f"{sharded} of {len(parameters)} parameters sharded, {held:,} of {number:,} numbers held; "
+            f"{num_sharded} of {len(parameters)} parameters sharded, {local:,} of {total:,} weights held; "
             f"{precision if precision != 'fp32' else 'float32'}, gradients reduced in float32; "
-            f"{recomputed} of {len(blocks)} blocks recomputed, {compiled} compiled"
+            f"{num_recomputed} of {len(blocks)} blocks recomputed, {num_compiled} compiled"
             + (f"; data {data[:8]}" if data else "")
         )
         lines = gather_object([line]) if self.world_size > 1 else [line]
@@ -389,9 +398,9 @@ class Strategy:
         mesh = ""
         if self.mesh is not None:
             mesh = ", " + " x ".join(f"{n} {s}" for n, s in zip(self.mesh.mesh_dim_names, self.mesh.shape, strict=True))
-        said = [f"{self.name} on {self.world_size} process(es){mesh}, {self.device.type}"]
+        description = [f"{self.name} on {self.world_size} process(es){mesh}, {self.device.type}"]
         for line in dict.fromkeys(lines):
-            processes = [rank for rank, its in enumerate(lines) if its == line]
-            who = "each" if len(processes) == self.world_size else f"process {', '.join(map(str, processes))}"
-            said.append(f"{who}: {line}")
-        return said
+            ranks = [rank for rank, other in enumerate(lines) if other == line]
+            who = "each" if len(ranks) == self.world_size else f"process {', '.join(map(str, ranks))}"
+            description.append(f"{who}: {line}")
+        return description

@@ -1,8 +1,9 @@
-"""Tensor parallelism: every matrix product divided over the processes of one machine.
+"""Tensor parallelism: shard every matrix product of a model over the ranks of one machine.
 
-Shoeybi et al., 2019, arXiv:1909.08053: the matrices that read the residual stream lie in parts of their outputs (some
-attention heads, some columns of the MLP), those that write to it in parts of their inputs, whose products are added up.
-Which is which, the model's own plan says; torch's `parallelize_module` does it. Embedding and head are divided by tokens.
+Shoeybi et al., 2019, arXiv:1909.08053: matrices that read the residual stream are sharded by their outputs (attention
+heads, MLP features); those that write to it are sharded by their inputs, and their partial products are summed. The
+model's own `tp_plan` says which is which; torch's `parallelize_module` applies it. Embedding and head are sharded over
+the vocabulary.
 """
 
 import fnmatch
@@ -16,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from scratch_gpt.errors import UserError
 
 PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
-"""In the plan: a norm of single heads. It is whole everywhere, but meets only the heads of its process."""
+"""Style of QK norms: replicated, but each rank applies them to its own heads only, so their gradients are summed."""
 STYLES: dict[str, ParallelStyle] = {
     "colwise": ColwiseParallel(),
     "rowwise": RowwiseParallel(),
@@ -25,25 +26,31 @@ STYLES: dict[str, ParallelStyle] = {
 }
 
 
-def check_sizes(config: Any, size: int) -> None:
-    """Raises a UserError that names what cannot be divided by ``size``."""
+def check_divisible(config: Any, tp_size: int) -> None:
+    """Raise a UserError if heads or MLP features are not divisible by ``tp_size``."""
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    odd = [f"{name} = {getattr(config, name)}" for name in names if getattr(config, name) % size]
-    if odd:
-        raise UserError(f"tensor parallelism over {size} processes divides heads and MLP evenly; here {', '.join(odd)}")
+    indivisible = [f"{name} = {getattr(config, name)}" for name in names if getattr(config, name) % tp_size]
+    if indivisible:
+        raise UserError(
+            f"tensor parallelism over {tp_size} processes divides heads and MLP evenly; here {', '.join(indivisible)}"
+        )
 
 
 def apply_tensor_parallel(model: Any, mesh: DeviceMesh) -> None:
-    """Divide the weights of ``model``, in place, over the one-dimensional ``mesh``; it may have LoRA's adapters around it."""
+    """Shard the weights of ``model``, which may have LoRA adapters, in place over the one-dimensional ``mesh``.
+
+    Raises:
+        UserError: Heads or MLP features are not divisible by the size of ``mesh``.
+    """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    check_sizes(model.config, mesh.size())
+    check_divisible(model.config, mesh.size())
     parallelize_module(model, mesh, _plan(model), src_data_rank=None)
     if model.config.tie_word_embeddings and hasattr(model, "lm_head"):
         model.lm_head.weight = model.transformer.wte.weight
 
 
 def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
-    """Of two matrices that adapt a third, the one that has its outputs, or inputs, is divided as it is."""
+    """Return the model's plan, extended to LoRA: the adapter matrix on the sharded side of a layer is sharded with it."""
     names = [name for name, _ in model.named_modules()]
     plan: dict[str, ParallelStyle] = {}
     for name, style in model.tp_plan.items():
@@ -57,8 +64,8 @@ def _plan(model: nn.Module) -> dict[str, ParallelStyle]:
     return plan
 
 
-def partial_gradients(model: Any) -> list[nn.Parameter]:
-    """The parameters whose gradients, after the backward pass, are to be added up over the mesh."""
+def parameters_with_partial_gradients(model: Any) -> list[nn.Parameter]:
+    """Return the parameters whose gradients are to be summed over the mesh after the backward pass."""
     kinds = {name.rpartition(".")[2] for name, style in model.tp_plan.items() if style == PARTIAL_GRADIENT}
     modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in kinds]
     return [p for module in modules for p in module.parameters(recurse=False) if p.grad is not None]

@@ -28,7 +28,7 @@ from scratch_gpt.distributed.materialize import build_model
 from scratch_gpt.distributed.optimizer import build_optimizer
 from scratch_gpt.errors import UserError
 from scratch_gpt.planning.plan import GB, planned_config, planned_context
-from scratch_gpt.training.out_of_memory import _mend, is_out_of_memory
+from scratch_gpt.training.out_of_memory import is_out_of_memory, memory_advice
 
 TIMED_STEPS = 3
 
@@ -74,7 +74,7 @@ def find_batch_size_command(settings: FindBatchSizeSettings) -> None:
     if not fitting:
         raise UserError(
             f"not even one row of {context:,} tokens fits into {limit / GB:.1f} GB: "
-            f"{_mend(1, None, settings.training.context_length)}"
+            f"{memory_advice(1, None, settings.training.context_length)}"
         )
     largest = max(fitting, key=lambda one: one.rows)
     fastest = max(fitting, key=lambda one: one.tokens_per_second)

@@ -1,4 +1,4 @@
-"""What to say when a run is out of memory."""
+"""Recognize out-of-memory errors, and advise on how to avoid them."""
 
 import re
 
@@ -6,37 +6,60 @@ import torch
 
 from scratch_gpt.config import PretrainSettings
 
+CPU_MESSAGES = (
+    "can't allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "bad allocation",
+    "could not create a memory",
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is a device's or the machine's memory at its end."""
-    signs = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation", "could not create a memory")
+    """Whether ``error`` means that a device or the machine ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in CPU_MESSAGES)
     )
 
 
 def out_of_memory_advice(error: BaseException, settings: PretrainSettings) -> str:
-    """The text of a UserError for an error that `is_out_of_memory`: what ran out, and what to change, mildest first."""
+    """The message for an error that `is_out_of_memory`: how much was requested, and what to change, mildest first."""
     training = settings.training
-    rows = training.device_batch_size
-    step = training.total_batch_size // training.context_length if training.context_length else None
-    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), flags=re.IGNORECASE)
-    what = f"out of memory (it asked for {asked.group(1)} more)" if asked else "out of memory"
-    return f"{what}: {_mend(rows, step, training.context_length)}"
+    context_length = training.context_length
+    sequences_per_step = training.total_batch_size // context_length if context_length else None
+    requested = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), flags=re.IGNORECASE)
+    what = f"out of memory (it asked for {requested.group(1)} more)" if requested else "out of memory"
+    return f"{what}: {memory_advice(training.device_batch_size, sequences_per_step, context_length)}"
 
 
-def _mend(rows: int | None, step: int | None, context: int | None) -> str:
-    """``rows`` of a forward pass, None for all ``step`` rows of an optimizer step (None: unknown)."""
-    present = rows if rows is not None else step
+def memory_advice(device_batch_size: int | None, sequences_per_step: int | None, context_length: int | None) -> str:
+    """What to change to use less memory, mildest first.
+
+    Args:
+        device_batch_size: sequences per forward pass; None: all ``sequences_per_step``.
+        sequences_per_step: sequences per optimizer step; None: unknown.
+        context_length: tokens per sequence; None: the model's longest.
+    """
+    current = device_batch_size if device_batch_size is not None else sequences_per_step
     ways = []
-    if present is None:
-        ways.append("give --training.device_batch_size fewer rows than the whole step that it is now; the losses stay")
-    elif present > 1:
-        smaller = max(n for n in range(1, present // 2 + 1) if present % n == 0)
-        now = f"now {present}" if rows is not None else f"now the whole step, {present} rows"
-        ways.append(f"take --training.device_batch_size {smaller} ({now}; the losses stay the same, in more passes)")
+    if current is None:
+        ways.append(
+            "set --training.device_batch_size to fewer sequences than the full step, which is one forward pass now; "
+            "the losses stay the same"
+        )
+    elif current > 1:
+        smaller = max(n for n in range(1, current // 2 + 1) if current % n == 0)
+        now = f"now {current}" if device_batch_size is not None else f"now the full step, {current} sequences"
+        ways.append(
+            f"set --training.device_batch_size {smaller} ({now}; the losses stay the same, in more forward passes)"
+        )
     ways.append("recompute activations with --training.activation_checkpointing full (about a fifth slower)")
-    shorter = f"{context // 2} (now {context})" if context and context > 1 else "smaller than the model's longest"
-    ways.append(f"shorten --training.context_length to {shorter}; the model then learns from shorter texts")
-    text = "first " + "; then ".join(ways)
-    return f"{text}. `scratch-gpt find-batch-size` measures what fits, `scratch-gpt plan` says what takes how much."
+    shorter = f"{context_length // 2} (now {context_length})" if context_length and context_length > 1 else None
+    ways.append(
+        f"reduce --training.context_length to {shorter or 'less than the longest that the model takes'}; the model then "
+        "trains on shorter sequences"
+    )
+    return (
+        f"first {'; then '.join(ways)}. `scratch-gpt find-batch-size` measures what fits, `scratch-gpt plan` lists what "
+        "takes how much memory."
+    )
