@@ -1,87 +1,64 @@
+import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 
 from scratch_gpt.cli import COMMANDS, main
-from scratch_gpt.config import PretrainSettings, QuickstartSettings, flatten, parse_settings, save_settings
-from scratch_gpt.errors import UserError
+
+CONSOLE = ["-c", "from scratch_gpt_command import command; command()"]
+MODULE = ["-m", "scratch_gpt"]
 
 
-def parse(*arguments):
-    return parse_settings(PretrainSettings, arguments, "scratch-gpt pretrain")
+def python(*words, **environment):
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
 
 
-@pytest.mark.parametrize("verb", ["", *COMMANDS])
-def test_help_imports_neither_torch_nor_transformers(verb):
-    command = Path(sys.executable).with_name("scratch-gpt")
-    for start in ([str(command)], ["-m", "scratch_gpt"]):
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", *start, *verb.split(), "--help"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+def test_the_console_command_starts_through_the_light_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"scratch-gpt": "scratch_gpt_command:command"}
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_neither_torch_nor_transformers(command):
+    for start in (CONSOLE, MODULE):
+        done = python("-X", "importtime", *start, *command.split(), "--help")
         assert done.returncode == 0, done.stderr
         assert "--config" in done.stdout
         imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
         assert "scratch_gpt.config" in imported
-        assert not {"torch", "transformers", "tokenizers", "numpy"} & imported
+        assert not {"torch", "transformers", "tokenizers", "numpy", "jsonargparse"} & imported
 
 
-def test_command_line_wins_over_file_wins_over_default(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("seed: 5\ntraining: {learning_rate: 0.001, warmup_steps: 7}\n")
-    settings = parse("--config", str(file), "--training.learning-rate", "0.002")
-    assert (settings.seed, settings.training.warmup_steps, settings.training.learning_rate) == (5, 7, 0.002)
-    assert settings.training.weight_decay == PretrainSettings().training.weight_decay
+@pytest.mark.parametrize("start", [["-c", "import scratch_gpt"], ["-m", "other.program", "-m", "scratch_gpt"]])
+def test_any_other_program_that_imports_the_package_has_the_model_registered(start, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import scratch_gpt\n")
+    check = "\nimport sys\nprint('scratch_gpt.model' in sys.modules)\n"
+    (tmp_path / "other" / "program.py").write_text("import scratch_gpt" + check)
+    if start[0] == "-c":
+        start = ["-c", start[1] + check]
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = python(*start, PYTHONPATH=path)
+    assert done.stdout == "True\n", done.stderr
 
 
-def test_saved_settings_read_back_equal(tmp_path):
-    settings = parse("--run-dir", "x", "--fresh", "--model.overrides.norm_type", "layernorm", "--max-steps", "3")
-    save_settings(settings, tmp_path / "config.yaml")
-    assert parse("--config", str(tmp_path / "config.yaml")) == settings
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["overrides"] == {"norm_type": "layernorm"}
-    assert flatten(settings)["model.overrides.norm_type"] == "layernorm"
+LAUNCHED = """
+import atexit
+from scratch_gpt.cli import leave
+atexit.register(lambda: print("tracker finished"))
+print("done")
+leave(75)
+"""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "nearest"),
-    [
-        (["--training.learning_rte", "1"], "training.learning_rate"),
-        (["--max-stepps", "1"], "max_steps"),
-        (["--config", "group.yaml"], "training.learning_rate"),
-        (["--config", "section.yaml"], "training.learning_rate"),
-    ],
-)
-def test_unknown_setting_is_refused_with_the_nearest_name(arguments, nearest, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "group.yaml").write_text("training: {learning_rte: 1}")
-    (tmp_path / "section.yaml").write_text("trainin: {learning_rate: 1}")
-    with pytest.raises(UserError, match=f"Did you mean '{nearest}'"):
-        parse(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--max-steps", "many"], "--max_steps: Expected a .*int"),
-        (["--training.schedule", "sometimes"], "cosine"),
-        (["--config", "absent.yaml"], "does not exist"),
-        (["--max-steps"], "expected one argument"),
-        (["stray"], "unknown setting 'stray'"),
-    ],
-)
-def test_wrong_value_is_one_clear_message(arguments, message):
-    with pytest.raises(UserError, match=message):
-        parse(*arguments)
-
-
-def test_optional_number_says_what_it_expects():
-    with pytest.raises(UserError, match=r"^--max_steps: Expected a int. Got value: 3.5"):
-        parse_settings(QuickstartSettings, ["--max-steps", "3.5"], "scratch-gpt quickstart")
+def test_a_launched_process_runs_exit_functions_and_keeps_its_exit_code():
+    done = python("-c", LAUNCHED, RANK="0")
+    assert (done.returncode, done.stdout) == (75, "done\ntracker finished\n"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -100,10 +77,10 @@ def test_a_mistake_exits_with_2_and_no_traceback(arguments, message, capsys, tmp
     assert "Traceback" not in error
 
 
-def test_overview_names_every_verb(capsys):
+def test_overview_names_every_command(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
-    assert all(verb in printed for verb in COMMANDS)
+    assert all(f"  {name} " in printed for name in COMMANDS)
 
 
 @pytest.mark.parametrize("order", ["scratch_gpt transformers", "transformers scratch_gpt"])

@@ -5,7 +5,6 @@
 
 import importlib
 import sys
-from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -32,7 +31,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# The command line answers --help at once: there, torch and transformers wait until a verb needs them. While a module
-# runs by `python -m`, its packages are imported with "-m" in this place.
-if Path(sys.argv[0] if sys.argv else "").name not in ("scratch-gpt", "-m"):
+def _runs_as_command() -> bool:
+    """Whether this process is ``scratch-gpt`` or ``python -m scratch_gpt``, or one of its worker processes.
+
+    For ``-m``, Python imports this package before ``__main__`` has a file.
+    """
+    options = sys.orig_argv
+    by_module = "-m" in options and options[options.index("-m") + 1 :][:1] == [__name__]
+    return "scratch_gpt_command" in sys.modules or (by_module and not hasattr(sys.modules["__main__"], "__file__"))
+
+
+# The command line answers --help at once; its commands import the model when they need it.
+if not _runs_as_command():
     importlib.import_module("scratch_gpt.model")

@@ -1,4 +1,4 @@
-"""``python -m scratch_gpt VERB`` and ``accelerate launch -m scratch_gpt VERB``: the same as the command scratch-gpt."""
+"""``python -m scratch_gpt COMMAND`` and ``accelerate launch -m scratch_gpt COMMAND``: the same as the command scratch-gpt."""
 
 from scratch_gpt.cli import command
 

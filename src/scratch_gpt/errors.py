@@ -1,9 +1,9 @@
-"""The two ways a verb ends early without being at fault."""
+"""The two ways a command ends early without a bug."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message says what is wrong, where, and the mend. Exit code 2, no traceback."""
+    """A mistake the user can fix: the message says what is wrong, where, and how to fix it. Exit code 2, no traceback."""
 
 
 class StoppedOnRequest(Exception):
-    """Training was asked to stop (Ctrl-C, SIGTERM) and has saved. Exit code 75: the same command goes on."""
+    """Training was asked to stop (Ctrl-C, SIGTERM) and has saved. Exit code 75: the same command resumes."""

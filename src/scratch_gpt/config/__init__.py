@@ -32,14 +32,14 @@ from scratch_gpt.config.data import (
     TokenizerTrainSettings,
 )
 from scratch_gpt.config.evaluation import EvaluateSettings
+from scratch_gpt.config.fields import all_settings, find_setting, setting
 from scratch_gpt.config.inference import GenerateSettings
 from scratch_gpt.config.parsing import (
-    FREE_KEYS,
     check_limits,
     flatten,
-    nearest_or_refuse,
     parse_bytes,
     parse_settings,
+    refuse_unknown_command,
     save_settings,
 )
 from scratch_gpt.config.planning import DoctorSettings, FindBatchSizeSettings, PlannedTokenizerSettings, PlanSettings
@@ -52,9 +52,10 @@ from scratch_gpt.config.pretraining import (
     QuickstartSettings,
     TrainingSettings,
 )
+from scratch_gpt.config.renamed import RENAMED, current_name
 
 __all__ = [
-    "FREE_KEYS",
+    "RENAMED",
     "DPOSettings",
     "DPOTrainingSettings",
     "DataInspectSettings",
@@ -96,10 +97,14 @@ __all__ = [
     "TokenizerSettings",
     "TokenizerTrainSettings",
     "TrainingSettings",
+    "all_settings",
     "check_limits",
+    "current_name",
+    "find_setting",
     "flatten",
-    "nearest_or_refuse",
     "parse_bytes",
     "parse_settings",
+    "refuse_unknown_command",
     "save_settings",
+    "setting",
 ]

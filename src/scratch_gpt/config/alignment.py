@@ -1,303 +1,310 @@
 """Settings of the alignment recipes: SFT, reward model, DPO, KTO, GRPO, RLOO and PPO."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
+
+from scratch_gpt.config.fields import setting
 
 
 @dataclass
 class RecipeSettings:
-    """What the stages of alignment have in common."""
+    """Settings that all alignment recipes share."""
 
-    model: str = "runs/sft/final"
-    """Folder of the model to begin with (or a name on the Hub)."""
-    data: str = "bundled"
-    """.jsonl, .json or .parquet, a folder that `datasets` saved, or a dataset of the Hub: see the README for its columns;
-    bundled: made from the bundled corpus, to try things out."""
+    model: str = setting("runs/sft/final", common=True)
+    """Initial model: a folder, or a name on the Hub."""
+    data: str = setting("bundled", common=True)
+    """File (.jsonl, .json, .parquet), folder saved by `datasets`, or dataset on the Hub; the README lists its columns.
+    bundled: examples made from the bundled corpus, to try things out."""
     validation_data: str | None = None
-    """Likewise, held out; left out: taken from data, see validation_fraction."""
-    validation_fraction: float = 0.05
-    """Share of the rows of data that is held out."""
+    """Held-out data, in the same formats. Default: held out of data, see validation_fraction."""
+    validation_fraction: float = setting(0.05, more_than=0, below=1)
+    """Fraction of the rows of data to hold out."""
     split: str = "train"
-    """Of a dataset."""
+    """Split of the dataset."""
     plain_text: Literal["chat", "continue"] = "chat"
-    """Prompts and answers that are plain texts: what a user and the assistant say (chat), or texts that go on (continue)."""
-    run_dir: str = "runs/stage"
+    """How to read prompts and completions that are plain text: as user and assistant messages (chat), or as a text and its
+    continuation (continue)."""
+    run_dir: str = setting("runs/stage", may_change=True, common=True)
     """Folder for everything the run writes."""
-    max_steps: int = 300
-    """Optimizer steps of the whole run."""
-    seed: int = 1337
-    """Decides the order of the data and all that is drawn."""
-    fresh: bool = False
-    """Delete what an earlier run left in run_dir and start over."""
-    max_hours: float | None = None
-    """Save and stop after this time (exit code 75); the same command goes on."""
-    lora_rank: int | None = None
-    """Train LoRA adapters of this rank on all linear layers instead of all weights."""
+    max_steps: int = setting(300, more_than=0, may_change=True, common=True)
+    """Optimizer steps of the run."""
+    seed: int = setting(1337, at_least=0, common=True)
+    """Seed of the data order and of sampling."""
+    fresh: bool = setting(False, may_change=True, common=True)
+    """Delete the earlier run in run_dir and start over."""
+    max_hours: float | None = setting(None, more_than=0, may_change=True)
+    """Save and stop after this many hours (exit code 75); the same command resumes. Default: no limit."""
+    lora_rank: int | None = setting(None, more_than=0)
+    """Train LoRA adapters of this rank on all linear layers. Default: train all weights."""
     load_in_4bit: bool = False
-    """With lora_rank: hold the frozen matrices in 4 bits (QLoRA; needs `pip install 'scratch-gpt[qlora]'`)."""
+    """With lora_rank: keep the frozen matrices in 4 bits (QLoRA; needs `pip install 'scratch-gpt[qlora]'`)."""
     merge_adapters: bool = True
-    """Write them into the weights of final/, which is then a model like any other; adapters/ has them apart."""
-    trackers: list[str] = field(default_factory=list)
-    """Dashboards that get the metrics, of trackio, tensorboard and wandb."""
+    """With lora_rank: merge the adapters into the model in final/; adapters/ keeps them separately."""
+    trackers: list[str] = setting(default_factory=list, may_change=True)
+    """Dashboards that get the metrics, such as [trackio, tensorboard, wandb]. Default: none."""
 
 
 @dataclass
 class RecipeTrainingSettings:
-    """How a stage learns."""
+    """Settings of the optimization that the recipes share."""
 
-    batch_size: int = 16
-    """Rows of one optimizer step, over all processes."""
-    device_batch_size: int | None = None
-    """Rows that one process learns from at a time; left out: its whole part of the batch."""
-    learning_rate: float = 2e-4
-    """At its peak."""
+    batch_size: int = setting(16, more_than=0)
+    """Examples per optimizer step, over all processes."""
+    device_batch_size: int | None = setting(None, more_than=0)
+    """Examples per forward pass of one process. Default: no gradient accumulation."""
+    learning_rate: float = setting(2e-4, more_than=0)
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How it falls after the warm-up: to 0, or not at all."""
-    warmup_steps: int = 10
-    """Optimizer steps in which it rises from 0."""
-    weight_decay: float = 0.0
+    """Decay of the learning rate to 0 after the warm-up, or none (constant)."""
+    warmup_steps: int = setting(10, at_least=0)
+    """Steps of linear learning-rate warm-up."""
+    weight_decay: float = setting(0.0, at_least=0)
     """Decoupled weight decay, on matrices only."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    max_grad_norm: float = setting(1.0, more_than=0)
+    """Clip the gradient norm to this value."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the matrix products; weights are fp32 in both."""
+    """Precision of the matrix products; weights are always kept in fp32."""
     activation_checkpointing: bool = False
-    """Less memory, about a fifth slower."""
-    max_length: int | None = None
-    """Longer rows are left out, and counted; left out: the model's context."""
-    log_every: int = 1
-    """Steps between two lines in metrics.jsonl."""
-    eval_every: int = 100
-    """Steps between two validations."""
-    save_every: int = 100
-    """Steps between two checkpoints."""
-    keep_last: int = 2
-    """How many checkpoints to keep."""
+    """Recompute activations in the backward pass: less memory, about 20% slower."""
+    max_length: int | None = setting(None, more_than=0)
+    """Longer examples, in tokens, are skipped and counted. Default: the model's context length."""
+    log_every: int = setting(1, more_than=0, may_change=True)
+    """Steps between lines in metrics.jsonl."""
+    eval_every: int = setting(100, more_than=0, may_change=True)
+    """Steps between validations."""
+    save_every: int = setting(100, more_than=0, may_change=True)
+    """Steps between checkpoints."""
+    keep_last: int = setting(2, more_than=0, may_change=True)
+    """Number of latest checkpoints to keep."""
 
 
 @dataclass
 class SFTTrainingSettings(RecipeTrainingSettings):
-    """How supervised fine-tuning learns."""
+    """Supervised fine-tuning."""
 
     packing: bool = False
-    """Put several rows into one of max_length, which do not see each other: faster where lengths differ."""
+    """Pack several examples into one sequence of max_length, without attention between them; faster if lengths differ."""
 
 
 @dataclass
 class SFTSettings(RecipeSettings):
-    """Supervised fine-tuning: teach a base model to answer, by the loss of the assistant's tokens alone."""
+    """Supervised fine-tuning (SFT) of a base model on conversations; only assistant tokens count in the loss."""
 
-    model: str = "runs/quickstart/final"
-    """Folder of the model to begin with (or a name on the Hub)."""
-    run_dir: str = "runs/sft"
+    model: str = setting("runs/quickstart/final", common=True)
+    """Initial model: a folder, or a name on the Hub."""
+    run_dir: str = setting("runs/sft", may_change=True, common=True)
     """Folder for everything the run writes."""
     sft: SFTTrainingSettings = field(default_factory=SFTTrainingSettings)
 
 
 @dataclass
 class RewardTrainingSettings(RecipeTrainingSettings):
-    """How the reward model learns."""
+    """Training of the reward model."""
 
-    learning_rate: float = 1e-4
-    """At its peak."""
+    learning_rate: float = setting(1e-4, more_than=0)
+    """Peak learning rate."""
     center_rewards_coefficient: float | None = None
-    """Keep the scores of a pair around 0 by this weight on the square of their sum."""
+    """Weight of a loss term that centers scores at 0: the squared sum of a pair's scores. Default: no such term."""
 
 
 @dataclass
 class RewardSettings(RecipeSettings):
-    """Reward model: learn from pairs which answer is the better one; gives one score for a conversation."""
+    """Train a reward model on preference pairs: one score per conversation."""
 
-    run_dir: str = "runs/reward"
+    run_dir: str = setting("runs/reward", may_change=True, common=True)
     """Folder for everything the run writes."""
     reward: RewardTrainingSettings = field(default_factory=RewardTrainingSettings)
 
 
 @dataclass
 class DPOTrainingSettings(RecipeTrainingSettings):
-    """How direct preference optimisation learns."""
+    """Direct preference optimization."""
 
-    learning_rate: float = 2e-5
-    """At its peak."""
-    beta: float = 0.1
-    """How dear it is to leave the model that it begins with."""
+    learning_rate: float = setting(2e-5, more_than=0)
+    """Peak learning rate."""
+    beta: float = setting(0.1, at_least=0)
+    """Strength of the KL penalty towards the reference model."""
     loss_type: str = "sigmoid"
-    """sigmoid (DPO itself), ipo, hinge, robust, ...: those of TRL's DPOConfig."""
+    """sigmoid (DPO itself), ipo, hinge, robust, ...: any loss_type of TRL's DPOConfig."""
     label_smoothing: float = 0.0
-    """Share of the pairs that are taken to be the wrong way round."""
+    """Assumed fraction of pairs with the wrong label."""
 
 
 @dataclass
 class DPOSettings(RecipeSettings):
-    """Direct preference optimisation: learn from pairs what to answer, without a reward model."""
+    """Direct preference optimization (DPO): learn from preference pairs, without a reward model."""
 
-    run_dir: str = "runs/dpo"
+    run_dir: str = setting("runs/dpo", may_change=True, common=True)
     """Folder for everything the run writes."""
     dpo: DPOTrainingSettings = field(default_factory=DPOTrainingSettings)
 
 
 @dataclass
 class KTOTrainingSettings(RecipeTrainingSettings):
-    """How Kahneman-Tversky optimisation learns."""
+    """Kahneman-Tversky optimization."""
 
-    learning_rate: float = 2e-5
-    """At its peak."""
-    beta: float = 0.1
-    """How dear it is to leave the model that it begins with."""
+    learning_rate: float = setting(2e-5, more_than=0)
+    """Peak learning rate."""
+    beta: float = setting(0.1, at_least=0)
+    """Strength of the KL penalty towards the reference model."""
     desirable_weight: float = 1.0
-    """Weight of the good answers."""
+    """Weight of desirable completions in the loss."""
     undesirable_weight: float = 1.0
-    """Weight of the bad ones."""
+    """Weight of undesirable completions in the loss."""
 
 
 @dataclass
 class KTOSettings(RecipeSettings):
-    """Kahneman-Tversky optimisation: learn from single answers, each good or bad."""
+    """Kahneman-Tversky optimization (KTO): learn from single completions labeled good or bad."""
 
-    run_dir: str = "runs/kto"
+    run_dir: str = setting("runs/kto", may_change=True, common=True)
     """Folder for everything the run writes."""
     kto: KTOTrainingSettings = field(default_factory=KTOTrainingSettings)
 
 
 @dataclass
 class GroupTrainingSettings(RecipeTrainingSettings):
-    """How a policy learns from groups of completions of one prompt."""
+    """Policy optimization on groups of completions of one prompt."""
 
-    batch_size: int = 32
-    """Completions of one optimizer step, over all processes: a multiple of num_generations."""
-    learning_rate: float = 1e-5
-    """At its peak."""
+    batch_size: int = setting(32, more_than=0)
+    """Completions per optimizer step, over all processes; a multiple of num_generations."""
+    learning_rate: float = setting(1e-5, more_than=0)
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    """How it falls after the warm-up: to 0, or not at all."""
-    num_generations: int = 8
-    """Completions of each prompt, which are compared with one another."""
-    num_iterations: int = 1
+    """Decay of the learning rate to 0 after the warm-up, or none (constant)."""
+    num_generations: int = setting(8, at_least=2)
+    """Completions per prompt, compared with one another."""
+    num_iterations: int = setting(1, more_than=0)
     """Optimizer steps on the same completions."""
-    max_completion_length: int = 64
-    """Tokens after which a completion is cut off."""
-    temperature: float = 1.0
-    """Of sampling, and of every probability that is compared."""
-    beta: float = 0.05
-    """Coefficient of the KL penalty to the model that it begins with."""
+    max_completion_length: int = setting(64, more_than=0)
+    """Longest completion, in tokens; longer ones are truncated."""
+    temperature: float = setting(1.0, at_least=0)
+    """Temperature of sampling, and of all log-probabilities in the loss."""
+    beta: float = setting(0.05, at_least=0)
+    """Coefficient of the KL penalty towards the reference model."""
     epsilon: float = 0.2
-    """How far the probability ratio may leave 1 with profit."""
+    """Clip range of the probability ratio."""
     mask_truncated_completions: bool = False
-    """Learn nothing from completions that were cut off."""
+    """Exclude truncated completions from the loss."""
 
 
 @dataclass
 class GRPOTrainingSettings(GroupTrainingSettings):
-    """How group relative policy optimisation learns."""
+    """Group relative policy optimization."""
 
     loss_type: str = "dapo"
-    """grpo, dapo, dr_grpo, bnpo, ...: those of TRL's GRPOConfig."""
+    """grpo, dapo, dr_grpo, bnpo, ...: any loss_type of TRL's GRPOConfig."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide a completion's advantage by the deviation of its group's scores, of all scores, or not."""
+    """Divide advantages by the standard deviation of the group's rewards, of the batch's rewards, or by nothing."""
 
 
 @dataclass
 class OnlineSettings(RecipeSettings):
-    """What the stages that draw completions have in common."""
+    """Settings of the recipes that generate completions during training."""
 
-    reward_model: str | None = None
-    """Folder of a sequence classifier with one score (its tokenizer may be another)."""
-    reward: str | None = None
-    """A Python function instead, as module:function: f(prompts, completions, completion_ids, **columns) -> scores;
-    left out for the bundled data: 1 for one whole sentence."""
+    HELP_TITLE: ClassVar[str] = "Rewards"
+
+    reward_model: str | None = setting(None, common=True)
+    """Folder of a reward model: a sequence classifier with one score; its tokenizer may differ from the policy's."""
+    reward: str | None = setting(None, common=True)
+    """A Python function instead, as module:function: f(prompts, completions, completion_ids, **columns) -> scores. Default
+    with the bundled data: score 1 for exactly one complete sentence."""
 
 
 @dataclass
 class GRPOSettings(OnlineSettings):
-    """Group relative policy optimisation: reinforcement learning without a value function."""
+    """Group relative policy optimization (GRPO): reinforcement learning without a value function."""
 
-    run_dir: str = "runs/grpo"
+    run_dir: str = setting("runs/grpo", may_change=True, common=True)
     """Folder for everything the run writes."""
     grpo: GRPOTrainingSettings = field(default_factory=GRPOTrainingSettings)
 
 
 @dataclass
 class RLOOSettings(OnlineSettings):
-    """REINFORCE with a leave-one-out baseline: reinforcement learning, at its simplest."""
+    """REINFORCE leave-one-out (RLOO): the simplest reinforcement learning, with a leave-one-out baseline."""
 
-    run_dir: str = "runs/rloo"
+    run_dir: str = setting("runs/rloo", may_change=True, common=True)
     """Folder for everything the run writes."""
     rloo: GroupTrainingSettings = field(default_factory=GroupTrainingSettings)
 
 
 @dataclass
 class PPOTrainingSettings:
-    """How PPO learns; a rollout is `num_mini_batches` times `mini_batch_size` completions."""
+    """Proximal policy optimization; a rollout is num_mini_batches times mini_batch_size completions."""
 
-    mini_batch_size: int = 32
-    """Completions of one optimizer step, over all processes."""
-    device_batch_size: int | None = None
-    """Completions that one process learns from at a time; left out: its whole part of a mini-batch."""
-    num_mini_batches: int = 2
+    mini_batch_size: int = setting(32, more_than=0)
+    """Completions per optimizer step, over all processes."""
+    device_batch_size: int | None = setting(None, more_than=0)
+    """Completions per forward pass of one process. Default: no gradient accumulation."""
+    num_mini_batches: int = setting(2, more_than=0)
     """Optimizer steps per pass over a rollout."""
-    num_ppo_epochs: int = 4
-    """How often each rollout is learnt from."""
-    learning_rate: float = 1e-5
-    """At its peak; it falls to 0 along a straight line."""
-    value_learning_rate: float | None = None
-    """Of the value model; left out: the same. A small or new one has to learn faster than the policy may move."""
-    warmup_steps: int = 0
-    """Optimizer steps in which the learning rate rises from 0."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    num_ppo_epochs: int = setting(4, more_than=0)
+    """Passes over each rollout."""
+    learning_rate: float = setting(1e-5, more_than=0)
+    """Peak learning rate; it decays linearly to 0."""
+    value_learning_rate: float | None = setting(None, more_than=0)
+    """Peak learning rate of the value model; a small or new one needs more than the policy. Default: learning_rate."""
+    warmup_steps: int = setting(0, at_least=0)
+    """Steps of linear learning-rate warm-up."""
+    max_grad_norm: float = setting(1.0, more_than=0)
+    """Clip the gradient norm to this value."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the matrix products; weights are fp32 in both."""
+    """Precision of the matrix products; weights are always kept in fp32."""
     activation_checkpointing: bool = False
-    """Less memory, about a fifth slower."""
+    """Recompute activations in the backward pass: less memory, about 20% slower."""
     max_prompt_length: int | None = None
-    """Longer prompts are left out, and counted; left out: what the model's context leaves."""
-    max_completion_length: int = 64
-    """Tokens after which a completion is cut off."""
-    temperature: float = 1.0
-    """Of sampling, and of every probability that is compared."""
+    """Longer prompts, in tokens, are skipped and counted. Default: the model's context minus max_completion_length."""
+    max_completion_length: int = setting(64, more_than=0)
+    """Longest completion, in tokens; longer ones are truncated."""
+    temperature: float = setting(1.0, at_least=0)
+    """Temperature of sampling, and of all log-probabilities in the loss."""
     stop_tokens: list[str] | None = None
-    """Tokens that end a completion; left out: the end of sequence and the chat template's end of turn."""
+    """Tokens that end a completion. Default: end of sequence and the chat template's end of turn."""
     kl_coef: float = 0.05
-    """Coefficient of the KL penalty per token."""
+    """Coefficient of the per-token KL penalty towards the reference model."""
     kl_estimator: Literal["k1", "k3"] = "k1"
-    """Of the KL penalty: k1, unbiased, or k3, which varies less but has another optimum."""
+    """Estimator of the KL penalty: k1 (unbiased), or k3 (less variance, but another optimum)."""
     adaptive_kl_target: float | None = None
-    """Steer the coefficient towards this KL divergence (nats per completion); left out: it is fixed."""
+    """Adapt kl_coef to reach this KL divergence, in nats per completion. Default: kl_coef is fixed."""
     adaptive_kl_horizon: int = 10_000
-    """Completions in which the coefficient may adapt."""
+    """Number of completions over which kl_coef adapts."""
     gamma: float = 1.0
-    """Discount per token."""
+    """Discount factor per token."""
     lam: float = 0.95
-    """Lambda of generalised advantage estimation."""
+    """Lambda of generalized advantage estimation (GAE)."""
     cliprange: float = 0.2
-    """How far the probability ratio may leave 1 with profit."""
+    """PPO clip range of the probability ratio."""
     cliprange_value: float = 0.2
-    """How far a value may leave its old self with profit."""
+    """Clip range of the value function."""
     vf_coef: float = 0.1
     """Coefficient of the value loss."""
     whiten_rewards: bool = False
-    """Scale a rollout's rewards per token to variance 1."""
+    """Scale the per-token rewards of a rollout to variance 1."""
     score_normalization: Literal["none", "initial", "running"] = "none"
-    """By mean and deviation of the first rollout's scores, or of all; the latter changes the objective as it goes."""
+    """Normalize scores by mean and deviation of the first rollout (initial) or of all so far (running, which changes the
+    objective during training)."""
     score_clip: float | None = None
-    """Scores are kept within plus and minus this."""
+    """Clip scores to plus and minus this value. Default: no clipping."""
     missing_eos_penalty: float | None = None
-    """Subtracted from the score of a completion that was cut off."""
+    """Subtract this from the score of a truncated completion. Default: no penalty."""
     target_kl: float | None = None
-    """Leave a rollout once the policy is this far (nats per token) from the one that drew it."""
-    eval_every: int = 200
-    """Optimizer steps between two evaluations on the validation prompts."""
-    save_every: int = 200
-    """Optimizer steps between two checkpoints; put off to the end of a rollout."""
-    keep_last: int = 2
-    """How many checkpoints to keep."""
+    """Stop optimizing on a rollout when the KL divergence from the policy that generated it exceeds this, in nats per
+    token. Default: never."""
+    eval_every: int = setting(200, more_than=0, may_change=True)
+    """Optimizer steps between evaluations on the validation prompts."""
+    save_every: int = setting(200, more_than=0, may_change=True)
+    """Optimizer steps between checkpoints, which are saved at the end of a rollout."""
+    keep_last: int = setting(2, more_than=0, may_change=True)
+    """Number of latest checkpoints to keep."""
 
 
 @dataclass
 class PPOSettings(OnlineSettings):
-    """Reinforcement learning with PPO from a reward model or function. The same command goes on after an interruption."""
+    """Proximal policy optimization (PPO): reinforcement learning with a value model, from a reward model or function."""
 
-    run_dir: str = "runs/ppo"
+    run_dir: str = setting("runs/ppo", may_change=True, common=True)
     """Folder for everything the run writes."""
-    max_steps: int = 800
-    """Optimizer steps of the whole run; a rollout takes num_mini_batches x num_ppo_epochs of them."""
+    max_steps: int = setting(800, more_than=0, may_change=True, common=True)
+    """Optimizer steps of the run; a rollout takes num_mini_batches x num_ppo_epochs of them."""
     ppo: PPOTrainingSettings = field(default_factory=PPOTrainingSettings)

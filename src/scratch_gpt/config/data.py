@@ -3,49 +3,54 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from scratch_gpt.config.fields import setting
+
 
 @dataclass
 class SourceSettings:
-    """One of several texts: give ``path`` or ``dataset``."""
+    """One of several texts. Give either ``path`` or ``dataset``."""
 
     path: str | None = None
     """File, folder or glob: .txt, .jsonl, .parquet or .arrow; .txt and .jsonl also as .gz, .zst or .xz."""
     dataset: str | None = None
     """Dataset of the Hugging Face Hub by name, or a local folder that `datasets` saved or loads."""
     subset: str | None = None
-    """Of the dataset, where it has several."""
+    """Configuration of the dataset, if it has several."""
     split: str = "train"
-    """Of the dataset."""
+    """Split of the dataset."""
     streaming: bool = False
-    """Read the dataset from where it lies instead of downloading it first."""
+    """Stream the dataset instead of downloading it first."""
     column: str = "text"
-    """The column (or JSON field) that holds the text."""
+    """Column (or JSON field) that holds the text."""
     template: str | None = None
-    """Text made from several columns instead, for example "{title}: {text}"."""
+    """Build the text from several columns instead, for example "{title}: {text}"."""
     validation_path: str | None = None
-    """Held-out text in a place of its own; left out: taken from this source, see validation_fraction."""
+    """File, folder or glob with the held-out text. Default: held out of this source, see validation_fraction."""
 
 
 @dataclass
 class TextSettings:
-    """Which text, and what is held out of it."""
+    """Which text to read, and how much of it to hold out for validation."""
 
-    corpus: str | None = None
-    """File, folder or glob (.txt, .jsonl, .parquet, .arrow); left out: bundled corpus (three novels of Jane Austen)."""
+    HELP_TITLE: ClassVar[str] = "Text"
+
+    corpus: str | None = setting(None, common=True)
+    """File, folder or glob (.txt, .jsonl, .parquet, .arrow). Default: the bundled corpus (three novels of Jane
+    Austen)."""
     column: str = "text"
-    """The column (or JSON field) of the corpus that holds the text."""
+    """Column (or JSON field) of the corpus that holds the text."""
     template: str | None = None
-    """Text made from several columns of the corpus instead, for example "{title}: {text}"."""
+    """Build the text from several columns of the corpus instead, for example "{title}: {text}"."""
     sources: dict[str, SourceSettings] = field(default_factory=dict)
-    """Several texts instead of one corpus: a name for each, and where it is."""
-    validation_corpus: str | None = None
-    """Held-out text in a place of its own; left out: taken from the corpus, see validation_fraction."""
-    validation_fraction: float = 0.05
-    """Share of the documents held out (by hash); of a corpus of under 20 documents, the end of each of them."""
+    """Several texts instead of one corpus, as {NAME: {path: FILE}, ...}."""
+    validation_corpus: str | None = setting(None, common=True)
+    """File, folder or glob with the held-out text. Default: held out of the corpus, see validation_fraction."""
+    validation_fraction: float = setting(0.05, more_than=0, below=1)
+    """Fraction of the documents to hold out, chosen by hash; with fewer than 20 documents, the end of each."""
     encoding_errors: Literal["strict", "replace"] = "strict"
-    """Bytes that are not UTF-8, and NUL: an error, or U+FFFD in their place."""
+    """Bytes that are not UTF-8, and NUL: stop with an error (strict), or replace them by U+FFFD."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """A broken record (not JSON, no such column, not UTF-8): stop there, or leave it out and count it."""
+    """A broken record (not JSON, no such column, not UTF-8): stop with an error, or skip it and count it."""
 
 
 @dataclass
@@ -53,58 +58,59 @@ class TokenizerSettings:
     """The byte-level BPE tokenizer."""
 
     vocab_size: int = 2048
-    """Number of tokens: the special ones, the 256 bytes and the merges."""
+    """Number of tokens: special tokens, the 256 bytes, and the merges."""
     split_pattern: Literal["gpt4", "gpt2"] = "gpt4"
-    """Where text is cut before merging: as GPT-4 does (a sign may lead a word, line breaks apart) or as GPT-2 does."""
+    """Rule that splits text before merging: GPT-4's (a punctuation mark may start a word, line breaks are separate) or
+    GPT-2's."""
     max_digits: Literal[1, 2, 3] = 3
-    """Longest run of digits that stays together."""
-    max_characters: int = 200_000_000
-    """Train on at most this much of the corpus (memory grows with its variety)."""
-    max_document_characters: int = 1_000_000
-    """Of each document, train on its beginning up to this length."""
+    """Longest run of digits in one token."""
+    max_characters: int = setting(200_000_000, more_than=0)
+    """Train on at most this many characters of the corpus; memory grows with the number of distinct words."""
+    max_document_characters: int = setting(1_000_000, more_than=0)
+    """Train on at most this many characters of each document, from its beginning."""
 
 
 @dataclass
 class TokenizerTrainSettings(TextSettings):
-    """Train a byte-level BPE tokenizer on a corpus, or take an existing one."""
+    """Train a byte-level BPE tokenizer on a corpus, or copy an existing one."""
 
     output: str = "runs/tokenizer"
-    """Folder for the tokenizer, in the form that AutoTokenizer loads."""
+    """Folder for the tokenizer, which AutoTokenizer loads."""
     from_: str | None = None
-    """Take this tokenizer (folder, or name on the Hub) instead of training one."""
+    """Use this tokenizer (folder, or name on the Hub) instead of training one."""
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
 
 
 @dataclass
 class TokenizerReportSettings:
-    """Compare tokenizers on texts: bytes per token, share of the vocabulary in use, round trip."""
+    """Compare tokenizers on texts: bytes per token, fraction of the vocabulary in use, round trip."""
 
     tokenizers: list[str] = field(default_factory=lambda: ["runs/tokenizer"])
     """Folders of tokenizers (or names on the Hub), as a list: [runs/tokenizer, other/gpt2]."""
     texts: list[str] = field(default_factory=list)
-    """Files, folders or globs, each a row of the table; left out: the held-out part of the bundled corpus."""
+    """Files, folders or globs, each one row of the table. Default: the held-out part of the bundled corpus."""
     column: str = "text"
-    """The column (or JSON field) that holds the text."""
+    """Column (or JSON field) that holds the text."""
     encoding_errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8."""
-    max_characters: int = 5_000_000
-    """Of each text, look at this much."""
+    """Bytes that are not UTF-8: stop with an error (strict), or replace them by U+FFFD."""
+    max_characters: int = setting(5_000_000, more_than=0)
+    """Read at most this many characters of each text."""
 
 
 @dataclass
 class DataPrepareSettings(TextSettings):
-    """Tokenize texts into shards, with a held-out validation split. The same command goes on after an interruption."""
+    """Tokenize texts into shards, with a held-out validation split. Run the same command again to resume."""
 
     tokenizer_path: str = "runs/tokenizer"
-    """Folder of a tokenizer, for example one made by `tokenizer train`."""
+    """Folder of the tokenizer, for example one from `tokenizer train`."""
     output: str = "runs/data"
     """Folder for the shards and their manifest."""
-    workers: int | None = None
-    """Processes; left out: as many as there are cores. The result is the same for any number."""
+    workers: int | None = setting(None, more_than=0)
+    """Number of processes; the result does not depend on it. Default: one per core."""
     deduplicate: bool = False
-    """Keep only the first of documents with the same text, over all sources."""
+    """Keep only the first of several documents with the same text, across all sources."""
     decontaminate: list[str] = field(default_factory=list)
-    """Evaluation files: documents that share 13 words in a row with any of their texts are left out."""
+    """Evaluation files: documents that share 13 words in a row with any of their texts are removed."""
 
 
 @dataclass
@@ -115,36 +121,36 @@ class DataInspectSettings:
     path: str = "runs/data"
     """Folder of the shards."""
     tokenizer_path: str | None = None
-    """Tokenizer to decode sample rows with."""
-    rows: int = 2
-    """Rows to decode of each source."""
+    """Tokenizer to decode sample rows with. Default: rows are not decoded."""
+    rows: int = setting(2, at_least=0)
+    """Number of rows to decode from each source."""
 
 
 @dataclass
 class DatatroveImportSettings:
-    """Make token shards from the .ds files that datatrove's DocumentTokenizer wrote."""
+    """Convert .ds files written by datatrove's DocumentTokenizer to token shards."""
 
     path: str
     """Folder of .ds files with their .ds.index, or one such file."""
     tokenizer_path: str = "runs/tokenizer"
-    """Folder of the tokenizer that they were made with."""
+    """Folder of the tokenizer that made the .ds files."""
     output: str = "runs/data"
     """Folder for the shards and their manifest."""
     name: str = "corpus"
-    """Of the source."""
+    """Name of the source in the manifest."""
     validation_path: str | None = None
-    """Held-out .ds files in a place of their own; left out: taken from the others, see validation_fraction."""
-    validation_fraction: float = 0.05
-    """Share of the documents held out, by a hash of their tokens."""
+    """Folder of held-out .ds files. Default: held out of path, see validation_fraction."""
+    validation_fraction: float = setting(0.05, more_than=0, below=1)
+    """Fraction of the documents to hold out, chosen by a hash of their tokens."""
 
 
 @dataclass
 class DatatroveExportSettings:
-    """Write token shards as .ds files for datatrove's tools, a folder for each source and split."""
+    """Convert token shards to .ds files for datatrove's tools, one folder per source and split."""
 
     output: str
     """Folder for the .ds, .ds.index and .ds.metadata files."""
     path: str = "runs/data"
     """Folder of the shards."""
     tokenizer_path: str | None = None
-    """Tokenizer to name in the metadata."""
+    """Tokenizer to record in the metadata. Default: none."""

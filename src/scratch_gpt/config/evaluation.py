@@ -3,21 +3,23 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from scratch_gpt.config.fields import setting
+
 
 @dataclass
 class EvaluateSettings:
-    """Measure a saved model: validation bits per byte and a sentence benchmark through the lm-eval harness."""
+    """Evaluate a saved model: bits per byte on a text, and a sentence benchmark with lm-eval."""
 
     POSITIONAL: ClassVar[str] = "model"
     model: str = "runs/quickstart/final"
     """Folder of a saved model (or a name on the Hub)."""
     text: str | None = None
-    """Text file to measure on; left out: the held-out part of the bundled corpus."""
+    """Text file to evaluate on. Default: the held-out part of the bundled corpus."""
     encoding_errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8."""
-    limit: int = 200
-    """Questions per task."""
-    seed: int = 1337
-    """Decides how the questions are drawn."""
+    """Bytes that are not UTF-8: stop with an error (strict), or replace them by U+FFFD."""
+    limit: int = setting(200, more_than=0)
+    """Number of questions per task."""
+    seed: int = setting(1337, at_least=0)
+    """Seed of the choice of questions."""
     output: str | None = None
-    """Write the results to this JSON file as well."""
+    """Also write the results to this JSON file."""

@@ -1,107 +1,73 @@
-"""The settings of every verb: typed dataclasses, filled from a YAML file and dotted command-line overrides.
+"""Fill a command's settings from a YAML file and the command line.
 
-A verb's settings are one dataclass; the string under a field is its ``--help`` and its documentation. The order of
-precedence is default < ``--config FILE.yaml`` < ``--section.field value``. Unknown names are refused with the nearest
-valid one. Nothing here imports torch, so that ``--help`` answers at once.
+The settings of a command are one dataclass; the string under a field is its ``--help`` and its documentation. The order
+of precedence is default < ``--config FILE.yaml`` < ``--section.field value``. Nothing here imports torch, so that
+``--help`` answers at once.
 """
 
 import dataclasses
 import difflib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from scratch_gpt.config.fields import all_settings, find_setting
+from scratch_gpt.config.help import format_help, in_words
+from scratch_gpt.config.renamed import renamed_to
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import write_text
 
 Settings = TypeVar("Settings")
+GENERAL_OPTIONS = ("config", "print_config", "help")
 
 
 def parse_settings(settings_class: type[Settings], arguments: Sequence[str], prog: str) -> Settings:
-    """Command-line words to a filled ``settings_class``; prints help and exits for ``--help``.
+    """Turn command-line words into a filled ``settings_class``; print the help page and exit for ``--help``.
 
     Raises:
-        UserError: an unknown name (with the nearest valid one), or a value of the wrong type.
+        UserError: names that do not exist or were renamed, values of the wrong type, or numbers out of range.
     """
+    words = _normalize(arguments, settings_class)
+    if "-h" in words or "--help" in words:
+        print(format_help(settings_class, prog), end="")
+        raise SystemExit(0)
+    given = list(_given_settings(words, prog))
+    _check_names(settings_class, [name for name, _ in given], prog)
+
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-    class Parser(jsonargparse.ArgumentParser):
-        def format_help(
-            self, *args: Any, **kwargs: Any
-        ) -> str:  # --run-dir and --section.field_name, as the documentation writes them
-            help_text: str = super().format_help(*args, **kwargs)
-            return re.sub(r"--[a-z_]+(?![\w.])", lambda name: name.group().rstrip("_").replace("_", "-"), help_text)
-
-    parser = Parser(
-        prog=prog,
-        usage=f"{prog} [--config FILE.yaml] [--setting value ...]",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(settings_class)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the parser warns of its own future versions
-            parsed = parser.instantiate(parser.parse_args(_normalise(arguments, settings_class)))
+            parsed = parser.instantiate(parser.parse_args(words))
     except jsonargparse.ArgumentError as error:
-        raise UserError(_explain(str(error), _all_names(settings_class), prog)) from error
+        problems = _wrong_values(settings_class, given) or _missing(settings_class, given) or [str(error)]
+        raise UserError("\n".join([*problems, f"See {prog} --help."])) from error
     settings = settings_class(**{f.name: parsed[f.name] for f in dataclasses.fields(settings_class)})  # type: ignore[arg-type]
     check_limits(settings)
     return settings
 
 
-# Smallest value allowed, by field name; "more than 0" where 0 itself makes no sense.
-_AT_LEAST = {"warmup_steps": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "decay_fraction": 0, "temperature": 0}
-_AT_LEAST |= {"top_k": 0, "rows": 0, "seed": 0, "batch_warmup_steps": 0, "min_lr_ratio": 0, "muon_momentum": 0}
-_AT_LEAST |= {"sigmas": 0, "beta": 0, "num_generations": 2}
-_BELOW_ONE = {"beta1", "beta2", "mfu", "muon_momentum", "validation_fraction"}
-_MORE_THAN_ZERO = {"max_steps", "minutes", "max_characters", "hidden_size", "num_hidden_layers", "num_attention_heads"}
-_MORE_THAN_ZERO |= {"num_key_value_heads", "intermediate_size", "max_position_embeddings", "context_length"}
-_MORE_THAN_ZERO |= {"total_batch_size", "device_batch_size", "learning_rate", "max_grad_norm", "log_every"}
-_MORE_THAN_ZERO |= {"value_learning_rate"}
-_MORE_THAN_ZERO |= {"eval_every", "save_every", "keep_last", "limit", "max_new_tokens", "num_return_sequences"}
-_MORE_THAN_ZERO |= {"workers", "max_document_characters"}
-_MORE_THAN_ZERO |= {"validation_fraction", "window", "max_skips", "max_rollbacks", "rollback_lr_factor"}
-_MORE_THAN_ZERO |= {"activation_checkpointing_every", "max_hours", "keep_every"}
-_MORE_THAN_ZERO |= {"pipeline", "pipeline_microbatches"}
-_MORE_THAN_ZERO |= {"sample_every", "benchmark_every", "benchmark_limit", "memory_snapshot_step"}
-_MORE_THAN_ZERO |= {
-    "mini_batch_size",
-    "num_mini_batches",
-    "num_ppo_epochs",
-    "lora_rank",
-    "batch_size",
-    "max_length",
-    "num_iterations",
-}
-_MORE_THAN_ZERO |= {"max_completion_length"}
-_MORE_THAN_ZERO |= {"devices", "devices_per_node", "peak_flops", "mfu", "price", "tokens", "max_batch_size"}
-
-
-# Sections whose keys the user chooses.
-FREE_KEYS = ("model.overrides.", "training.mixture.")
-
-
 def check_limits(settings: Any) -> None:
-    """Raises one UserError that names every number that is out of range."""
+    """Compare every number with the limits of its field.
+
+    Raises:
+        UserError: one message that names every setting that is out of range and its limit.
+    """
+    settings_class: Any = type(settings)
+    known = all_settings(settings_class)
     problems = []
     for name, value in flatten(settings).items():
-        field_name = name.rsplit(".", 1)[-1]
-        if isinstance(value, bool) or not isinstance(value, int | float) or name.startswith(FREE_KEYS):
-            continue
-        if field_name in _MORE_THAN_ZERO and not value > 0:
-            problems.append(f"--{name} is {value}; it must be more than 0")
-        if field_name in _AT_LEAST and not value >= _AT_LEAST[field_name]:
-            problems.append(f"--{name} is {value}; it must be at least {_AT_LEAST[field_name]}")
-        if field_name in _BELOW_ONE and not value < 1:
-            problems.append(f"--{name} is {value}; it must be below 1")
+        problem = known[name].problem_with(value) if name in known else None
+        if problem:
+            problems.append(f"--{name} is {value}; {problem}")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -142,12 +108,12 @@ def flatten(settings: Any) -> dict[str, Any]:
     return walk("", settings if isinstance(settings, dict) else dataclasses.asdict(settings))
 
 
-def _normalise(arguments: Sequence[str], settings_class: Any) -> list[str]:
-    """``--run-dir`` is ``--run_dir``, ``--fresh`` alone is ``--fresh=true``, and a first word alone is the verb's object."""
+def _normalize(arguments: Sequence[str], settings_class: Any) -> list[str]:
+    """``--run-dir`` is ``--run_dir``, ``--fresh`` alone is ``--fresh=true``, a first word alone is the POSITIONAL field."""
     positional = getattr(settings_class, "POSITIONAL", None)
     if positional is not None and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{positional}", *arguments]
-    switches = {f"--{f.name}" for f in dataclasses.fields(settings_class) if f.type is bool}
+    switches = {f"--{name}" for name, info in all_settings(settings_class).items() if info.type is bool}
     words: list[str] = []
     for position, word in enumerate(arguments):
         if word.startswith("--"):
@@ -161,37 +127,101 @@ def _normalise(arguments: Sequence[str], settings_class: Any) -> list[str]:
     return words
 
 
-def _all_names(settings_class: Any) -> list[str]:
-    names = ["config", "help"]
-    for f in dataclasses.fields(settings_class):
-        names.append(f.name)
-        if dataclasses.is_dataclass(f.type):
-            names += [f"{f.name}.{name}" for name in _all_names(f.type)[2:]]
-    return names
+def _given_settings(words: Sequence[str], prog: str) -> Iterator[tuple[str, Any]]:
+    """Every setting that the command line or a ``--config`` file gives, with its value."""
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            yield word, None
+        elif name == "print_config":
+            continue
+        else:
+            if not equals:
+                value = next(rest, "--")
+                if value.startswith("--"):
+                    raise UserError(f"--{name} expects a value. See {prog} --help.")
+            if name == "config":
+                yield from flatten(_read_yaml(value)).items()
+            else:
+                read = _as_yaml(value)
+                yield from flatten({name.rstrip("+"): read if isinstance(read, dict) else value}).items()
 
 
-def _explain(message: str, names: list[str], prog: str) -> str:
-    """The parser's complaint, with the nearest valid name where a name is unknown."""
-    message = re.sub(r"^Parser key \"(.+?)\":\s*", r"--\1: ", message.strip())
-    message = re.sub(r"typing\.|<class '(\w+)'>", r"\1", message)
-    optional = re.match(r"(--[\w.]+): .*?Subtypes: \[(\w+), NoneType\].*Given value: (.*)", message, flags=re.DOTALL)
-    if optional:
-        message = "{}: Expected a {}. Got value: {}".format(*optional.groups())
-    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|Option '([\w.]+)' is not accepted", message)
-    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    if unknown:
-        name = unknown.group(1) or unknown.group(2)
-    elif in_group:
-        name = f"{in_group.group(1)}.{in_group.group(2)}"
-    else:
-        return f"{message}\nSee {prog} --help."
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown setting {name!r}.{hint} See {prog} --help."
+def _as_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
-def nearest_or_refuse(name: str, valid: list[str]) -> str:
-    """Never returns a guess: raises a UserError that names the nearest of ``valid``."""
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"--config: {path} does not exist") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config: cannot read {path} as YAML: {error}") from error
+    if not isinstance(values, dict | None):
+        raise UserError(f"--config: {path} does not hold settings, as lines of the form 'name: value'")
+    return values or {}
+
+
+def _check_names(settings_class: Any, names: list[str], prog: str) -> None:
+    """Refuse names that are no settings: renamed ones with the new name, others with the nearest valid one."""
+    valid = [*all_settings(settings_class), *GENERAL_OPTIONS]
+    problems = []
+    for name in names:
+        new = renamed_to(settings_class, name)
+        if find_setting(settings_class, name):
+            continue
+        if new:
+            problems.append(f"the setting {name!r} is called {new!r} now.")
+        else:
+            problems.append(f"unknown setting {name!r}.{_nearest(name, valid)}")
+    if problems:
+        raise UserError("\n".join([*problems[:-1], f"{problems[-1]} See {prog} --help."]))
+
+
+def _wrong_values(settings_class: Any, given: list[tuple[str, Any]]) -> list[str]:
+    """Each given value that is not of its setting's type, as one line."""
+    import jsonargparse
+
+    values: dict[str, Any] = {}
+    for name, value in given:
+        info = find_setting(settings_class, name)
+        if info is not None and info.name == name and not info.is_section:
+            values[name] = value
+    problems = []
+    for name, value in values.items():
+        annotation = all_settings(settings_class)[name].type
+        one = jsonargparse.ArgumentParser(exit_on_error=False)
+        one.add_argument("--value", type=annotation)
+        try:
+            if isinstance(value, str):
+                one.parse_args([f"--value={value}"])
+            else:
+                one.parse_object({"value": value})
+        except jsonargparse.ArgumentError:
+            problems.append(f"--{name} is {value!r}; it must be {in_words(annotation)}")
+    return problems
+
+
+def _missing(settings_class: Any, given: list[tuple[str, Any]]) -> list[str]:
+    """Each required setting that is not given, as one line."""
+    names = {name for name, _ in given}
+    return [
+        f"--{f.name} is required"
+        for f in dataclasses.fields(settings_class)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in names
+    ]
+
+
+def refuse_unknown_command(name: str, valid: list[str]) -> NoReturn:
+    """Raise a UserError that names the command of ``valid`` that is nearest to ``name``."""
+    raise UserError(f"unknown command {name!r}.{_nearest(name, valid)} The commands are: {', '.join(valid)}.")
+
+
+def _nearest(name: str, valid: list[str]) -> str:
     nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise UserError(f"unknown verb {name!r}.{hint} The verbs are: {', '.join(valid)}.")
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,56 +1,58 @@
 """Settings of the commands that run before a training run: plan, doctor, find-batch-size."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from scratch_gpt.config.data import TokenizerSettings
+from scratch_gpt.config.fields import setting
 from scratch_gpt.config.pretraining import PretrainSettings
 
 
 @dataclass
 class PlannedTokenizerSettings(TokenizerSettings):
-    """The tokenizer of a run that is only planned."""
+    """The byte-level BPE tokenizer of a planned run."""
 
     vocab_size: int | None = None  # type: ignore[assignment]
-    """Number of tokens; left out: the preset's own."""
+    """Number of tokens. Default: the preset's vocabulary size."""
 
 
 @dataclass
 class PlanSettings(PretrainSettings):
-    """Before a run: parameters, FLOPs, memory per device and layout, largest batch, time and cost. Trains nothing."""
+    """Estimate parameters, FLOPs, memory per device and sharding strategy, largest batch, time and cost of a run."""
 
-    tokenizer: PlannedTokenizerSettings = field(default_factory=PlannedTokenizerSettings)
-    devices: int = 1
+    tokenizer: PlannedTokenizerSettings = setting(default_factory=PlannedTokenizerSettings, tracked=True)
+    devices: int = setting(1, more_than=0, common=True)
     """Number of devices."""
-    devices_per_node: int = 8
-    """Devices of one machine, with a fast network between them: tensor parallelism and hsdp's shards stay inside."""
+    devices_per_node: int = setting(8, more_than=0)
+    """Devices per machine; tensor parallelism and HSDP's shards stay within one machine."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Kind of device; auto: this machine's if device_memory is left out, else cuda."""
-    device_memory: str | None = None
-    """Memory of a device, such as 80GB or 24GiB; left out: what this machine has."""
-    peak_flops: float | None = None
-    """Peak FLOP/s of a device in the run's precision, from its data sheet (990e12: H100 SXM, dense bf16)."""
-    mfu: float = 0.4
-    """Share of the peak that the run is expected to reach."""
-    price: float | None = None
-    """Price of one device for one hour."""
-    tokens: float | None = None
-    """Tokens to train on; left out: max_steps times training.total_batch_size."""
-    dry_run: bool = False
-    """Also take a step of the chosen layout on devices that do not exist, without memory, and count what one holds."""
+    """Kind of device; auto: cuda if device_memory is given, else this machine's."""
+    device_memory: str | None = setting(None, common=True)
+    """Memory per device, such as 80GB or 24GiB. Default: this machine's."""
+    peak_flops: float | None = setting(None, more_than=0, common=True)
+    """Peak FLOP/s of a device in the run's precision, from its data sheet, such as 990e12 for an H100 SXM in dense bf16.
+    Default: that of a known device."""
+    mfu: float = setting(0.4, more_than=0, below=1, common=True)
+    """Expected model FLOPs utilization (fraction of the peak)."""
+    price: float | None = setting(None, more_than=0, common=True)
+    """Price of one device per hour. Default: the cost is not estimated."""
+    tokens: float | None = setting(None, more_than=0, common=True)
+    """Number of tokens to train on. Default: max_steps times training.total_batch_size."""
+    dry_run: bool = setting(False, may_change=True, common=True)
+    """Also simulate one training step of the chosen strategy, without allocating memory, and count the memory per device."""
 
 
 @dataclass
 class DoctorSettings(PretrainSettings):
-    """Print the machine, the versions, the devices, and the layout that each process of this launch runs."""
+    """Print the machine, versions, devices, and the sharding strategy of each rank of this launch."""
 
 
 @dataclass
 class FindBatchSizeSettings(PretrainSettings):
-    """Try real training steps on this machine, with larger and larger device batches, until memory runs out."""
+    """Find the largest device batch size, by training steps with growing batches until memory runs out."""
 
-    tokenizer: PlannedTokenizerSettings = field(default_factory=PlannedTokenizerSettings)
-    max_memory: str | None = None
-    """Memory that a try may take, such as 4GB; left out: the GPU's, on CPU what is free now."""
-    max_batch_size: int = 256
-    """Largest device batch to try."""
+    tokenizer: PlannedTokenizerSettings = setting(default_factory=PlannedTokenizerSettings, tracked=True)
+    max_memory: str | None = setting(None, common=True)
+    """Memory that a trial may use, such as 4GB. Default: the GPU's memory; on CPU, the memory that is free now."""
+    max_batch_size: int = setting(256, more_than=0, common=True)
+    """Largest device batch size to try."""

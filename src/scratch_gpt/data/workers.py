@@ -3,8 +3,8 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from scratch_gpt.data.sources import Source, Split, document_digest
 from scratch_gpt.data.work_units import WorkUnit
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import flush, write_json
+from scratch_gpt_command import start_worker
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,13 @@ def worker_processes(job: Job, processes: int) -> Iterator[Callable[..., Iterato
         yield map
         return
     before = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (job,))
+    # Workers start through scratch_gpt_command, so that they do without torch and transformers.
+    start = (f"{__name__}:{_start.__name__}", pickle.dumps((job,)))
+    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_worker, start)
 
     def each(function: Callable[[WorkUnit], None], units: list[WorkUnit]) -> Iterator[None]:
         try:
-            with _light_start():
-                results = executor.map(function, units)
-            yield from results
+            yield from executor.map(function, units)
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker process was killed, perhaps for want of memory. What is finished is kept: run the same "
@@ -184,15 +185,3 @@ def worker_processes(job: Job, processes: int) -> Iterator[Callable[..., Iterato
             process.terminate()
             process.join()
         raise
-
-
-@contextlib.contextmanager
-def _light_start() -> Iterator[None]:
-    """Processes that start here import this package as the command does, without torch and transformers: see its
-    ``__init__.py``. It saves each of them seconds, and half a gigabyte."""
-    arguments = sys.argv
-    sys.argv = ["scratch-gpt"]
-    try:
-        yield
-    finally:
-        sys.argv = arguments

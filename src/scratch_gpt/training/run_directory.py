@@ -1,4 +1,4 @@
-"""A run directory: whose it is, whether the same command may go on in it, and its lock.
+"""A run directory: which run it holds, whether a command may resume it, and its lock.
 
 config.yaml  metrics.jsonl  tokenizer/  data/  checkpoint-{step}/  final/
 """
@@ -11,34 +11,18 @@ from typing import Any
 
 import yaml
 
-from scratch_gpt.config import FREE_KEYS, PretrainSettings, RecipeSettings, flatten, save_settings
+from scratch_gpt.config import PretrainSettings, RecipeSettings, current_name, find_setting, flatten, save_settings
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import is_partial, remove_folder, remove_partial
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
-# Settings that may differ between the calls that make up one run: they do not change what was already learnt.
-FREE = {"run_dir", "fresh", "max_steps", "minutes", "training.log_every", "training.eval_every"}
-FREE |= {"training.save_every", "training.keep_last", "training.keep_every", "training.async_save"}
-FREE |= {"dry_run", "max_hours"}
-# The data order does not depend on how many rows a step takes; the losses do.
-FREE |= {"training.total_batch_size", "training.device_batch_size"}
-FREE |= {"parallel.pipeline", "parallel.pipeline_schedule", "parallel.pipeline_microbatches"}
-FREE |= {"parallel.timeout"}
-
-# Nor what only watches.
-FREE |= {"training.trackers", "training.sample_every", "training.sample_prompts", "training.benchmark_every"}
-FREE |= {"training.benchmark_tasks", "training.benchmark_path", "training.benchmark_limit", "training.profile_steps"}
-FREE |= {"training.memory_snapshot_step"}
-STAGES = ("sft", "reward", "dpo", "kto", "grpo", "rloo", "ppo")
-FREE |= {f"{stage}.{name}" for stage in STAGES for name in ("save_every", "keep_last", "eval_every", "log_every")}
-FREE |= {"trackers"}
 RunSettings = PretrainSettings | RecipeSettings
 
 
 @contextmanager
 def run_directory(settings: RunSettings) -> Iterator[Path]:
-    """Open ``settings.run_dir`` for one process at a time, new or with the same run in it.
+    """Lock ``settings.run_dir`` for this process: a new directory, or one that holds the same run.
 
     Raises:
         UserError: it holds other files, another run, or a run that is being written right now.
@@ -64,14 +48,18 @@ def run_directory(settings: RunSettings) -> Iterator[Path]:
 
 
 def stored_settings(run_dir: Path) -> dict[str, Any]:
-    """The settings of the run in ``run_dir`` by their command-line names; empty where there is none."""
+    """The settings of the run in ``run_dir`` by the names they have today; empty if it holds none."""
     path = run_dir / CONFIG
-    return flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    stored = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return {current_name(name): value for name, value in stored.items()}
 
 
 def record_settings(run_dir: Path, settings: RunSettings) -> None:
+    """Write config.yaml; a ``final/`` that a run of another length made is deleted (its checkpoint has the model)."""
     if stored_settings(run_dir).get("max_steps") != settings.max_steps:
-        remove_folder(run_dir / "final")  # of a shorter run: it is in the checkpoint
+        remove_folder(run_dir / "final")
     save_settings(settings, run_dir / CONFIG)
 
 
@@ -80,16 +68,20 @@ def has_trained(run_dir: Path) -> bool:
 
 
 def _check_same_run(run_dir: Path, settings: RunSettings) -> None:
+    """Refuse to resume with settings that change what is trained; before the first checkpoint, start over instead."""
     stored, asked = stored_settings(run_dir), flatten(settings)
-    # A setting that one of the two does not have is of another version or verb, but for keys that users choose.
-    compared = stored.keys() & asked.keys() | {
-        name for name in stored.keys() ^ asked.keys() if name.startswith(FREE_KEYS)
-    }
-    changed = [name for name in sorted(compared - FREE) if stored.get(name) != asked.get(name)]
+    changed = []
+    for name in sorted(stored.keys() | asked.keys()):
+        setting = find_setting(type(settings), name)
+        # A setting that only one of them has belongs to another version or command, unless its name is the user's choice.
+        in_both = name in stored and name in asked
+        comparable = in_both or (setting is not None and setting.has_user_keys and name != setting.name)
+        if comparable and not (setting and setting.may_change) and stored.get(name) != asked.get(name):
+            changed.append(name)
     if not changed:
         return
     if not has_trained(run_dir):
-        _empty(run_dir)  # nothing was learnt yet, so nothing is lost
+        _empty(run_dir)  # no checkpoint is lost
         return
     differences = "; ".join(f"{name} is {stored.get(name)!r} there and {asked.get(name)!r} here" for name in changed)
     raise UserError(
@@ -99,7 +91,7 @@ def _check_same_run(run_dir: Path, settings: RunSettings) -> None:
 
 
 def _empty(run_dir: Path) -> None:
-    """Delete what runs write, and nothing else; the settings last, by which a run is known."""
+    """Delete what runs write, and nothing else; config.yaml last, because it marks the directory as a run's."""
     folders = ("final", "adapters", "evaluation", "profile", "tensorboard", "wandb", "tokenizer", "data")
     for folder in (*run_dir.glob("checkpoint-*"), *map(run_dir.joinpath, folders)):
         remove_folder(folder)

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, filter_trackers
 
-from scratch_gpt.config import PretrainSettings, flatten
+from scratch_gpt.config import PretrainSettings, find_setting, flatten
 from scratch_gpt.console import print0
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import write_json
@@ -23,8 +23,6 @@ NAMES = ("trackio", "tensorboard", "wandb")
 """Each is the name of its package and of our extra, too."""
 PROJECT = "scratch-gpt"
 RUN = "tracker_run.json"
-SENT = ("model.", "training.", "tokenizer.", "guard.", "max_steps", "seed")
-NOT_SENT = ("benchmark_path",)
 
 
 def resolve_trackers(asked: str | list[str]) -> list[str]:
@@ -96,13 +94,13 @@ WANDB_SETTINGS |= {"x_disable_stats": True, "silent": True}
 
 
 def settings_to_track(settings: PretrainSettings) -> dict[str, str | int | float | bool | None]:
-    """The settings that trackers are told, each a plain value under its name on the command line."""
-    told = {name: value for name, value in flatten(settings).items() if name.startswith(SENT)}
-    return {
-        name: value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
-        for name, value in told.items()
-        if not name.endswith(NOT_SENT)
-    }
+    """The settings that are sent to trackers, each a plain value under its name on the command line."""
+    sent = {}
+    for name, value in flatten(settings).items():
+        setting = find_setting(type(settings), name)
+        if setting is not None and setting.tracked:
+            sent[name] = value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
+    return sent
 
 
 def flatten_numbers(record: dict[str, Any], prefix: str = "") -> dict[str, int | float]:
