@@ -17,7 +17,6 @@ from scratch_gpt.model import (
     ScratchGPTForTokenClassification,
     ScratchGPTModel,
 )
-from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTLinear
 
 
 def assert_equal(a, b, tolerance=2e-5):
@@ -293,83 +292,6 @@ def test_bf16_autocast_stays_close_to_float32(build, style, attn, ids):
     assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.999
 
 
-def test_short_bf16_attention_on_cpu_equals_sdpa(build, style, ids, monkeypatch):
-    from scratch_gpt.model import modeling_scratch_gpt
-
-    model = build(style, initializer_range=0.05).to(torch.bfloat16).train()
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    for attention_mask in (None, mask):
-        real = mask.bool() if attention_mask is not None else torch.ones_like(ids).bool()
-        ours = model(ids, attention_mask=attention_mask).logits[real].float()
-        with monkeypatch.context() as patch:
-            patch.setattr(modeling_scratch_gpt, "_bf16_attention", lambda *_: None)
-            sdpa = model(ids, attention_mask=attention_mask).logits[real].float()
-        assert not torch.equal(ours, sdpa)  # two ways, indeed
-        torch.testing.assert_close(ours, sdpa, rtol=0.1, atol=0.05 * sdpa.std().item())
-
-
-@pytest.mark.parametrize("seq", [1, 128, 130, 600])
-def test_attention_in_blocks_equals_sdpa(seq):
-    from scratch_gpt.model.modeling_scratch_gpt import _CausalAttentionInBlocks
-
-    heads = [torch.randn(2, 3, seq, 16, requires_grad=True) for _ in range(3)]
-    grad = torch.randn(2, 3, seq, 16)
-    ours = _CausalAttentionInBlocks.apply(*heads, 0.3)
-    sdpa = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=0.3)
-    assert_equal(ours, sdpa)
-    for got, expected in zip(*(torch.autograd.grad(output, heads, grad) for output in (ours, sdpa)), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def gradients(forward, model, ids):
-    model.zero_grad()
-    forward(ids, labels=ids).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def nodes_by_name(graph):
-    return {node.name for module in graph.modules() if hasattr(module, "graph") for node in module.graph.nodes}
-
-
-def test_compiled_bf16_training_takes_attention_in_blocks(build, style):
-    model, graphs = build(style, max_position_embeddings=300, initializer_range=0.05).train(), []
-    ids = torch.randint(0, model.config.vocab_size, (2, 300), generator=torch.Generator().manual_seed(3))
-
-    def keep(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    exact = gradients(model, model, ids)
-    with torch.autocast("cpu", torch.bfloat16):
-        eager = gradients(model, model, ids)
-        compiled = gradients(torch.compile(model, backend=keep), model, ids)
-    names = {name for graph in graphs for name in nodes_by_name(graph)}
-    assert any("autograd_function_apply" in name for name in names)
-    assert not any("scaled_dot_product" in name for name in names)
-    for name, expected in exact.items():
-        off = [(grads[name] - expected).norm() / expected.norm() for grads in (eager, compiled)]
-        assert off[1] < 3 * off[0] + 1e-3, name  # a mean of grad * output in place of weights * grad_weights: 7 times
-
-
-def test_compiled_bf16_training_on_a_cache_sees_what_is_cached(build):
-    model = build("modern", initializer_range=0.05).to(torch.bfloat16).train()
-    ids = torch.randint(0, model.config.vocab_size, (2, 12))
-    compiled = torch.compile(model, backend="eager")
-    cache = DynamicCache(config=model.config)
-    model(ids[:, :11], past_key_values=cache, use_cache=True)
-    logits = compiled(ids[:, 11:], past_key_values=cache, use_cache=True).logits
-    expected = model(ids).logits[:, 11:]
-    assert (logits - expected).norm() < 0.05 * expected.norm()
-
-
-def test_compiled_training_has_the_gradients_of_eager_training(build, style, ids):
-    model = build(style, initializer_range=0.05).train()
-    eager, compiled = (gradients(one, model, ids) for one in (model, torch.compile(model, backend="aot_eager")))
-    for name, expected in eager.items():
-        torch.testing.assert_close(compiled[name], expected, rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_residual_projections_start_smaller(build):
     model = build("modern", hidden_size=256, num_hidden_layers=8, initializer_range=0.02, head_dim=64)
     for name, parameter in model.named_parameters():
@@ -377,20 +299,6 @@ def test_residual_projections_start_smaller(build):
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             expected = 0.02 / 4 if residual else 0.02  # sqrt(2 * 8) = 4
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
-
-
-@torch.no_grad()
-def test_one_row_takes_another_way_when_compiled_and_gives_the_same(build, style, monkeypatch):
-    monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEW_ROWS_ARE_SLOW", True)
-    model, products = build(style), []
-
-    def count(graph, example_inputs):
-        products.extend(node for node in graph.graph.nodes if node.target is torch.mv)
-        return graph.forward
-
-    compiled, ids = torch.compile(model, backend=count, fullgraph=True), torch.tensor([[7]])
-    assert_equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
-    assert len(products) == sum(isinstance(module, ScratchGPTLinear) for module in model.modules())
 
 
 def test_full_graph_compile_gives_the_same_logits(build, style, ids):
@@ -572,23 +480,3 @@ def test_a_registered_attention_function_gets_the_window_of_each_layer_and_the_c
     AttentionInterface.register("recorder", recorder)
     build("mixture", attn="recorder")(ids, extra="seen", use_cache=False)
     assert seen == [(0, 5, "seen", 1), (1, None, "seen", 1), (2, 5, "seen", 1)]
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 8, 9])
-def test_few_rows_without_gradients_give_what_nn_linear_gives(monkeypatch, bias, rows):
-    monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEW_ROWS_ARE_SLOW", True)
-    monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEWEST_OUTPUTS", 33)
-    torch.manual_seed(0)
-    linear, x = ScratchGPTLinear(48, 33, bias=bias), torch.randn(1, rows, 48)
-    expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
-    with torch.no_grad():
-        torch.testing.assert_close(linear(x), expected.detach())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert linear(x).dtype == torch.bfloat16
-        general = []
-        monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: general.append(rows) or expected)
-        for fewest, taken in ((33, rows > 8), (34, True)):
-            monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEWEST_OUTPUTS", fewest)
-            linear(x)
-            assert bool(general) == taken

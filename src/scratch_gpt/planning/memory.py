@@ -15,18 +15,17 @@ from typing import Literal
 import torch
 
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM
-from scratch_gpt.model.modeling_scratch_gpt import (
+from scratch_gpt.model.kernels_scratch_gpt import MAX_SHORT_ATTENTION
+from scratch_gpt.model.loss_scratch_gpt import (
     CHUNK_SIZE,
     CHUNK_SIZE_CPU,
     HEAD_ROWS_CPU,
-    PIECE_SIZE,
-    PIECE_SIZE_CPU,
+    SOFTMAX_SIZE,
+    SOFTMAX_SIZE_CPU,
 )
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 FP32, BF16, INT64 = 4, 2, 8
-SHORT_BF16 = 256
-"""Longest context for which attention in bf16 on CPU is made of plain matrix products (`_bf16_attention`)."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +255,7 @@ def _materialised_attention(config: ScratchGPTConfig, load: Workload) -> list[Sa
 
 
 def _is_short_bf16(load: Workload) -> bool:
-    return load.device == "cpu" and load.precision == "bf16" and load.context <= SHORT_BF16
+    return load.device == "cpu" and load.precision == "bf16" and load.context <= MAX_SHORT_ATTENTION
 
 
 def attention_is_materialised(config: ScratchGPTConfig, load: Workload) -> bool:
@@ -374,7 +373,7 @@ def temporary_in_loss(config: ScratchGPTConfig, load: Workload) -> float:
         return load.tokens * config.vocab_size * (load.matmul_bytes + 3 * FP32)
     on_cpu = load.device == "cpu"
     chunk = min(CHUNK_SIZE_CPU if on_cpu else CHUNK_SIZE, load.tokens)
-    piece = min(chunk, max(1, (PIECE_SIZE_CPU if on_cpu else PIECE_SIZE) // vocabulary))
+    piece = min(chunk, max(1, (SOFTMAX_SIZE_CPU if on_cpu else SOFTMAX_SIZE) // vocabulary))
     floats = 2 if load.autocast else 1  # log-softmax; the logits themselves
     if config.final_logit_softcapping:  # and what the derivative of tanh takes
         floats = 5
