@@ -41,6 +41,8 @@ HEADS = {
     AutoModelForQuestionAnswering: ScratchGPTForQuestionAnswering,
 }
 
+CODE = [f"{part}_scratch_gpt.py" for part in ("configuration", "modeling", "kernels", "loss")]
+
 
 def test_tied_weights_are_stored_once_and_come_back_tied(build, tmp_path, ids):
     model = build("modern")
@@ -120,7 +122,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_names_of_its_weights(b
     assert all(name in str(error.value) for name in [str(tmp_path), *named])
 
 
-def test_whoever_asks_for_a_report_judges_for_herself(build, tmp_path):
+def test_a_state_dict_without_folder_may_lack_weights_which_are_initialized(build):
+    model = build("modern")
+    weights = model.state_dict()
+    del weights[Q_PROJ]
+    loaded = ScratchGPTForCausalLM.from_pretrained(None, config=model.config, state_dict=weights)
+    initialized = loaded.state_dict()[Q_PROJ]
+    assert initialized.isfinite().all() and initialized.std() > 0
+    assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_with_loading_info_missing_weights_are_reported(build, tmp_path):
     build("modern").save_pretrained(tmp_path)
     edit_weights(tmp_path, lambda weights: weights.pop(Q_PROJ))
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -182,7 +194,7 @@ def test_a_directory_names_the_code_of_every_head(build, tmp_path, model_class):
     build("modern", model_class).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", *(auto_class.__name__ for auto_class in HEADS)}
-    assert {"configuration_scratch_gpt.py", "modeling_scratch_gpt.py"} <= set(os.listdir(tmp_path))
+    assert set(CODE) <= set(os.listdir(tmp_path))
 
 
 def test_transformers_knows_the_class_names():
@@ -196,13 +208,23 @@ import sys
 sys.modules["scratch_gpt"] = None  # importing it raises ImportError
 import peft, torch, transformers.modeling_utils  # peft loads stock models, which want what is taken away next
 del transformers.modeling_utils.slice_logits_to_keep  # vLLM 0.33 wants transformers < 5.21, which does not have it
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 directory, again = sys.argv[1:]
 ids = torch.arange(24).view(2, 12)
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 torch.save(model(ids).logits, directory + "/logits.pt")
 print(model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape)
-AutoModel.from_pretrained(directory, trust_remote_code=True)
+assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["scratch_gpt"] == type(model).__name__  # or label smoothing forgets the shift
+assert type(AutoConfig.from_pretrained(directory, trust_remote_code=True)).__name__ == "ScratchGPTConfig"
+for auto_class in (AutoModel, AutoModelForTokenClassification, AutoModelForQuestionAnswering):
+    loaded = auto_class.from_pretrained(directory, trust_remote_code=True)
+    name = auto_class.__name__.replace("Auto", "ScratchGPT")
+    assert type(loaded).__name__ == ("ScratchGPTModel" if auto_class is AutoModel else name.replace("GPTModel", "GPT"))
+    loaded(ids)
 reward = AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=True, num_labels=1)
 reward.save_pretrained(again)  # and what a stranger saves is complete as well
 model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
@@ -235,7 +257,7 @@ def test_a_process_without_this_package_loads_uses_and_saves_the_model(build, tm
     )
     logits = torch.load(tmp_path / "saved" / "logits.pt")
     torch.testing.assert_close(logits, model(torch.arange(24).view(2, 12)).logits)
-    assert "modeling_scratch_gpt.py" in os.listdir(tmp_path / "again")
+    assert set(CODE) <= set(os.listdir(tmp_path / "again"))
 
 
 def test_resized_embeddings_work_and_stay_tied(build, ids):

@@ -145,7 +145,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x.float() * inverse_rms
         grad = grad.float()
         grad_times_normed = grad * normed
-        grad_weight = grad_times_normed.flatten(0, -2).sum(0).to(weight.dtype)
+        grad_weight = grad_times_normed.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         # grad_x = (grad * weight - normed * mean(grad * weight * normed)) / rms
         mean = (grad_times_normed @ weight.float()).div_(x.shape[-1]).unsqueeze(-1)  # (..., 1)
         grad_x = (grad * weight).addcmul_(normed, mean, value=-1).mul_(inverse_rms)

@@ -22,7 +22,7 @@ from scratch_gpt.data.tokenizer import load_tokenizer
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig
 from scratch_gpt.model.flops import flops_per_token
-from scratch_gpt.model.loading import build_config, configure
+from scratch_gpt.model.loading import build_config, build_config_without_tokenizer
 from scratch_gpt.planning import memory as footprint
 from scratch_gpt.planning.dry_run import dry_run
 from scratch_gpt.planning.memory import FP32, Parameters, Precision, Workload
@@ -285,8 +285,10 @@ def planned_config(settings: PlanSettings | FindBatchSizeSettings) -> tuple[Scra
         tokenizer = load_tokenizer(Path(settings.tokenizer_path))
         return build_config(settings.model, tokenizer), f"of {settings.tokenizer_path}"
     if settings.tokenizer.vocab_size is None:
-        return configure(settings.model), "the preset's; pretrain asks --tokenizer.vocab_size"
-    return configure(settings.model, vocab_size=settings.tokenizer.vocab_size), "--tokenizer.vocab_size"
+        return build_config_without_tokenizer(settings.model), "the preset's; pretrain asks --tokenizer.vocab_size"
+    return build_config_without_tokenizer(
+        settings.model, vocab_size=settings.tokenizer.vocab_size
+    ), "--tokenizer.vocab_size"
 
 
 def planned_context(settings: PlanSettings | FindBatchSizeSettings, config: ScratchGPTConfig) -> int:
