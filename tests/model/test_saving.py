@@ -1,4 +1,4 @@
-"""A saved directory is all that anyone needs."""
+"""A saved directory loads anywhere, with its code and without this package."""
 
 import json
 import os
@@ -69,8 +69,8 @@ def test_a_device_map_loads_the_same_model(build, tmp_path, style, ids, device_m
     model = build(style)
     model.save_pretrained(tmp_path)
     if device_map == "half on disk":
-        room = {"cpu": model.get_memory_footprint() * 0.6}
-        device_map = infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+        memory = {"cpu": model.get_memory_footprint() * 0.6}
+        device_map = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
         assert {"cpu", "disk"} == set(device_map.values())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
     if device_map == "auto":
@@ -88,7 +88,7 @@ def test_a_checkpoint_loads_in_the_dtype_that_it_was_saved_in_unless_another_is_
     assert {p.dtype for p in wide.parameters()} == {torch.float32} and wide(ids).logits.dtype == torch.float32
     for a, b in zip(kept.parameters(), wide.parameters(), strict=True):
         assert torch.equal(a.float(), b)
-    if kept.config.position_embedding_type == "rope":  # angles are counted in float32 all the same
+    if kept.config.position_embedding_type == "rope":  # angles are float32 all the same
         frequencies = kept.transformer.rotary_emb.inv_freq
         assert frequencies.dtype == torch.float32 and torch.equal(frequencies, wide.transformer.rotary_emb.inv_freq)
 
@@ -203,11 +203,11 @@ def test_transformers_knows_the_class_names():
     assert modeling_auto.MODEL_MAPPING_NAMES["scratch_gpt"] == "ScratchGPTModel"
 
 
-STRANGER = """
+RELOAD = """
 import sys
 sys.modules["scratch_gpt"] = None  # importing it raises ImportError
-import peft, torch, transformers.modeling_utils  # peft loads stock models, which want what is taken away next
-del transformers.modeling_utils.slice_logits_to_keep  # vLLM 0.33 wants transformers < 5.21, which does not have it
+import peft, torch, transformers.modeling_utils  # peft loads stock models, which need the name deleted next
+del transformers.modeling_utils.slice_logits_to_keep  # vLLM 0.33 needs transformers < 5.21, which lacks it
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -226,7 +226,7 @@ for auto_class in (AutoModel, AutoModelForTokenClassification, AutoModelForQuest
     assert type(loaded).__name__ == ("ScratchGPTModel" if auto_class is AutoModel else name.replace("GPTModel", "GPT"))
     loaded(ids)
 reward = AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=True, num_labels=1)
-reward.save_pretrained(again)  # and what a stranger saves is complete as well
+reward.save_pretrained(again)  # what that process saves is complete, too
 model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 model.train()(ids, labels=ids).loss.backward()
 from safetensors.torch import load_file, save_file
@@ -248,7 +248,7 @@ def test_a_process_without_this_package_loads_uses_and_saves_the_model(build, tm
     model.save_pretrained(tmp_path / "saved")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
     subprocess.run(
-        [sys.executable, "-c", STRANGER, str(tmp_path / "saved"), str(tmp_path / "again")],
+        [sys.executable, "-c", RELOAD, str(tmp_path / "saved"), str(tmp_path / "again")],
         check=True,
         env=environment,
         cwd=tmp_path,
@@ -287,17 +287,17 @@ def test_a_folder_with_an_adapter_loads_as_the_model_with_it(build, tmp_path, id
 @pytest.mark.parametrize("bits", [4, 8])
 def test_loaded_by_bitsandbytes_every_matrix_of_a_block_is_quantized(build, style, ids, tmp_path, monkeypatch, bits):
     functional = pytest.importorskip("bitsandbytes.functional")
-    build(style).save_pretrained(tmp_path / "whole")
+    build(style).save_pretrained(tmp_path / "full")
     # Its own kernel for CPUs with AVX-512 takes matrices of 64 or more inputs only, and computes in bf16.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     how = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=how)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", quantization_config=how)
     matrices = {name: module.weight for name, module in model.named_modules() if name.endswith("_proj")}
     assert len(matrices) == model.config.num_hidden_layers * (7 if style == "modern" else 6)
     assert {weight.dtype for weight in matrices.values()} == {torch.uint8 if bits == 4 else torch.int8}
     assert model.lm_head.weight.dtype == torch.float32
     logits = model(ids).logits
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     exact = plain(ids).logits
     assert not torch.allclose(logits, exact, atol=1e-4)
     if bits == 4:

@@ -249,7 +249,7 @@ class ScratchGPTConfig(PreTrainedConfig):
         refuse(
             self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads != 0,
             f"num_attention_heads={self.num_attention_heads} is not divisible by "
-            f"num_key_value_heads={self.num_key_value_heads}: every key/value head serves a whole group of query heads",
+            f"num_key_value_heads={self.num_key_value_heads}: every key/value head serves a full group of query heads",
         )
         for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
             value = getattr(self, name)

@@ -164,8 +164,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 targets = labels[rows].unsqueeze(1)  # (chunk, 1)
                 row_scale = (targets != ignore_index) * early
                 targets = targets.masked_fill(targets == ignore_index, 0)
-                for block in zip(*(tensor.split(softmax_rows) for tensor in (logits, targets, row_scale)), strict=True):
-                    loss += _softmax_loss(*block, bias, softcap, vocab_size, need_any, grad_bias)
+                blocks = (logits.split(softmax_rows), targets.split(softmax_rows), row_scale.split(softmax_rows))
+                for some_logits, some_targets, some_scale in zip(*blocks, strict=True):
+                    loss += _softmax_loss(
+                        some_logits, some_targets, some_scale, bias, softcap, vocab_size, need_any, grad_bias
+                    )
                 if need_hidden:
                     grad_hidden[rows] = logits @ matrix
                 if need_weight:
