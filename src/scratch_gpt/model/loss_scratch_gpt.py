@@ -158,9 +158,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], chunk_size):
                 rows = slice(start, start + chunk_size)
                 chunk = hidden[rows].to(dtype)  # (chunk, hidden)
-                logits = torch.mm(
-                    chunk, matrix.t(), out=buffer[: len(chunk)]
-                )  # (chunk, vocab), overwritten by their gradient
+                # (chunk, vocab), overwritten by their gradient below
+                logits = torch.mm(chunk, matrix.t(), out=buffer[: len(chunk)])
                 targets = labels[rows].unsqueeze(1)  # (chunk, 1)
                 row_scale = (targets != ignore_index) * early
                 targets = targets.masked_fill(targets == ignore_index, 0)
