@@ -96,7 +96,7 @@ def gpt2_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return ours
 
 
-def randomised(model):
+def randomized(model):
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -122,7 +122,7 @@ def assert_same_logits(ours, stock, attn):
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_logits_equal_gpt2(build, attn):
-    stock = randomised(
+    stock = randomized(
         GPT2LMHeadModel(
             GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=64, n_inner=80)
         )
@@ -147,7 +147,7 @@ def test_logits_equal_gpt2(build, attn):
 def test_logits_equal_llama_for_every_rope_type(build, attn, rope_type):
     rope = ROPE_TYPES[rope_type]
     fields = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "head_dim": HEAD_DIM}
-    stock = randomised(LlamaForCausalLM(LlamaConfig(**STOCK_SIZE, **fields, rope_parameters=dict(rope))))
+    stock = randomized(LlamaForCausalLM(LlamaConfig(**STOCK_SIZE, **fields, rope_parameters=dict(rope))))
     ours = build("modern", **OUR_SIZE, **fields, rope_parameters=rope, qk_norm=False, rms_norm_eps=1e-6)
     ours.load_state_dict({llama_names(name): tensor for name, tensor in stock.state_dict().items()})
     assert_same_logits(ours, stock, attn)
@@ -156,14 +156,14 @@ def test_logits_equal_llama_for_every_rope_type(build, attn, rope_type):
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_logits_equal_qwen3_with_head_dim_unlike_hidden_over_heads(build, attn):
     fields = {"head_dim": 32, "tie_word_embeddings": True}
-    stock = randomised(Qwen3ForCausalLM(Qwen3Config(**STOCK_SIZE, **fields)))
+    stock = randomized(Qwen3ForCausalLM(Qwen3Config(**STOCK_SIZE, **fields)))
     ours = build("modern", **OUR_SIZE, **fields, rms_norm_eps=1e-6)
     ours.load_state_dict({llama_names(name): tensor for name, tensor in stock.state_dict().items()})
     assert_same_logits(ours, stock, attn)
 
 
 def test_logits_equal_qwen2_with_biases_on_query_key_value_only(build):
-    stock = randomised(Qwen2ForCausalLM(Qwen2Config(**STOCK_SIZE, tie_word_embeddings=True)))
+    stock = randomized(Qwen2ForCausalLM(Qwen2Config(**STOCK_SIZE, tie_word_embeddings=True)))
     fields = {"attention_bias": True, "attention_out_bias": False, "qk_norm": False, "head_dim": None}
     ours = build("modern", **OUR_SIZE, **fields, rms_norm_eps=1e-6)
     ours.load_state_dict({llama_names(name): tensor for name, tensor in stock.state_dict().items()})
@@ -172,7 +172,7 @@ def test_logits_equal_qwen2_with_biases_on_query_key_value_only(build):
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_logits_equal_mistral_with_a_window_shorter_than_the_sequence(build, attn):
-    stock = randomised(MistralForCausalLM(MistralConfig(**STOCK_SIZE, sliding_window=9, tie_word_embeddings=True)))
+    stock = randomized(MistralForCausalLM(MistralConfig(**STOCK_SIZE, sliding_window=9, tie_word_embeddings=True)))
     fields = {"sliding_window": 9, "layer_types": ["sliding_attention"] * LAYERS, "qk_norm": False, "head_dim": None}
     ours = build("modern", **OUR_SIZE, **fields, rms_norm_eps=1e-6)
     ours.load_state_dict({llama_names(name): tensor for name, tensor in stock.state_dict().items()})
@@ -180,7 +180,7 @@ def test_logits_equal_mistral_with_a_window_shorter_than_the_sequence(build, att
 
 
 def test_logits_equal_smollm3_with_layers_without_positions(build):
-    stock = randomised(SmolLM3ForCausalLM(SmolLM3Config(**STOCK_SIZE, no_rope_layer_interval=2, rope_theta=1e4)))
+    stock = randomized(SmolLM3ForCausalLM(SmolLM3Config(**STOCK_SIZE, no_rope_layer_interval=2, rope_theta=1e4)))
     fields = {"no_rope_layer_interval": 2, "qk_norm": False, "head_dim": None}
     ours = build("modern", **OUR_SIZE, **fields, rms_norm_eps=1e-6)
     assert ours.config.no_rope_layers == stock.config.no_rope_layers == [1, 0, 1]

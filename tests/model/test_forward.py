@@ -1,4 +1,4 @@
-"""The same tokens give the same logits, whichever way they are fed."""
+"""The same tokens give the same logits with any cache, padding, packing and attention implementation."""
 
 import copy
 import functools
@@ -17,7 +17,6 @@ from scratch_gpt.model import (
     ScratchGPTForTokenClassification,
     ScratchGPTModel,
 )
-from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTLinear
 
 
 def assert_equal(a, b, tolerance=2e-5):
@@ -61,8 +60,8 @@ def test_flex_attention_equals_sdpa(build, style, ids, stance):  # forward only:
     assert_equal(logits[mask.bool()], sdpa[mask.bool()])
 
 
-def flash_rows(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0):
-    """What flash-attn promises of rows (batch, seq, heads, head_dim); the last query stands beside the last key."""
+def flash_batch(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0):
+    """The definition of flash-attn for sequences (batch, seq, heads, head_dim); the last query aligns with the last key."""
     assert (dropout_p, softcap, causal) == (0.0, 0.0, True)
     behind = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1] - torch.arange(k.shape[1])
     seen = (behind >= 0) & ((behind <= window_size[0]) | (window_size[0] < 0))
@@ -70,21 +69,21 @@ def flash_rows(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_
     return F.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
 
 
-def flash_pieces(
+def flash_packed(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
 ):  # fmt: skip
-    """And of pieces one after the other (tokens, heads, head_dim)."""
+    """The definition of flash-attn for packed sequences (tokens, heads, head_dim)."""
     lengths = [cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), cu_seqlens_k.diff().tolist()]
     assert max(lengths[0]) == max_seqlen_q and max(lengths[1]) == max_seqlen_k
     pieces = zip(*(x.split(some) for x, some in zip((q, k, v), lengths, strict=True)), strict=True)
     options = (dropout_p, softmax_scale, causal, window_size, softcap)
-    return torch.cat([flash_rows(*(x[None] for x in piece), *options)[0] for piece in pieces])
+    return torch.cat([flash_batch(*(x[None] for x in piece), *options)[0] for piece in pieces])
 
 
 @torch.no_grad()
-def test_flash_attention_is_given_what_its_kernel_needs(build, style, ids, monkeypatch):
-    """The kernel itself runs on GPUs only; all that transformers and the model do around it is in force here."""
+def test_flash_attention_kernels_get_the_right_arguments(build, style, ids, monkeypatch):
+    """The kernel runs on GPUs only; everything that transformers and the model do around it runs here."""
     name, calls = "flash_attention_2", []
 
     def counted(kernel):
@@ -95,7 +94,7 @@ def test_flash_attention_is_given_what_its_kernel_needs(build, style, ids, monke
 
         return count
 
-    rows, pieces = counted(flash_rows), counted(flash_pieces)
+    rows, pieces = counted(flash_batch), counted(flash_packed)
     for function, value in {
         "_flash_fn": rows,
         "_flash_varlen_fn": pieces,
@@ -114,13 +113,13 @@ def test_flash_attention_is_given_what_its_kernel_needs(build, style, ids, monke
         assert_equal(flash(**inputs).logits[real], sdpa(**inputs).logits[real])
         assert calls == [kernel] * layers
 
-    same("flash_rows", input_ids=ids)
+    same("flash_batch", input_ids=ids)
     for padding in (slice(0, 3), slice(-3, None)):
         mask = torch.ones_like(ids)
         mask[0, padding] = 0
-        same("flash_pieces", mask.bool(), input_ids=ids, attention_mask=mask)
+        same("flash_packed", mask.bool(), input_ids=ids, attention_mask=mask)
     packed = torch.cat([torch.arange(4), torch.arange(ids.shape[1] - 4)])[None]
-    same("flash_pieces", input_ids=ids[:1], position_ids=packed, use_cache=False)
+    same("flash_packed", input_ids=ids[:1], position_ids=packed, use_cache=False)
     cache = flash(ids[:, :-2], use_cache=True).past_key_values
     assert_equal(flash(ids[:, -2:], past_key_values=cache).logits, sdpa(ids).logits[:, -2:])
 
@@ -129,13 +128,13 @@ def test_flash_attention_is_given_what_its_kernel_needs(build, style, ids, monke
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_decoding_with_a_cache_equals_decoding_without(build, style, attn, ids):
     model = build(style, attn=attn)
-    whole = model(ids, use_cache=False).logits
+    full = model(ids, use_cache=False).logits
     cache, steps = DynamicCache(config=model.config), []
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     assert windows == ([5, None, 5] if style == "mixture" else [None] * 3)
     for part in (ids[:, :5], ids[:, 5:8], *ids[:, 8:].split(1, dim=1)):
         steps.append(model(part, past_key_values=cache, use_cache=True).logits)
-    assert_equal(torch.cat(steps, dim=1), whole)
+    assert_equal(torch.cat(steps, dim=1), full)
 
 
 @torch.no_grad()
@@ -147,9 +146,9 @@ def test_static_cache_equals_dynamic_cache(build, style, ids):
         model.generate(ids, cache_implementation="static", disable_compile=True, **generate),
     )
     static = StaticCache(config=model.config, max_cache_len=16)
-    whole = model(ids, use_cache=False).logits
+    full = model(ids, use_cache=False).logits
     first = model(ids[:, :7], past_key_values=static, use_cache=True).logits
-    assert_equal(first, whole[:, :7])
+    assert_equal(first, full[:, :7])
 
 
 @torch.no_grad()
@@ -181,25 +180,25 @@ def packed_positions(*lengths: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-def test_a_packed_row_equals_its_documents_apart_in_logits_and_gradients(build, style, attn):
+def test_a_packed_sequence_equals_its_documents_in_logits_and_gradients(build, style, attn):
     lengths = (7, 1, 9)
     ids = torch.randint(1, 97, (1, sum(lengths)), generator=torch.Generator().manual_seed(3))
     model = build(style, attn=attn).train()
     packed = model(ids, position_ids=packed_positions(*lengths)).logits
-    apart = torch.cat([model(document).logits for document in ids.split(lengths, dim=1)], dim=1)
-    assert_equal(packed, apart)
+    separate = torch.cat([model(document).logits for document in ids.split(lengths, dim=1)], dim=1)
+    assert_equal(packed, separate)
 
     weights = torch.randn_like(packed)
     (packed * weights).sum().backward()
     packed_grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    (apart * weights).sum().backward()
+    (separate * weights).sum().backward()
     for name, parameter in model.named_parameters():
         assert_equal(packed_grads[name] / 100, parameter.grad / 100)
 
 
 @torch.no_grad()
-def test_packed_rows_stay_apart_although_the_cache_is_on_by_default(build, style):
+def test_packed_documents_do_not_attend_to_each_other_although_the_cache_is_on_by_default(build, style):
     ids = torch.randint(1, 97, (1, 12), generator=torch.Generator().manual_seed(3))
     model = build(style)
     assert model.config.use_cache
@@ -265,7 +264,7 @@ def test_without_positions_the_order_of_earlier_tokens_does_not_matter(build, id
 
 
 @torch.no_grad()
-def test_a_sliding_window_hides_what_lies_before_it(build, ids):
+def test_a_sliding_window_masks_earlier_tokens(build, ids):
     fields = {"layer_types": ["sliding_attention"], "sliding_window": 4, "num_hidden_layers": 1}
     model = build("modern", **fields)
     assert_equal(model(ids).logits[:, 8:], model(ids[:, 5:]).logits[:, 3:])
@@ -293,83 +292,6 @@ def test_bf16_autocast_stays_close_to_float32(build, style, attn, ids):
     assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.999
 
 
-def test_short_bf16_attention_on_cpu_equals_sdpa(build, style, ids, monkeypatch):
-    from scratch_gpt.model import modeling_scratch_gpt
-
-    model = build(style, initializer_range=0.05).to(torch.bfloat16).train()
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    for attention_mask in (None, mask):
-        real = mask.bool() if attention_mask is not None else torch.ones_like(ids).bool()
-        ours = model(ids, attention_mask=attention_mask).logits[real].float()
-        with monkeypatch.context() as patch:
-            patch.setattr(modeling_scratch_gpt, "_bf16_attention", lambda *_: None)
-            sdpa = model(ids, attention_mask=attention_mask).logits[real].float()
-        assert not torch.equal(ours, sdpa)  # two ways, indeed
-        torch.testing.assert_close(ours, sdpa, rtol=0.1, atol=0.05 * sdpa.std().item())
-
-
-@pytest.mark.parametrize("seq", [1, 128, 130, 600])
-def test_attention_in_blocks_equals_sdpa(seq):
-    from scratch_gpt.model.modeling_scratch_gpt import _CausalAttentionInBlocks
-
-    heads = [torch.randn(2, 3, seq, 16, requires_grad=True) for _ in range(3)]
-    grad = torch.randn(2, 3, seq, 16)
-    ours = _CausalAttentionInBlocks.apply(*heads, 0.3)
-    sdpa = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=0.3)
-    assert_equal(ours, sdpa)
-    for got, expected in zip(*(torch.autograd.grad(output, heads, grad) for output in (ours, sdpa)), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def gradients(forward, model, ids):
-    model.zero_grad()
-    forward(ids, labels=ids).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def nodes_by_name(graph):
-    return {node.name for module in graph.modules() if hasattr(module, "graph") for node in module.graph.nodes}
-
-
-def test_compiled_bf16_training_takes_attention_in_blocks(build, style):
-    model, graphs = build(style, max_position_embeddings=300, initializer_range=0.05).train(), []
-    ids = torch.randint(0, model.config.vocab_size, (2, 300), generator=torch.Generator().manual_seed(3))
-
-    def keep(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    exact = gradients(model, model, ids)
-    with torch.autocast("cpu", torch.bfloat16):
-        eager = gradients(model, model, ids)
-        compiled = gradients(torch.compile(model, backend=keep), model, ids)
-    names = {name for graph in graphs for name in nodes_by_name(graph)}
-    assert any("autograd_function_apply" in name for name in names)
-    assert not any("scaled_dot_product" in name for name in names)
-    for name, expected in exact.items():
-        off = [(grads[name] - expected).norm() / expected.norm() for grads in (eager, compiled)]
-        assert off[1] < 3 * off[0] + 1e-3, name  # a mean of grad * output in place of weights * grad_weights: 7 times
-
-
-def test_compiled_bf16_training_on_a_cache_sees_what_is_cached(build):
-    model = build("modern", initializer_range=0.05).to(torch.bfloat16).train()
-    ids = torch.randint(0, model.config.vocab_size, (2, 12))
-    compiled = torch.compile(model, backend="eager")
-    cache = DynamicCache(config=model.config)
-    model(ids[:, :11], past_key_values=cache, use_cache=True)
-    logits = compiled(ids[:, 11:], past_key_values=cache, use_cache=True).logits
-    expected = model(ids).logits[:, 11:]
-    assert (logits - expected).norm() < 0.05 * expected.norm()
-
-
-def test_compiled_training_has_the_gradients_of_eager_training(build, style, ids):
-    model = build(style, initializer_range=0.05).train()
-    eager, compiled = (gradients(one, model, ids) for one in (model, torch.compile(model, backend="aot_eager")))
-    for name, expected in eager.items():
-        torch.testing.assert_close(compiled[name], expected, rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_residual_projections_start_smaller(build):
     model = build("modern", hidden_size=256, num_hidden_layers=8, initializer_range=0.02, head_dim=64)
     for name, parameter in model.named_parameters():
@@ -377,20 +299,6 @@ def test_residual_projections_start_smaller(build):
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             expected = 0.02 / 4 if residual else 0.02  # sqrt(2 * 8) = 4
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
-
-
-@torch.no_grad()
-def test_one_row_takes_another_way_when_compiled_and_gives_the_same(build, style, monkeypatch):
-    monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEW_ROWS_ARE_SLOW", True)
-    model, products = build(style), []
-
-    def count(graph, example_inputs):
-        products.extend(node for node in graph.graph.nodes if node.target is torch.mv)
-        return graph.forward
-
-    compiled, ids = torch.compile(model, backend=count, fullgraph=True), torch.tensor([[7]])
-    assert_equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
-    assert len(products) == sum(isinstance(module, ScratchGPTLinear) for module in model.modules())
 
 
 def test_full_graph_compile_gives_the_same_logits(build, style, ids):
@@ -453,7 +361,7 @@ def test_a_sequence_longer_than_the_learned_positions_is_a_value_error(build):
             model(ids, **inputs)
     with pytest.raises(ValueError, match="65 tokens.*max_position_embeddings=64"):
         model.generate(ids[:, :60], max_new_tokens=10, do_sample=False, pad_token_id=0)
-    build("modern")(ids)  # rotary positions go on
+    build("modern")(ids)  # rotary positions have no limit
 
 
 def test_an_attention_mask_of_another_shape_is_a_value_error(build, style, ids):
@@ -519,7 +427,7 @@ def test_an_end_of_text_token_counts_even_where_it_is_the_padding_token(build, i
     assert_equal(model(ids, attention_mask=torch.ones_like(ids)).logits, expected)
 
 
-def test_several_rows_without_a_sign_of_their_ends_are_a_value_error(build, ids):
+def test_several_sequences_without_mask_or_pad_token_id_are_a_value_error(build, ids):
     with pytest.raises(ValueError, match="pad_token_id"):
         build("modern", ScratchGPTForSequenceClassification)(ids)
 
@@ -572,23 +480,3 @@ def test_a_registered_attention_function_gets_the_window_of_each_layer_and_the_c
     AttentionInterface.register("recorder", recorder)
     build("mixture", attn="recorder")(ids, extra="seen", use_cache=False)
     assert seen == [(0, 5, "seen", 1), (1, None, "seen", 1), (2, 5, "seen", 1)]
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 8, 9])
-def test_few_rows_without_gradients_give_what_nn_linear_gives(monkeypatch, bias, rows):
-    monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEW_ROWS_ARE_SLOW", True)
-    monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEWEST_OUTPUTS", 33)
-    torch.manual_seed(0)
-    linear, x = ScratchGPTLinear(48, 33, bias=bias), torch.randn(1, rows, 48)
-    expected = torch.nn.functional.linear(x, linear.weight, linear.bias)
-    with torch.no_grad():
-        torch.testing.assert_close(linear(x), expected.detach())
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert linear(x).dtype == torch.bfloat16
-        general = []
-        monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: general.append(rows) or expected)
-        for fewest, taken in ((33, rows > 8), (34, True)):
-            monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.FEWEST_OUTPUTS", fewest)
-            linear(x)
-            assert bool(general) == taken

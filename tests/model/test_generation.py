@@ -56,7 +56,7 @@ def test_greedy_generation_is_the_argmax_of_uncached_logits(build, style, ids):
     assert torch.equal(model.generate(ids, do_sample=False, **PROMPT), expected)
 
 
-def test_generation_with_a_static_cache_compiles_the_whole_forward(build, style, ids):
+def test_generation_with_a_static_cache_compiles_the_full_forward(build, style, ids):
     model = build(style)
     torch.compiler.reset()
     counters.clear()
@@ -125,7 +125,7 @@ def test_contrastive_search_finds_what_its_definition_asks_for(build, style, ids
     model = build(style)
     hidden_of, alpha, k = model.transformer, 0.6, 4
     expected = ids
-    for _ in range(6):  # Su et al. 2022, eq. 3, by a whole forward pass for every candidate
+    for _ in range(6):  # Su et al. 2022, eq. 3, by a full forward pass for every candidate
         with torch.no_grad():
             probabilities = model(expected, use_cache=False).logits[:, -1].softmax(-1)
             confidence, candidates = probabilities.topk(k)  # (batch, k)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from scratch_gpt.model import modeling_scratch_gpt
-from scratch_gpt.model.modeling_scratch_gpt import linear_cross_entropy
+from scratch_gpt.model import loss_scratch_gpt
+from scratch_gpt.model.loss_scratch_gpt import linear_cross_entropy
 
 TOKENS, WIDTH, VOCABULARY = 37, 16, 53
 
@@ -24,7 +24,7 @@ def problem(dtype=torch.float32):
     bias = torch.randn(VOCABULARY).to(dtype).requires_grad_()
     labels = torch.randint(0, VOCABULARY, (TOKENS,))
     labels[[0, 5, 36]] = -100
-    labels[10:16] = -100  # a whole chunk of 5 without labels
+    labels[10:16] = -100  # an entire chunk of 5 without labels
     return hidden, weight, bias, labels
 
 
@@ -88,7 +88,7 @@ def test_backward_twice_accumulates():
 
 @pytest.mark.parametrize("head_rows", [5, 4096])
 def test_bfloat16_is_as_close_to_float32_as_the_full_logits_are(monkeypatch, head_rows):
-    monkeypatch.setattr("scratch_gpt.model.modeling_scratch_gpt.HEAD_ROWS_CPU", head_rows)
+    monkeypatch.setattr("scratch_gpt.model.loss_scratch_gpt.HEAD_ROWS_CPU", head_rows)
     hidden, weight, bias, labels = problem(torch.bfloat16)
     exact = [t.detach().float().requires_grad_() for t in (hidden, weight, bias)]
     truth = torch.autograd.grad(reference(*exact, labels), exact)
@@ -147,7 +147,7 @@ def test_the_models_loss_without_logits_equals_its_loss_with_logits(build, style
     assert (grad - expected).norm() <= tolerance * expected.norm()
 
 
-def test_evaluation_returns_logits_unless_told_otherwise(build, ids):
+def test_evaluation_returns_logits_by_default(build, ids):
     model = build()
     with torch.no_grad():
         full, skipped = model(ids, labels=ids), model(ids, labels=ids, skip_logits=True)
@@ -162,12 +162,12 @@ def test_gradient_accumulation_with_num_items_equals_one_batch(build, style, ids
     labels[0, :7] = -100
     items = (labels[:, 1:] != -100).sum()
     model(ids, labels=labels).loss.backward()
-    whole = gradients(model)
+    full = gradients(model)
     model.zero_grad()
     for row in range(2):
         model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=items).loss.backward()
     for name, grad in gradients(model).items():
-        torch.testing.assert_close(grad, whole[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad, full[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_custom_loss_function_is_not_bypassed(build, ids):
@@ -176,7 +176,7 @@ def test_a_custom_loss_function_is_not_bypassed(build, ids):
     assert model(ids, labels=ids).loss.item() == 42.0
 
 
-def test_a_head_that_is_no_plain_matrix_is_not_bypassed(build, ids):
+def test_a_head_with_an_adapter_is_not_bypassed(build, ids):
     from peft import LoraConfig, get_peft_model
 
     model = build("modern", tie_word_embeddings=False)
@@ -212,7 +212,7 @@ def test_a_training_step_never_makes_a_tensor_as_large_as_the_logits(build):
 
 
 class LigerByDefinition(torch.nn.Module):
-    """What liger-kernel's class promises, without its kernel."""
+    """The definition of liger-kernel's loss class, without its kernel."""
 
     def __init__(self, ignore_index, reduction, softcap, accum_dtype):
         super().__init__()
@@ -229,10 +229,10 @@ class LigerByDefinition(torch.nn.Module):
 
 @pytest.mark.parametrize("num_items", [None, 11])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_ligers_kernel_is_given_what_it_needs(monkeypatch, num_items, softcap):
+def test_the_liger_kernel_gets_the_arguments_that_it_needs(monkeypatch, num_items, softcap):
     hidden, weight, bias, labels = problem()
     expected = reference(hidden, weight, bias, labels, num_items, softcap)
-    monkeypatch.setattr(modeling_scratch_gpt, "_liger_kernel", lambda device: LigerByDefinition)
+    monkeypatch.setattr(loss_scratch_gpt, "_liger_kernel", lambda device: LigerByDefinition)
     padded = [torch.cat([tensor, torch.full_like(tensor[:7], 9.0)]) for tensor in (weight, bias)]
     arguments = {"num_items_in_batch": num_items, "softcap": softcap, "vocab_size": VOCABULARY}
     torch.testing.assert_close(linear_cross_entropy(hidden, padded[0], labels, padded[1], **arguments), expected)
@@ -244,15 +244,15 @@ def test_ligers_kernel_is_given_what_it_needs(monkeypatch, num_items, softcap):
 LIGER_ITSELF = """
 import itertools, sys, torch
 sys.path.insert(0, {here!r})
-from test_loss import VOCABULARY, modeling_scratch_gpt, problem, reference
+from test_loss import VOCABULARY, loss_scratch_gpt, problem, reference
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-modeling_scratch_gpt._liger_kernel = lambda device: LigerFusedLinearCrossEntropyLoss
+loss_scratch_gpt._liger_kernel = lambda device: LigerFusedLinearCrossEntropyLoss
 for dtype, num_items, has_bias in itertools.product((torch.float32, torch.bfloat16), (None, 11), (True, False)):
     hidden, weight, bias, labels = problem(dtype)
     leaves = [hidden, weight, *([bias] if has_bias else [])]
     padded = [torch.cat([tensor, torch.full_like(tensor[:7], 9.0)]) for tensor in leaves[1:]]
-    found = modeling_scratch_gpt.linear_cross_entropy(
+    found = loss_scratch_gpt.linear_cross_entropy(
         hidden, padded[0], labels, *padded[1:], num_items_in_batch=num_items, vocab_size=VOCABULARY
     )
     exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
@@ -266,7 +266,7 @@ print("as the definition")
 """
 
 
-def test_ligers_kernel_itself_gives_the_loss_and_the_gradients():
+def test_the_liger_kernel_itself_gives_the_loss_and_the_gradients():
     """In Triton's interpreter, which needs no GPU, but has no tanh for soft-capping. It must be chosen before the first import,
     so it has a process of its own."""
     for package in ("triton", "liger_kernel"):
@@ -279,4 +279,4 @@ def test_ligers_kernel_itself_gives_the_loss_and_the_gradients():
 
 
 def test_without_cuda_there_is_no_liger_kernel():
-    assert modeling_scratch_gpt._liger_kernel(torch.device("cpu")) is None
+    assert loss_scratch_gpt._liger_kernel(torch.device("cpu")) is None

@@ -1,4 +1,4 @@
-"""A saved directory is all that anyone needs."""
+"""A saved directory loads anywhere, with its code and without this package."""
 
 import json
 import os
@@ -41,6 +41,8 @@ HEADS = {
     AutoModelForQuestionAnswering: ScratchGPTForQuestionAnswering,
 }
 
+CODE = [f"{part}_scratch_gpt.py" for part in ("configuration", "modeling", "kernels", "loss")]
+
 
 def test_tied_weights_are_stored_once_and_come_back_tied(build, tmp_path, ids):
     model = build("modern")
@@ -67,8 +69,8 @@ def test_a_device_map_loads_the_same_model(build, tmp_path, style, ids, device_m
     model = build(style)
     model.save_pretrained(tmp_path)
     if device_map == "half on disk":
-        room = {"cpu": model.get_memory_footprint() * 0.6}
-        device_map = infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+        memory = {"cpu": model.get_memory_footprint() * 0.6}
+        device_map = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
         assert {"cpu", "disk"} == set(device_map.values())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
     if device_map == "auto":
@@ -86,7 +88,7 @@ def test_a_checkpoint_loads_in_the_dtype_that_it_was_saved_in_unless_another_is_
     assert {p.dtype for p in wide.parameters()} == {torch.float32} and wide(ids).logits.dtype == torch.float32
     for a, b in zip(kept.parameters(), wide.parameters(), strict=True):
         assert torch.equal(a.float(), b)
-    if kept.config.position_embedding_type == "rope":  # angles are counted in float32 all the same
+    if kept.config.position_embedding_type == "rope":  # angles are float32 all the same
         frequencies = kept.transformer.rotary_emb.inv_freq
         assert frequencies.dtype == torch.float32 and torch.equal(frequencies, wide.transformer.rotary_emb.inv_freq)
 
@@ -120,7 +122,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_names_of_its_weights(b
     assert all(name in str(error.value) for name in [str(tmp_path), *named])
 
 
-def test_whoever_asks_for_a_report_judges_for_herself(build, tmp_path):
+def test_a_state_dict_without_folder_may_lack_weights_which_are_initialized(build):
+    model = build("modern")
+    weights = model.state_dict()
+    del weights[Q_PROJ]
+    loaded = ScratchGPTForCausalLM.from_pretrained(None, config=model.config, state_dict=weights)
+    initialized = loaded.state_dict()[Q_PROJ]
+    assert initialized.isfinite().all() and initialized.std() > 0
+    assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight)
+
+
+def test_with_loading_info_missing_weights_are_reported(build, tmp_path):
     build("modern").save_pretrained(tmp_path)
     edit_weights(tmp_path, lambda weights: weights.pop(Q_PROJ))
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -182,7 +194,7 @@ def test_a_directory_names_the_code_of_every_head(build, tmp_path, model_class):
     build("modern", model_class).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", *(auto_class.__name__ for auto_class in HEADS)}
-    assert {"configuration_scratch_gpt.py", "modeling_scratch_gpt.py"} <= set(os.listdir(tmp_path))
+    assert set(CODE) <= set(os.listdir(tmp_path))
 
 
 def test_transformers_knows_the_class_names():
@@ -191,20 +203,30 @@ def test_transformers_knows_the_class_names():
     assert modeling_auto.MODEL_MAPPING_NAMES["scratch_gpt"] == "ScratchGPTModel"
 
 
-STRANGER = """
+RELOAD = """
 import sys
 sys.modules["scratch_gpt"] = None  # importing it raises ImportError
-import peft, torch, transformers.modeling_utils  # peft loads stock models, which want what is taken away next
-del transformers.modeling_utils.slice_logits_to_keep  # vLLM 0.33 wants transformers < 5.21, which does not have it
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+import peft, torch, transformers.modeling_utils  # peft loads stock models, which need the name deleted next
+del transformers.modeling_utils.slice_logits_to_keep  # vLLM 0.33 needs transformers < 5.21, which lacks it
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 directory, again = sys.argv[1:]
 ids = torch.arange(24).view(2, 12)
 model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 torch.save(model(ids).logits, directory + "/logits.pt")
 print(model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape)
-AutoModel.from_pretrained(directory, trust_remote_code=True)
+assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["scratch_gpt"] == type(model).__name__  # or label smoothing forgets the shift
+assert type(AutoConfig.from_pretrained(directory, trust_remote_code=True)).__name__ == "ScratchGPTConfig"
+for auto_class in (AutoModel, AutoModelForTokenClassification, AutoModelForQuestionAnswering):
+    loaded = auto_class.from_pretrained(directory, trust_remote_code=True)
+    name = auto_class.__name__.replace("Auto", "ScratchGPT")
+    assert type(loaded).__name__ == ("ScratchGPTModel" if auto_class is AutoModel else name.replace("GPTModel", "GPT"))
+    loaded(ids)
 reward = AutoModelForSequenceClassification.from_pretrained(directory, trust_remote_code=True, num_labels=1)
-reward.save_pretrained(again)  # and what a stranger saves is complete as well
+reward.save_pretrained(again)  # what that process saves is complete, too
 model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
 model.train()(ids, labels=ids).loss.backward()
 from safetensors.torch import load_file, save_file
@@ -226,7 +248,7 @@ def test_a_process_without_this_package_loads_uses_and_saves_the_model(build, tm
     model.save_pretrained(tmp_path / "saved")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "cache")}
     subprocess.run(
-        [sys.executable, "-c", STRANGER, str(tmp_path / "saved"), str(tmp_path / "again")],
+        [sys.executable, "-c", RELOAD, str(tmp_path / "saved"), str(tmp_path / "again")],
         check=True,
         env=environment,
         cwd=tmp_path,
@@ -235,7 +257,7 @@ def test_a_process_without_this_package_loads_uses_and_saves_the_model(build, tm
     )
     logits = torch.load(tmp_path / "saved" / "logits.pt")
     torch.testing.assert_close(logits, model(torch.arange(24).view(2, 12)).logits)
-    assert "modeling_scratch_gpt.py" in os.listdir(tmp_path / "again")
+    assert set(CODE) <= set(os.listdir(tmp_path / "again"))
 
 
 def test_resized_embeddings_work_and_stay_tied(build, ids):
@@ -265,17 +287,17 @@ def test_a_folder_with_an_adapter_loads_as_the_model_with_it(build, tmp_path, id
 @pytest.mark.parametrize("bits", [4, 8])
 def test_loaded_by_bitsandbytes_every_matrix_of_a_block_is_quantized(build, style, ids, tmp_path, monkeypatch, bits):
     functional = pytest.importorskip("bitsandbytes.functional")
-    build(style).save_pretrained(tmp_path / "whole")
+    build(style).save_pretrained(tmp_path / "full")
     # Its own kernel for CPUs with AVX-512 takes matrices of 64 or more inputs only, and computes in bf16.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     how = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", quantization_config=how)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "full", quantization_config=how)
     matrices = {name: module.weight for name, module in model.named_modules() if name.endswith("_proj")}
     assert len(matrices) == model.config.num_hidden_layers * (7 if style == "modern" else 6)
     assert {weight.dtype for weight in matrices.values()} == {torch.uint8 if bits == 4 else torch.int8}
     assert model.lm_head.weight.dtype == torch.float32
     logits = model(ids).logits
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
     exact = plain(ids).logits
     assert not torch.allclose(logits, exact, atol=1e-4)
     if bits == 4:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What a saved directory says about its own code, so that `trust_remote_code=True` finds every head.
+# Where the classes stand in the code of a saved model, so that `trust_remote_code=True` finds every head.
 AUTO_MAP = {
     "AutoConfig": "configuration_scratch_gpt.ScratchGPTConfig",
     "AutoModel": "modeling_scratch_gpt.ScratchGPTModel",
@@ -27,7 +27,7 @@ AUTO_MAP = {
 @strict
 class ScratchGPTConfig(PreTrainedConfig):
     r"""
-    Sizes and switches of a ScratchGPT model. The defaults are the modern style at the size of GPT-2 small: rotary
+    Sizes and options of a ScratchGPT model. The defaults are the modern style at the size of GPT-2 small: rotary
     positions, RMSNorm, a gated SiLU MLP, QK-norm, no biases, tied embeddings. GPT-2 itself is
 
     ```python
@@ -40,9 +40,9 @@ class ScratchGPTConfig(PreTrainedConfig):
     `resid_pdrop`, `attn_pdrop`) and Llama's `rms_norm_eps` are accepted as aliases.
 
     Args:
-        vocab_size: Number of tokens the embedding and the head know.
+        vocab_size: Number of tokens.
         pad_vocab_size_multiple: Embedding and head get rows up to the next multiple of this, because GPUs multiply
-            matrices of round sizes faster (64 or 128). No token has these rows, and no logit shows them.
+            matrices of round sizes faster (64 or 128). No token uses these rows, and the logits do not include them.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of blocks.
         num_attention_heads: Query heads per layer.
@@ -67,8 +67,8 @@ class ScratchGPTConfig(PreTrainedConfig):
         attention_bias: Bias on the query, key and value projections.
         attention_out_bias: Bias on the attention's output projection. Default: `attention_bias`. Qwen2 is true/false.
         mlp_bias: Bias on all MLP projections.
-        qk_norm: Normalise queries and keys per head before the positions are applied (Qwen3).
-        sliding_window: Number of tokens that a `"sliding_attention"` layer sees, itself included.
+        qk_norm: Normalize queries and keys per head before the positions are applied (Qwen3).
+        sliding_window: Number of tokens that a `"sliding_attention"` layer attends to, the current one included.
         layer_types: `"full_attention"` or `"sliding_attention"` for each layer. Default: all full.
         final_logit_softcapping: `c` in `logits = c * tanh(logits / c)` (Gemma 2).
         attention_dropout: Dropout on attention probabilities.
@@ -82,7 +82,7 @@ class ScratchGPTConfig(PreTrainedConfig):
 
     Raises:
         ValueError: A combination of fields makes no sense. The message lists every problem with the field, its value
-            and the mend. An unknown field whose name is close to a known one is refused as well (in a saved config,
+            and the fix. An unknown field whose name is close to a known one is refused as well (in a saved config,
             where attributes added by its user are kept, it is a warning).
     """
 
@@ -159,10 +159,10 @@ class ScratchGPTConfig(PreTrainedConfig):
                     f"{name} is given, but position_embedding_type={self.position_embedding_type!r} has no rotary "
                     f'positions: drop {name} or set position_embedding_type="rope"'
                 )
-            # transformers asks `hasattr(config, "rope_parameters")` whether a model has rotary positions.
+            # transformers takes `hasattr(config, "rope_parameters")` for rotary positions.
             del self.rope_parameters
         elif self.rope_parameters is not None:
-            self.rope_parameters = dict(self.rope_parameters)  # the base class fills it in: not in the caller's dict
+            self.rope_parameters = dict(self.rope_parameters)  # a copy, since the base class fills it in
 
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -203,7 +203,7 @@ class ScratchGPTConfig(PreTrainedConfig):
         self._set_parallel_plans()
 
     def __eq__(self, other: object) -> bool:
-        """Equal when they would be saved alike (a dataclass's own `==` needs every field to be there)."""
+        """Compare what would be saved (a dataclass's own `==` fails where a field was deleted)."""
         return isinstance(other, ScratchGPTConfig) and self.to_dict() == other.to_dict()
 
     @classmethod
@@ -219,7 +219,7 @@ class ScratchGPTConfig(PreTrainedConfig):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head."""
+        """Number of rows of the embedding and of the head."""
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
     def validate_architecture(self):
@@ -249,7 +249,7 @@ class ScratchGPTConfig(PreTrainedConfig):
         refuse(
             self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads != 0,
             f"num_attention_heads={self.num_attention_heads} is not divisible by "
-            f"num_key_value_heads={self.num_key_value_heads}: every key/value head serves a whole group of query heads",
+            f"num_key_value_heads={self.num_key_value_heads}: every key/value head serves a full group of query heads",
         )
         for name in ("attention_dropout", "hidden_dropout", "embedding_dropout"):
             value = getattr(self, name)
@@ -295,12 +295,12 @@ class ScratchGPTConfig(PreTrainedConfig):
                 if getattr(self, name) is not None:
                     problems.append(
                         f"{name} is given, but position_embedding_type={self.position_embedding_type!r} has no rotary "
-                        f'positions to leave out: drop {name} or set position_embedding_type="rope"'
+                        f'positions to omit: drop {name} or set position_embedding_type="rope"'
                     )
             return problems
         if self.head_dim is not None and self.head_dim % 2:
             problems.append(
-                f"head_dim={self.head_dim} is odd, but rotary positions turn pairs of dimensions: make it even"
+                f"head_dim={self.head_dim} is odd, but rotary positions rotate pairs of dimensions: make it even"
             )
         if self.no_rope_layer_interval is not None:
             if self.no_rope_layer_interval < 1:
@@ -328,7 +328,7 @@ class ScratchGPTConfig(PreTrainedConfig):
         if rope_type != "proportional" and rope_parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
             problems.append(
                 f"rope_parameters has partial_rotary_factor={rope_parameters['partial_rotary_factor']}: "
-                'only whole heads are rotated here; drop it or set rope_type="proportional", which turns the rest by nothing'
+                'here every dimension of a head is rotated; drop it or set rope_type="proportional", which rotates the rest by 0'
             )
         return problems
 
@@ -336,7 +336,7 @@ class ScratchGPTConfig(PreTrainedConfig):
         return [int((layer + 1) % self.no_rope_layer_interval != 0) for layer in range(self.num_hidden_layers)]
 
     def _misspelt_fields(self, kwargs: dict[str, Any]) -> list[str]:
-        """transformers stores unknown keyword arguments without a word; the ones that are near misses are refused."""
+        """Find unknown keyword arguments close to a field's name: transformers would store them silently."""
         fields = [*self.__dataclass_fields__, "rope_theta"]
         known = {*fields, *self.attribute_map, "num_labels", "attn_implementation"}
         generation = GenerationConfig._get_default_generation_params()
@@ -382,13 +382,59 @@ class ScratchGPTConfig(PreTrainedConfig):
             fsdp_plan["wpe"] = "free_full_weight"
         self.base_model_tp_plan = tp_plan
         self.base_model_fsdp_plan = fsdp_plan
-        # A pipeline stage feeds the next through inputs_embeds, where learned positions would be added once more.
+        # A pipeline stage passes hidden states to the next as inputs_embeds, to which learned positions would be added again.
         self.base_model_pp_plan = None if self.position_embedding_type == "learned" else pp_plan
 
 
 def _did_you_mean(name: Any, choices) -> str:
     nearest = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.0)
     return f": did you mean {nearest[0]!r}?" if nearest else ""
+
+
+class CheckpointMismatchError(ValueError, RuntimeError):
+    """The weights of a checkpoint do not fit the model. (A RuntimeError too, as transformers raises for wrong shapes.)"""
+
+
+def check_loaded_weights(
+    model: Any, info: dict[str, Any], folder: Any, ignore_mismatched_sizes: bool, shapes_only: bool
+) -> None:
+    """Refuse a model whose configuration asks for other weights than its checkpoint held.
+
+    Args:
+        info: The loading info of `from_pretrained`: missing, unexpected and mismatched weights.
+        folder: Where the checkpoint was loaded from, or None for a state dict.
+
+    Raises:
+        CheckpointMismatchError: Weights have another shape (unless `ignore_mismatched_sizes`), or are missing or unexpected
+            (unless `shapes_only`). If another class saved the checkpoint, its head may differ.
+    """
+    name, where = type(model).__name__, folder or "the state dict"
+    if info["mismatched_keys"] and not ignore_mismatched_sizes:
+        shapes = [f"{key} is {tuple(saved)}, not {tuple(ours)}" for key, saved, ours in info["mismatched_keys"]]
+        raise CheckpointMismatchError(
+            f"{where} holds weights of other shapes than this {name}: {_enumerate(shapes)}. Load it with the config that "
+            "it was saved with, or initialize these weights at random with ignore_mismatched_sizes=True"
+        )
+    if shapes_only:
+        return
+    missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+    if name not in (model.config.architectures or ()):  # another class saved it, with its own head
+        backbone = {model.base_model_prefix, *(child for child, _ in model.base_model.named_children())}
+        missing = {key for key in missing if key.split(".")[0] in backbone}
+        unexpected = {key for key in unexpected if key.split(".")[0] in backbone}
+    problems = [f"it lacks {_enumerate(missing)}"] if missing else []
+    problems += [f"it holds unknown {_enumerate(unexpected)}"] if unexpected else []
+    if problems:
+        raise CheckpointMismatchError(
+            f"{where} does not fit {name}: {'; '.join(problems)}. Load it with the class and the config that it was saved "
+            "with, or rename weights with key_mapping={pattern: replacement}; with output_loading_info=True it is loaded "
+            "as it is, and missing weights are initialized at random"
+        )
+
+
+def _enumerate(names, limit: int = 6) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 __all__ = ["ScratchGPTConfig"]

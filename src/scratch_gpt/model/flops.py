@@ -7,29 +7,29 @@ from scratch_gpt.model import ScratchGPTConfig
 
 @dataclass(frozen=True)
 class Flops:
-    """Per token of a full row."""
+    """FLOPs per token of a sequence of full length."""
 
     matrices: float
     """Forward and backward of the projections and of the head, tied or not: 6 for each of their weights."""
     attention: float
     """Forward and backward of queries x keys and weights x values."""
     recomputed: float
-    """What activation checkpointing computes a second time."""
+    """Forward operations that activation checkpointing recomputes."""
 
     @property
     def total(self) -> float:
-        """Forward and backward, without recomputation: what MFU is measured by."""
+        """Forward and backward, without recomputation: the numerator of MFU."""
         return self.matrices + self.attention
 
 
 def flops_per_token(config: ScratchGPTConfig, context: int) -> Flops:
-    """2 for each multiply-add of a matrix product, 1 product forward and 2 backward, nothing for element-wise work.
+    """Count the FLOPs per token: 2 per multiply-add of a matrix product, 1 product forward and 2 backward; element-wise
+    operations are not counted.
 
     This is what `torch.utils.flop_counter.FlopCounterMode` counts, the masked half of causal attention included, with two
-    differences. A fused attention kernel it counts otherwise: CUDA's with the scores that its backward pass computes
-    once more (7 products in place of 6), the CPU's, for which it has no formula, with 0. And the chunked loss, which
-    computes its gradients in the forward pass by the usual three products, adds up the head's gradient in float32 by an
-    `addmm_` in place, which the counter does not know, so that it counts 2 for each weight of the head less.
+    differences. It counts the scores that the backward pass of CUDA's fused attention recomputes (7 products instead of
+    6), and 0 for the CPU's fused attention, for which it has no formula. And it does not know the in-place `addmm_` by
+    which the chunked loss accumulates the head's gradient in float32, so it counts 2 per weight of the head less.
 
     A checkpointed block stops recomputing at the last tensor it saved, the input of `down_proj`, whose product is
     therefore not repeated (with dropout it is: the mask is saved after it).

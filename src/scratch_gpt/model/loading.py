@@ -1,4 +1,4 @@
-"""Models to train: freshly initialised from settings, or a saved one."""
+"""Build a model's configuration from settings, or load a saved model."""
 
 import dataclasses
 from pathlib import Path
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def build_config(settings: ModelSettings, tokenizer: "PreTrainedTokenizerBase") -> ScratchGPTConfig:
-    """The model's configuration: preset, then the fields given, then what the tokenizer decides.
+    """Build the configuration from the preset, the fields given in the settings, and the tokenizer's vocabulary and ids.
 
     Raises:
-        UserError: an unknown preset or field, or fields that contradict each other.
+        UserError: There is an unknown preset or field, or fields that contradict each other.
     """
-    return configure(
+    return build_config_without_tokenizer(
         settings,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
@@ -31,8 +31,11 @@ def build_config(settings: ModelSettings, tokenizer: "PreTrainedTokenizerBase") 
     )
 
 
-def configure(settings: ModelSettings, **of_tokenizer: Any) -> ScratchGPTConfig:
-    """As :func:`build_config`, with the tokenizer's fields of ScratchGPTConfig by name; left out: the preset's own."""
+def build_config_without_tokenizer(settings: ModelSettings, **tokenizer_fields: Any) -> ScratchGPTConfig:
+    """Build the configuration as :func:`build_config` does, with the fields that a tokenizer would decide as keywords.
+
+    Default: the values of the preset.
+    """
     given = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
     name, overrides = given.pop("preset"), given.pop("overrides")
     known = {f.name for f in dataclasses.fields(ScratchGPTConfig)} | set(ScratchGPTConfig.attribute_map)
@@ -40,16 +43,16 @@ def configure(settings: ModelSettings, **of_tokenizer: Any) -> ScratchGPTConfig:
     if unknown:
         raise UserError(f"--model.overrides: ScratchGPTConfig has no field {', '.join(unknown)}")
     try:
-        return preset(name, **of_tokenizer, **{**given, **overrides})
+        return preset(name, **tokenizer_fields, **{**given, **overrides})
     except (ValueError, TypeError) as error:  # huggingface_hub's strict validation raises both
         raise UserError(f"--model: {error}") from error
 
 
 def load_model(name_or_path: str) -> tuple[Any, Any]:
-    """A saved causal language model in float32 and its tokenizer.
+    """Load a saved causal language model in float32, and its tokenizer.
 
     Raises:
-        UserError: there is no such model.
+        UserError: There is no such model.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)

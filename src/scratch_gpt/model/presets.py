@@ -1,12 +1,12 @@
-"""Named sizes, and one dial for every size between.
+"""Named sizes, and any size between them by its depth.
 
     from scratch_gpt.model.presets import from_depth, preset
 
     config = preset("gpt2")                                    # OpenAI's GPT-2, 124 M parameters
     config = preset("modern-135m", vocab_size=8192)            # any field may be overridden
-    config = from_depth(6, vocab_size=8192)                    # 6 layers, and a width and heads that go with them
+    config = from_depth(6, vocab_size=8192)                    # 6 layers, with width and heads derived
 
-Parameters, exactly, embeddings included and a tied matrix counted once:
+Exact number of parameters, with embeddings, a tied matrix counted once:
 
 | preset      |    parameters | layers | width | heads (kv) | MLP   | vocabulary | shape of                     |
 |-------------|--------------:|-------:|------:|-----------:|------:|-----------:|------------------------------|
@@ -31,7 +31,7 @@ import torch
 from scratch_gpt.model.configuration_scratch_gpt import ScratchGPTConfig
 from scratch_gpt.model.modeling_scratch_gpt import ScratchGPTForCausalLM
 
-# What makes the one class GPT-2. Dropout, 0.1 in OpenAI's config, is left at 0: one pass over the data needs none.
+# The fields of GPT-2's architecture. Dropout, 0.1 in OpenAI's config, is 0: a single epoch needs none.
 GPT2_STYLE: dict[str, Any] = {
     "vocab_size": 50257,
     "max_position_embeddings": 1024,
@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": _shape(24, 1024, 16, 16, 4096, **GPT2_STYLE),
     "gpt2-large": _shape(36, 1280, 20, 20, 5120, **GPT2_STYLE),
     "gpt2-xl": _shape(48, 1600, 25, 25, 6400, **GPT2_STYLE),
-    # So narrow a model learns much faster from larger initial weights: on the bundled corpus 800 steps of `pretrain` reach
+    # A model this narrow learns much faster from larger initial weights: on the bundled corpus 800 steps of `pretrain` reach
     # 1.540 validation bits per byte, and 1.806 with the usual 0.02 (--model.overrides.initializer_range 0.02).
     "modern-2m": _shape(5, 192, 3, 3, 512, vocab_size=2048, max_position_embeddings=256, initializer_range=0.05),
     "modern-30m": _shape(12, 384, 6, 2, 1024, vocab_size=32768),
@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **overrides: Any) -> ScratchGPTConfig:
-    """The config of a named size (the table at the top of this file), with any fields overridden.
+    """Build the config of a named size (the table at the top of this file), with any fields overridden.
 
     Raises:
         ValueError: No preset of this name, or overrides that contradict the rest.
@@ -89,7 +89,7 @@ def preset(name: str, **overrides: Any) -> ScratchGPTConfig:
 
 
 def from_depth(depth: int, head_dim: int = 64, **overrides: Any) -> ScratchGPTConfig:
-    """A modern model from its number of layers alone: 64 units of width per layer, heads of `head_dim`.
+    """Build a modern config from its number of layers alone: 64 units of width per layer, heads of `head_dim`.
 
     A constant ratio of width to depth is near the optimum over a wide range (Kaplan et al. 2020, fig. 5), so one number
     is enough to scale a model up or down. The MLP is `8/3` of the width, rounded up to a multiple of 64.
@@ -117,7 +117,7 @@ def from_depth(depth: int, head_dim: int = 64, **overrides: Any) -> ScratchGPTCo
 
 
 def count_parameters(config: ScratchGPTConfig) -> int:
-    """Exact number of parameters of the language model, a tied matrix counted once. Builds it without memory."""
+    """Count the parameters of the language model, a tied matrix once. Needs no memory for weights."""
     with torch.device("meta"):
         model = ScratchGPTForCausalLM(config)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -13,18 +13,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scratch_gpt.model import ScratchGPTConfig
-from scratch_gpt.model.modeling_scratch_gpt import (
+from scratch_gpt.model.kernels_scratch_gpt import MAX_SHORT_ATTENTION
+from scratch_gpt.model.loss_scratch_gpt import (
     CHUNK_SIZE,
     CHUNK_SIZE_CPU,
     HEAD_ROWS_CPU,
-    PIECE_SIZE,
-    PIECE_SIZE_CPU,
+    SOFTMAX_SIZE,
+    SOFTMAX_SIZE_CPU,
 )
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 FP32, BF16, INT64 = 4, 2, 8
-MAX_SHORT_BF16_CONTEXT = 256
-"""Longest context for which bf16 attention on CPU is computed with plain matrix products (`_bf16_attention`)."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,7 @@ def _eager_attention(config: ScratchGPTConfig, workload: Workload) -> list[Saved
 
 
 def _is_short_bf16(workload: Workload) -> bool:
-    return (
-        workload.device == "cpu" and workload.precision == "bf16" and workload.context_length <= MAX_SHORT_BF16_CONTEXT
-    )
+    return workload.device == "cpu" and workload.precision == "bf16" and workload.context_length <= MAX_SHORT_ATTENTION
 
 
 def materializes_attention_scores(config: ScratchGPTConfig, workload: Workload) -> bool:
@@ -289,7 +286,7 @@ def temporary_bytes_in_loss(config: ScratchGPTConfig, workload: Workload) -> flo
         return workload.tokens * config.vocab_size * (workload.matmul_bytes + 3 * FP32)
     on_cpu = workload.device == "cpu"
     chunk_tokens = min(CHUNK_SIZE_CPU if on_cpu else CHUNK_SIZE, workload.tokens)
-    softmax_tokens = min(chunk_tokens, max(1, (PIECE_SIZE_CPU if on_cpu else PIECE_SIZE) // vocabulary))
+    softmax_tokens = min(chunk_tokens, max(1, (SOFTMAX_SIZE_CPU if on_cpu else SOFTMAX_SIZE) // vocabulary))
     float32_per_logit = 2 if workload.uses_autocast else 1  # log-softmax, and under autocast the logits in float32
     if config.final_logit_softcapping:  # and the intermediates of the derivative of tanh
         float32_per_logit = 5

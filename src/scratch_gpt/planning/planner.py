@@ -12,7 +12,7 @@ from scratch_gpt.data.tokenizer import load_tokenizer
 from scratch_gpt.errors import UserError
 from scratch_gpt.model import ScratchGPTConfig
 from scratch_gpt.model.flops import flops_per_token
-from scratch_gpt.model.loading import build_config, configure
+from scratch_gpt.model.loading import build_config, build_config_without_tokenizer
 from scratch_gpt.planning.activations import Precision, Workload
 from scratch_gpt.planning.layouts import SIMPLE_LAYOUTS, Layout, possible_layouts
 from scratch_gpt.planning.memory import MemoryEstimate, estimate_memory, largest_fitting_batch
@@ -124,8 +124,10 @@ def planned_config(settings: PlanSettings | FindBatchSizeSettings) -> tuple[Scra
         tokenizer = load_tokenizer(Path(settings.tokenizer_path))
         return build_config(settings.model, tokenizer), f"from {settings.tokenizer_path}"
     if settings.tokenizer.vocab_size is None:
-        return configure(settings.model), "the preset's; pretrain uses --tokenizer.vocab_size"
-    return configure(settings.model, vocab_size=settings.tokenizer.vocab_size), "--tokenizer.vocab_size"
+        return build_config_without_tokenizer(settings.model), "the preset's; pretrain uses --tokenizer.vocab_size"
+    return build_config_without_tokenizer(
+        settings.model, vocab_size=settings.tokenizer.vocab_size
+    ), "--tokenizer.vocab_size"
 
 
 def planned_context_length(context_length: int | None, config: ScratchGPTConfig) -> int:

@@ -47,17 +47,17 @@ save_file({"ids": ids, "logits": logits}, output)
 
 
 def reload_elsewhere(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str) -> float:
-    """Largest absolute difference between the logits of ``model`` and of ``folder`` reloaded without this package.
+    """Return the largest absolute difference between the logits of ``model`` and of ``folder`` reloaded without this package.
 
     Raises:
-        UserError: the directory does not load there, or its tokenizer gives other ids.
+        UserError: The directory does not load, or its tokenizer returns other ids.
     """
     import torch
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "logits.safetensors"
-        # The cache of remote code is fresh, and -I shuts out PYTHONPATH and the working directory.
+        # An empty cache of remote code; -I ignores PYTHONPATH and the working directory.
         environment = {
             **os.environ,
             "HF_MODULES_CACHE": temporary,
@@ -77,7 +77,7 @@ def reload_elsewhere(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrai
         reloaded = load_file(output)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if not torch.equal(ids, reloaded["ids"]):
-        raise UserError(f"the tokenizer in {folder} gives other ids when reloaded")
+        raise UserError(f"the tokenizer in {folder} returns other ids when reloaded")
     model.eval()
     with torch.no_grad():
         logits = model(ids.to(model.device)).logits.cpu()
