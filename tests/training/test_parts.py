@@ -9,7 +9,7 @@ from transformers import get_wsd_schedule
 
 from scratch_gpt import ScratchGPTConfig, ScratchGPTForCausalLM
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.data.batches import read_rows
+from scratch_gpt.data.batches import read_sequences
 from scratch_gpt.data.packing import pack
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.distributed.materialize import build_model
@@ -188,12 +188,12 @@ def test_shares_of_a_validation_add_up():
 def test_micro_batches_give_the_gradient_of_the_whole_batch(document_mask):
     stream = random_stream()
     packing = pack(stream, "concat", 16, document_mask, 0)
-    rows = [(stream, packing.row(index)) for index in range(13)]  # 12.5 rows an epoch: one row is short
+    rows = [(stream, packing.sequence(index)) for index in range(13)]  # 12.5 rows an epoch: one row is short
     gradients = []
     for size in (13, 3):
         model = tiny_model().train()
         for first in range(0, 13, size):
-            batch = read_rows(rows[first : first + size], 16, document_mask)
+            batch = read_sequences(rows[first : first + size], 16, document_mask)
             loss = model(
                 input_ids=batch.input_ids,
                 shift_labels=batch.targets,

@@ -52,9 +52,7 @@ def evaluate(
     texts = list(documents)
     if not texts:
         raise UserError("there is no text to evaluate on")
-    backend = tokenizer.backend_tokenizer
-    stream = TokenStream.of_documents(encode(texts, backend), tokenizer.eos_token_id)
-    backend.encode_special_tokens = False
+    stream = TokenStream.of_documents(encode(texts, tokenizer.backend_tokenizer), tokenizer.eos_token_id)
     context_length = min(1024, model.config.max_position_embeddings)
     nats, targets = score_stream(model, stream, context_length, model.config.vocab_size).tolist()
     result = as_validation(nats, targets, stream.num_bytes)
