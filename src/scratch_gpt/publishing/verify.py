@@ -1,7 +1,7 @@
-"""Does a saved model work where this package is not installed?
+"""Check that a saved model works where this package is not installed.
 
-A new Python process, in which ``import scratch_gpt`` fails, loads the directory through ``AutoModelForCausalLM`` and
-``AutoTokenizer`` alone, and its logits are compared with those of this process.
+A new Python process, in which ``import scratch_gpt`` fails, loads the directory with ``AutoModelForCausalLM`` and
+``AutoTokenizer``, and its logits are compared with those of this process.
 """
 
 import os
@@ -47,10 +47,10 @@ save_file({"ids": ids, "logits": logits}, output)
 
 
 def reload_elsewhere(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", text: str) -> float:
-    """Largest absolute difference between the logits of ``model`` and of ``folder`` reloaded without this package.
+    """Return the largest absolute difference between the logits of ``model`` and of ``folder`` loaded without this package.
 
     Raises:
-        UserError: the directory does not load there, or its tokenizer gives other ids.
+        UserError: the directory does not load, or its tokenizer gives different ids.
     """
     import torch
     from safetensors.torch import load_file
@@ -77,7 +77,7 @@ def reload_elsewhere(folder: Path, model: "PreTrainedModel", tokenizer: "PreTrai
         reloaded = load_file(output)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if not torch.equal(ids, reloaded["ids"]):
-        raise UserError(f"the tokenizer in {folder} gives other ids when reloaded")
+        raise UserError(f"the tokenizer in {folder} gives different ids when reloaded")
     model.eval()
     with torch.no_grad():
         logits = model(ids.to(model.device)).logits.cpu()
