@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from scratch_gpt.model import ScratchGPTConfig
-from scratch_gpt.model.flops import flops_per_token
+from scratch_gpt.model.flops import Flops, flops_per_token
 from scratch_gpt.model.presets import preset
 from scratch_gpt.planning import memory as footprint
 from scratch_gpt.planning.memory import BF16, FP32, Parameters, Workload
@@ -50,7 +50,7 @@ class Model:
         return footprint.count(self.config)
 
     @cached_property
-    def flops(self) -> footprint.Flops:
+    def flops(self) -> Flops:
         return flops_per_token(self.config, self.context)
 
 

@@ -136,11 +136,11 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(pairs, capsys, verb, end):
 
 
 SLOW = """
-log = stage._Metrics.on_log
+log = stage._MetricsCallback.on_log
 def slowly(*arguments, **keywords):
     log(*arguments, **keywords)
     time.sleep(0.3)
-stage._Metrics.on_log = slowly
+stage._MetricsCallback.on_log = slowly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -403,7 +403,7 @@ def test_packed_weights_are_not_divided(pairs, capsys, monkeypatch, sizes):
 
 def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatch):
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
-    monkeypatch.setattr(grpo, "reading_processes", lambda: 3)
+    monkeypatch.setattr(grpo, "data_parallel_size", lambda: 3)
     assert main(words("grpo", "--grpo.scale_rewards", "batch")) == 2
     said = capsys.readouterr().err
     assert "it must be a multiple of 4 (num_generations) x 3 (processes that read rows of their own)" in said
@@ -413,7 +413,7 @@ def test_groups_lie_whole_in_processes_that_share_rows(pairs, capsys, monkeypatc
 def test_processes_that_share_rows_divide_no_model_of_others():
     of_another = SimpleNamespace(result=torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="tp divides .* this is a Linear: make it one by `scratch-gpt import`"):
-        ResumableTrainerMixin.use_model_parallel(of_another, SimpleNamespace(strategy="tp"))
+        ResumableTrainerMixin.use_model_parallel(of_another, SimpleNamespace(name="tp"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_its_checkpoints_stay(pairs, capsys):

@@ -155,7 +155,7 @@ def test_what_the_main_process_found_faster_all_do(here, corpus, tmp_path, monke
     def broadcast(objects):
         objects[0] = PrecisionChoice("fp32", not here, 0.1, "measured there")
 
-    monkeypatch.setattr(pretrain, "choose_arithmetic", measure)
+    monkeypatch.setattr(pretrain, "autotune", measure)
     monkeypatch.setattr(pretrain, "broadcast_object_list", broadcast)
     monkeypatch.setattr(pretrain.Pretraining, "describe", look)
     assert main([*arguments(tmp_path / "run", corpus), "--dry-run"]) == 0

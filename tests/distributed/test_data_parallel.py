@@ -62,12 +62,12 @@ def test_two_processes_give_the_run_of_one_and_each_goes_on_with_the_other(corpu
 OVERFLOW = """
 import math, sys, torch
 from scratch_gpt.cli import leave, main
-from scratch_gpt.training import loop
-from scratch_gpt.training.loss_scaler import LossScale
+from scratch_gpt.training import trainer
+from scratch_gpt.training.loss_scaler import LossScaler
 
-def forward_backward(self, data, original=loop.Loop.forward_backward):
-    weight = self.layout.unwrap(self.model).lm_head.weight
-    last = self.layout.rank == self.layout.world - 1
+def forward_backward(self, data, original=trainer.Trainer.forward_backward):
+    weight = self.strategy.unwrap(self.model).lm_head.weight
+    last = self.strategy.rank == self.strategy.world_size - 1
     if not last or data.cursor.row // 8 != 3:
         return original(self, data)
     hook = weight.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
@@ -75,8 +75,8 @@ def forward_backward(self, data, original=loop.Loop.forward_backward):
     hook.remove()
     return loss
 
-loop.Loop.forward_backward = forward_backward
-loop.LossScale = lambda _, **state: LossScale(True, **state)
+trainer.Trainer.forward_backward = forward_backward
+trainer.LossScaler = lambda _, **state: LossScaler(True, **state)
 leave(main(sys.argv[1:]))
 """
 

@@ -44,7 +44,7 @@ def test_stages_of_alignment_ask_for_the_package_too_and_do_not_cut_weights_in_4
     launched.setattr(zero, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"deepspeed is not installed: pip install 'scratch-gpt\[deepspeed\]'"):
         stage.check_launch(SimpleNamespace(), "sft")
-    launched.setattr(stage, "asked_config", lambda: {"zero_optimization": {"stage": 3}})
+    launched.setattr(stage, "requested_config", lambda: {"zero_optimization": {"stage": 3}})
     with pytest.raises(UserError, match="zero_stage is 3, and --load-in-4bit .* take configs/accelerate/zero2.yaml"):
         stage.check_launch(SimpleNamespace(load_in_4bit=True, lora_rank=16), "sft")
 

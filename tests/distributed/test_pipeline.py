@@ -144,14 +144,15 @@ def test_no_split_has_a_faster_slowest_stage(stages, vocab_size):
     assert max(chosen.shares) == pytest.approx(min(slowest))
 
 
-PLAIN = SimpleNamespace(strategy="ddp", world=4)
+PLAIN = SimpleNamespace(name="ddp", world_size=4)
 SHARDED = {
-    name: SimpleNamespace(strategy="fsdp2", world=4, offloads=name == "offloaded") for name in ("kept", "offloaded")
+    name: SimpleNamespace(name="fsdp2", world_size=4, offloads_to_cpu=name == "offloaded")
+    for name in ("kept", "offloaded")
 }
 REFUSED = {
     "must divide the number of processes, which is 4": (PLAIN, ParallelSettings(pipeline=3), {}),
     "8 stages, but the model has only 6 blocks": (PLAIN, ParallelSettings(4, "interleaved1f1b"), {}),
-    "the configuration file says hsdp": (SimpleNamespace(strategy="hsdp", world=4), ParallelSettings(2), {}),
+    "the configuration file says hsdp": (SimpleNamespace(name="hsdp", world_size=4), ParallelSettings(2), {}),
     "no two share a stage": (SHARDED["kept"], ParallelSettings(4), {}),
     "fsdp_offload_params is true": (SHARDED["offloaded"], ParallelSettings(2), {}),
     "leave it at 0": (PLAIN, ParallelSettings(2), {"batch_warmup_steps": 10}),

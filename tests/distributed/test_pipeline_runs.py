@@ -219,17 +219,17 @@ def test_dropout_is_the_same_recomputed_and_after_a_kill(shards, tmp_path):
 TROUBLE = """
 import json, math, os, signal, sys, torch
 from scratch_gpt.cli import leave, main
-from scratch_gpt.training.trainer import Loop
+from scratch_gpt.training.trainer import Trainer
 
-def forward_backward(self, data, original=Loop.forward_backward):
+def forward_backward(self, data, original=Trainer.forward_backward):
     loss = original(self, data)
-    if self.layout.rank == 1 and data.cursor.row == 3 * 8:
+    if self.strategy.rank == 1 and data.cursor.row == 3 * 8:
         next(self.model.parameters()).grad.fill_(math.inf)
-    if self.layout.rank == 1 and self.state.step == 6:
+    if self.strategy.rank == 1 and self.state.step == 6:
         os.kill(os.getpid(), signal.SIGTERM)
     return loss
 
-Loop.forward_backward = forward_backward
+Trainer.forward_backward = forward_backward
 (run,) = json.loads(sys.argv[1])
 leave(main(run))
 """

@@ -40,7 +40,7 @@ def test_a_process_that_has_not_come_is_named(store):
 def test_where_all_live_they_say_where_they_are(store):
     with Watchdog(60, 0, 2) as other:
         other.interval = 0.05
-        other.at("reading the rows of step 3")
+        other.heartbeat("reading the rows of step 3")
         other._beat()
         watchdog = Watchdog(0.2, 1, 2)
         signs = watchdog._signs

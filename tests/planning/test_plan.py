@@ -234,7 +234,7 @@ def test_largest_batch_is_the_last_that_fits():
 def settings(**fields):
     training = {"total_batch_size": 8 * 8 * 1024, "context_length": 1024, "precision": "bf16"}
     training |= fields.pop("training", {})
-    plan = PlanSettings(devices=8, device_memory="80GB", flops=1e15, price=2.0, **fields)
+    plan = PlanSettings(devices=8, device_memory="80GB", peak_flops=1e15, price=2.0, **fields)
     plan.model.preset = "modern-1b"
     plan.training = TrainingSettings(**training)
     return plan
@@ -283,7 +283,7 @@ def test_time_and_cost_follow_from_flops_and_mfu():
 
 
 def test_without_a_peak_no_time_is_guessed():
-    plan = Plan(replace(settings(), flops=None))
+    plan = Plan(replace(settings(), peak_flops=None))
     text = "\n".join(describe(plan))
     assert "time unknown" in text
     assert "tokens/s (" not in text

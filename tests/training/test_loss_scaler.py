@@ -23,7 +23,7 @@ def scaled(monkeypatch):
     """``scaled(scale)``: runs begin with this loss scale, whatever their precision."""
 
     def begin(scale=2.0**16):
-        monkeypatch.setattr(loop, "LossScale", lambda _, **state: LossScaler(True, **({"scale": scale} | state)))
+        monkeypatch.setattr(loop, "LossScaler", lambda _, **state: LossScaler(True, **({"scale": scale} | state)))
 
     return begin
 
@@ -37,7 +37,7 @@ def overflow(monkeypatch):
 
         def forward_backward(self, data):
             loss = original(self, data)
-            if self.loss_scale.scale > limits.get(data.cursor.row // ROWS_PER_STEP, math.inf):
+            if self.loss_scaler.scale > limits.get(data.cursor.row // ROWS_PER_STEP, math.inf):
                 next(self.model.parameters()).grad[0, 0] = math.inf
             return loss
 
@@ -139,7 +139,7 @@ def test_a_crashed_run_goes_on_with_the_same_scale_and_losses(scaled, overflow, 
 
 
 def test_a_run_in_float16_finds_its_scale_and_learns_as_in_float32(scaled, plain, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("scratch_gpt.training.trainer.autocast", lambda *how: torch.autocast("cpu", torch.float16))
+    monkeypatch.setattr("scratch_gpt.distributed.strategy.autocast", lambda *how: torch.autocast("cpu", torch.float16))
     scaled()
     assert main(arguments(tmp_path / "run", corpus)) == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(plain), abs=0.01)

@@ -49,8 +49,8 @@ class EncodedPrompts(ResumableTrainerMixin):
     num_generations: int
     num_iterations: int
 
-    def _tokenize_prompts(self, prompt_only: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [encode_prompt(self.processing_class, prompt) for prompt in prompt_only], None, {}
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
 
     def _generate_single_turn(self, *arguments: Any) -> Any:
         with self.generating():
@@ -69,8 +69,8 @@ class EncodedPrompts(ResumableTrainerMixin):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # to Trainer the whole run is one pass
-        prompt_only = self.rows_per_step / self.num_generations / self.num_iterations
-        self.state.epoch = self.state.global_step * prompt_only / len(self.train_dataset)
+        prompts = self.rows_per_step / self.num_generations / self.num_iterations
+        self.state.epoch = self.state.global_step * prompts / len(self.train_dataset)
         super().log(logs, start_time)
 
 
@@ -214,15 +214,15 @@ def scorer(
     """The reward as TRL calls it: what it gives is checked, and what it raises is told. ``broadcast_from_first_rank``: see ResumableTrainerMixin."""
 
     def scores(
-        prompt_only: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
     ) -> list[float]:
         drawn = Completions(
-            prompts=prompt_only,
+            prompts=prompts,
             completions=completions,
             completion_ids=completion_ids,
             sequences=[
                 torch.tensor(encode_prompt(tokenizer, prompt) + list(ids))
-                for prompt, ids in zip(prompt_only, completion_ids, strict=True)
+                for prompt, ids in zip(prompts, completion_ids, strict=True)
             ],
             columns={name: value for name, value in columns.items() if isinstance(value, list)},
         )

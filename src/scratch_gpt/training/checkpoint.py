@@ -88,7 +88,7 @@ def take_snapshot(
         weights=strategy.gather_full(weight_tensors(strategy.unwrap(model)), copy),
         optimizer=strategy.gather_full(optimizer.state_tensors(), copy),
         rng={
-            kind: strategy.accelerator.gather_full(own.unsqueeze(0).to(strategy.device)).cpu()
+            kind: strategy.accelerator.gather(own.unsqueeze(0).to(strategy.device)).cpu()
             for kind, own in _rng_states().items()
         },
         state=dataclasses.asdict(state),
