@@ -103,10 +103,10 @@ def _is_known(file: Path) -> bool:
 
 
 def read_documents(paths: Iterable[Path], errors: Errors = "strict") -> Iterator[str]:
-    """The documents of ``paths`` in order; blank ones are left out.
+    """Yield the documents of ``paths`` in order, skipping blank ones.
 
     Raises:
-        UserError: a record that is broken, with its file and location.
+        UserError: a broken record, with its file and position.
     """
     return read_locations(paths, ReadOptions(errors=errors))
 
