@@ -44,8 +44,8 @@ def documents_cut(data: TrainingData, context_length: int) -> float:
     starts = np.append(stream.document_starts(), len(stream))
     short = np.diff(starts) <= context_length
     row_of = np.empty(len(stream), dtype=np.int64)
-    for number in range(packing.rows_per_epoch):
-        for first, count in packing.row(number):
+    for number in range(packing.sequences_per_epoch):
+        for first, count in packing.sequence(number):
             row_of[np.arange(first, first + count) % len(stream)] = number
     cut = np.array([len(np.unique(row_of[begin:end])) > 1 for begin, end in pairwise(starts)])
     return float((cut & short).sum() / max(short.sum(), 1))
@@ -110,7 +110,7 @@ def benchmark(text: Path, work: Path, arguments: argparse.Namespace) -> None:
         for packing, document_mask in PACKINGS:
             data = training_data(stream, packing, document_mask, context_length)
             speed = rows_per_second(data, arguments.rows)
-            padding = 1 - len(stream) / (data.order.packings["text"].rows_per_epoch * context_length)
+            padding = 1 - len(stream) / (data.order.packings["text"].sequences_per_epoch * context_length)
             cut = documents_cut(data, context_length)
             print(
                 f"| {context_length:7,} | {packing:<8} | {'yes' if document_mask else 'no':<4} | {padding:7.2%} | "

@@ -14,7 +14,7 @@ from scratch_gpt.compute import float8
 from scratch_gpt.compute.compile import compile_blocks, is_compiled
 from scratch_gpt.compute.precision import _cpu_emulates_bf16, autocast, check_precision
 from scratch_gpt.config import TrainingSettings
-from scratch_gpt.data.batches import read_rows
+from scratch_gpt.data.batches import read_sequences
 from scratch_gpt.data.packing import pack
 from scratch_gpt.errors import UserError
 from scratch_gpt.planning.dry_run import fake_process_group, fake_strategy
@@ -127,7 +127,7 @@ def test_matrix_products_have_the_requested_precision(precision, dtype):
 def test_a_named_precision_is_not_measured_against_another():
     stream = random_stream()
     packing = pack(stream, "concat", 16, False, 0)
-    batch = read_rows([(stream, packing.row(index)) for index in range(4)], 16, False)
+    batch = read_sequences([(stream, packing.sequence(index)) for index in range(4)], 16, False)
     settings = TrainingSettings(precision="fp16", compile="off")
     choice = autotune(tiny_model().train(), batch, 1, settings, 10)
     assert (choice.precision, choice.reason) == ("fp16", "as requested")

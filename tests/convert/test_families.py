@@ -18,7 +18,7 @@ from transformers import (
 from scratch_gpt.convert.families import from_hf, to_hf
 from scratch_gpt.convert.family_tables import FAMILIES
 from scratch_gpt.model import ScratchGPTConfig, ScratchGPTForCausalLM, ScratchGPTForSequenceClassification
-from tests.model.test_against_stock_models import HEAD_DIM, ROPE_TYPES, STOCK_SIZE, VOCABULARY, randomised
+from tests.model.test_against_stock_models import HEAD_DIM, ROPE_TYPES, STOCK_SIZE, VOCABULARY, randomized
 
 GPT2_SIZE = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 80}
 LLAMA_BIASES = {"attention_bias": True, "mlp_bias": True}
@@ -49,7 +49,7 @@ def stock_model(case: str, **fields):
     model_type, own = CASES[case]
     size = GPT2_SIZE if model_type == "gpt2" else STOCK_SIZE
     config = AutoConfig.for_model(model_type, **{**size, "initializer_range": 0.2, **own, **fields})
-    return randomised(AutoModelForCausalLM.from_config(config))
+    return randomized(AutoModelForCausalLM.from_config(config))
 
 
 def logits(model):
@@ -143,7 +143,7 @@ def test_vocabulary_padding_is_removed(build, ids):
     ],
 )
 def test_sequence_classifiers_convert(stock_class, config):
-    stock = randomised(stock_class(config))
+    stock = randomized(stock_class(config))
     ours = from_hf(stock)
     assert type(ours) is ScratchGPTForSequenceClassification and ours.num_labels == 3
     torch.testing.assert_close(logits(ours), logits(stock), rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scratch_gpt.config import PhaseSettings
-from scratch_gpt.data.batches import IGNORE_INDEX, evaluation_batches, read_rows
+from scratch_gpt.data.batches import IGNORE_INDEX, evaluation_batches, read_sequences
 from scratch_gpt.data.loader import TrainingData
 from scratch_gpt.data.mixture import DataOrder, DataPosition
 from scratch_gpt.data.packing import pack
@@ -76,7 +76,7 @@ def test_every_token_of_every_document_is_a_target_once_per_epoch(
     """At any number of processes, any batch size that changes at any resume point, in any epoch."""
     stream = stream_of(lengths, shards)
     data = training_data({"text": stream}, context, *packing, seed=seed)
-    rows = data.order.packings["text"].rows_per_epoch
+    rows = data.order.packings["text"].sequences_per_epoch
     start = data.order.at_step(DataPosition(), 0, 1)
     start = DataPosition(epoch * rows, start.phase, 0, start.taken)
 
@@ -101,8 +101,8 @@ def test_inputs_precede_their_targets_and_positions_count_from_the_document(leng
     stream, starts = stream_of(lengths), set(np.cumsum([0, *lengths]).tolist())
     data = training_data({"text": stream}, context, *packing)
     cursor = data.order.at_step(DataPosition(), 0, 1)
-    rows = data.order.packings["text"].rows_per_epoch
-    assert all(count > 0 for index in range(rows) for _, count in data.order.packings["text"].row(index))
+    rows = data.order.packings["text"].sequences_per_epoch
+    assert all(count > 0 for index in range(rows) for _, count in data.order.packings["text"].sequence(index))
     [batch] = data.read_step(cursor, rows, 1).batches
     real = batch.targets != IGNORE_INDEX
     assert torch.equal(((batch.input_ids + 1) % len(stream))[real], batch.targets[real])
@@ -127,7 +127,7 @@ def test_a_masked_row_gives_the_loss_of_its_documents_apart():
     stream = stream_of(lengths)
     model = tiny_model().train()
     data = training_data({"text": stream}, 16, "best_fit", True)
-    rows = data.order.packings["text"].rows_per_epoch
+    rows = data.order.packings["text"].sequences_per_epoch
     [batch] = data.read_step(data.order.at_step(DataPosition(), 0, 1), rows, 1).batches
     packed = model(input_ids=batch.input_ids, position_ids=batch.position_ids, shift_labels=batch.targets).loss
     apart = 0.0
@@ -147,7 +147,7 @@ def test_evaluation_scores_every_token_once_and_in_order(context, document_mask)
 
 def test_epochs_differ_in_order_and_cut():
     packing = pack(stream_of([1000]), "concat", 10, False, 0)
-    first, second = ([packing.row(index) for index in range(e * 100, e * 100 + 100)] for e in (0, 1))
+    first, second = ([packing.sequence(index) for index in range(e * 100, e * 100 + 100)] for e in (0, 1))
     assert first != second
     assert {row[0][0] % 10 for row in first} != {row[0][0] % 10 for row in second}
 
@@ -156,7 +156,7 @@ def test_epochs_differ_in_order_and_cut():
 def test_the_order_is_a_function_of_seed_source_and_index_alone(packing):
     def rows(*key, indices=range(400)):
         made = pack(stream_of([9, 4, 7] * 30), packing, 8, False, *key)
-        return {index: made.row(index) for index in indices}
+        return {index: made.sequence(index) for index in indices}
 
     assert rows(3, "tales") == rows(3, "tales", indices=reversed(range(400)))
     assert rows(3, "tales") != rows(4, "tales")
@@ -175,8 +175,8 @@ def test_a_token_outside_the_vocabulary_is_refused_with_its_source():
 
 
 def test_a_batch_moves_as_one():
-    batch = read_rows([(stream_of([5, 5]), [(0, 5), (5, 5)])], 12, True)
+    batch = read_sequences([(stream_of([5, 5]), [(0, 5), (5, 5)])], 12, True)
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.position_ids, batch.position_ids)
     assert moved.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]]
-    assert read_rows([(stream_of([5]), [(0, 5)])], 5, False).to(torch.device("cpu")).position_ids is None
+    assert read_sequences([(stream_of([5]), [(0, 5)])], 5, False).to(torch.device("cpu")).position_ids is None

@@ -1,6 +1,7 @@
 """The fast way to tokenize gives the ids of ``tokenizers``."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from scratch_gpt.data.encoding import (
     make_encoder,
     word_pattern,
 )
+from scratch_gpt.data.tokenizer_report import measure
 
 NASTY = [
     "",
@@ -152,3 +154,19 @@ def test_a_tokenizer_of_another_kind_is_left_to_tokenizers():
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
     assert np.frombuffer(make_encoder(tokenizer, "<u2").encode("b a c"), dtype="<u2").tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("use", ["encode", "backend", "measure"])
+def test_the_callers_tokenizer_is_not_changed(use, tokenizer_folder):
+    backend = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    text = "one<|endoftext|>two"
+    before = backend.encode(text).ids
+    if use == "encode":
+        [(ids, _)] = list(encoding.encode([text], backend))
+        assert len(ids) > len(before)  # the special token is spelled out
+    elif use == "backend":
+        BackendEncoder(backend, "<u2").encode(text)
+    else:
+        measure(SimpleNamespace(backend_tokenizer=backend), [text])
+    assert not backend.encode_special_tokens
+    assert backend.encode(text).ids == before

@@ -7,7 +7,7 @@ from scratch_gpt.data.loader import Prefetcher
 
 
 def readers():
-    return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    return [thread for thread in threading.enumerate() if thread.name == "prefetcher"]
 
 
 def test_items_come_in_order_and_are_read_before_they_are_asked_for():

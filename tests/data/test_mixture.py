@@ -27,9 +27,9 @@ def test_every_source_is_within_a_row_of_its_share_after_any_number_of_rows(valu
     for row in range(start, start + 100):
         assert sum(counts.values()) == row
         for source, count in counts.items():
-            assert abs(count - row * mixture.shares[source]) <= tolerance
+            assert abs(count - row * mixture.proportions[source]) <= tolerance
             if len(values) <= 4:  # the share rounded down or up
-                assert count in (int(row * mixture.shares[source]), -int(-row * mixture.shares[source] // 1))
+                assert count in (int(row * mixture.proportions[source]), -int(-row * mixture.shares[source] // 1))
         source, index = mixture.locate(row)
         assert index == counts[source]  # no row of a source is skipped or repeated
         counts[source] += 1
@@ -64,7 +64,7 @@ def walk(order, steps, rows_per_step=1, max_steps=None, cursor=None, first=0):
 def test_without_weights_everything_is_read_once_per_epoch(packing):
     streams = {"a": stream_of([7, 50, 3]), "b": stream_of([11] * 20, first_token=1000)}
     data = training_data(streams, 8, packing)
-    rows = sum(packing.rows_per_epoch for packing in data.order.packings.values())
+    rows = sum(packing.sequences_per_epoch for packing in data.order.packings.values())
     for epoch in (1, 2):
         seen, cursor = read_run(data, [1] * (rows * epoch))
         assert data.order.epochs(cursor) == {"a": epoch, "b": epoch}
@@ -125,7 +125,7 @@ def test_phases_cover_the_steps():
         ([PhaseSettings("x", 1.0, {"a": -1.0, "b": 2.0})], "weights must be 0 or more"),
         ([PhaseSettings("x", 1.0, {"a": float("nan")})], "weights must be 0 or more"),
         ([PhaseSettings("x", 0.6), PhaseSettings("y", 0.6)], "the shares are 0.6, 0.6; .* together they must be 1"),
-        ([PhaseSettings("x", 0.5), PhaseSettings("x", 0.5)], "each needs a name of its own"),
+        ([PhaseSettings("x", 0.5), PhaseSettings("x", 0.5)], "every phase needs a different, non-empty name"),
     ],
 )
 def test_bad_mixtures_are_refused(phases, message):

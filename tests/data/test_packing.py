@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scratch_gpt.data.packing import BestFit, best_fit, best_fit_rows
+from scratch_gpt.data.packing import BestFit, best_fit, best_fit_sequences
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.data.sources import read_documents
 from scratch_gpt.data.tokenizer import load_tokenizer
@@ -40,16 +40,16 @@ def test_pieces_placed_by_length_fill_rows_as_pieces_placed_one_by_one(data, cap
 )
 def test_documents_stay_whole_where_they_fit_and_no_token_is_lost(lengths, context, window):
     starts = np.cumsum([0, *lengths])
-    firsts, counts, row_starts = best_fit_rows(starts[:-1], int(starts[-1]), context, window)
+    firsts, counts, sequence_starts = best_fit_sequences(starts[:-1], int(starts[-1]), context, window)
     tokens = [token for first, count in zip(firsts, counts, strict=True) for token in range(first, first + count)]
     assert sorted(tokens) == list(range(starts[-1]))
-    filled = np.add.reduceat(counts, row_starts[:-1])
+    filled = np.add.reduceat(counts, sequence_starts[:-1])
     assert filled.max() <= context
     assert filled.min() > 0
     expected = sorted(-(-length // context) for length in lengths)
     owners = np.searchsorted(starts, firsts, side="right") - 1
     assert sorted(np.bincount(owners)) == expected  # a document is cut only as often as it must be
-    for begin, end in pairwise(row_starts):
+    for begin, end in pairwise(sequence_starts):
         assert (np.diff(firsts[begin:end]) > 0).all()
 
 
@@ -63,8 +63,8 @@ def test_packing_is_fast_and_wastes_little():
     random = np.random.default_rng(0)
     lengths = np.maximum(1, random.lognormal(5.5, 1.0, 20_000)).astype(int)
     starts = np.cumsum([0, *lengths])
-    _, _, row_starts = best_fit_rows(starts[:-1], int(starts[-1]), 1024)
-    waste = 1 - starts[-1] / ((len(row_starts) - 1) * 1024)
+    _, _, sequence_starts = best_fit_sequences(starts[:-1], int(starts[-1]), 1024)
+    waste = 1 - starts[-1] / ((len(sequence_starts) - 1) * 1024)
     assert waste < 0.002
 
 
@@ -76,4 +76,6 @@ def test_real_stories_waste_little(shared_data, tokenizer_folder):
     stream = TokenStream.of_documents([(backend.encode(text).ids, 1) for text in read_documents([path])], 0)
     packing = BestFit(stream, 1024, 0)
     assert 0 <= packing.waste < 0.05  # stories of about half a row
-    assert sum(count for index in range(packing.rows_per_epoch) for _, count in packing.row(index)) == len(stream)
+    assert sum(count for index in range(packing.sequences_per_epoch) for _, count in packing.sequence(index)) == len(
+        stream
+    )

@@ -146,7 +146,7 @@ def test_an_interrupted_preparation_goes_on(exception, units, whole, texts, toke
             prepare(texts, tokenizer_folder, tmp_path / "data", workers=1, unit_bytes=SMALL)
         assert not list((tmp_path / "data").rglob("partial/*"))
     if units or not isinstance(exception, OSError):
-        with pytest.raises(UserError, match="is not finished: the same `scratch-gpt data prepare` goes on"):
+        with pytest.raises(UserError, match="is not finished: the same `scratch-gpt data prepare` command resumes"):
             read_manifest(tmp_path / "data")
     finished = {file: file.stat().st_mtime_ns for file in (tmp_path / "data").glob("*/*.bin")}
     assert bool(finished) == bool(units)
@@ -224,9 +224,9 @@ def test_kill_9_changes_nothing(corpus, tokenizer_folder, tmp_path):
 @pytest.mark.slow
 def test_kill_9_at_random_moments_until_it_finishes_changes_nothing(tokenizer_folder, tmp_path):
     text = bundled_corpus("train").read_text(encoding="utf-8")
-    pieces = [text[start : start + 3000].strip() for start in range(0, len(text), 2971)]
+    slices = [text[start : start + 3000].strip() for start in range(0, len(text), 2971)]
     corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n<|endoftext|>\n".join(f"{copy} {piece}" for copy in range(30) for piece in pieces))
+    corpus.write_text("\n<|endoftext|>\n".join(f"{copy} {file_slice}" for copy in range(30) for file_slice in slices))
     process = start(corpus, tokenizer_folder, tmp_path / "whole", 1, 500_000)
     assert "training tokens" in process.communicate()[0]
     chance = random.Random(0)
@@ -293,9 +293,9 @@ def test_two_runs_at_once_are_refused(corpus, tokenizer_folder, tmp_path):
 
 def test_a_disk_that_is_full_is_one_message_and_what_is_finished_is_kept(corpus, tokenizer_folder, tmp_path):
     """The kernel refuses to write more than some bytes into any file, as a quota does."""
-    pieces = list(read_documents([corpus]))
+    slices = list(read_documents([corpus]))
     text = tmp_path / "text.txt"
-    text.write_text("\n<|endoftext|>\n".join([*pieces[:25], "\n".join(pieces) * 4, "the end"]))
+    text.write_text("\n<|endoftext|>\n".join([*slices[:25], "\n".join(slices) * 4, "the end"]))
     arguments = ["data", "prepare", "--corpus", str(text), "--tokenizer-path", str(tokenizer_folder), "--workers", "1"]
     arguments += ["--output", str(tmp_path / "data")]
     (tmp_path / "run.py").write_text(KILLED.format(unit_bytes=30_000, arguments=arguments))

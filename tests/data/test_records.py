@@ -1,4 +1,4 @@
-"""Every kind of file and dataset gives the same documents, whole or in pieces, and says what is wrong with a broken one."""
+"""Every kind of file and dataset gives the same documents, whole or in slices, and says what is wrong with a broken one."""
 
 import gzip
 import json
@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scratch_gpt.data.inputs import Dataset, FileSlice, cut
-from scratch_gpt.data.records import ReadOptions, read_piece
-from scratch_gpt.data.sources import read_places
+from scratch_gpt.data.records import ReadOptions, read_slice
+from scratch_gpt.data.sources import read_locations
 from scratch_gpt.errors import UserError
 
 DOCUMENTS = [f"Document {i}: été 👩🏽‍🚀\n" + "words and\r\nmore words " * (i % 7) + "." for i in range(300)]
@@ -62,10 +62,10 @@ FILES += ["a.parquet", "file.arrow", "stream.arrow"]
 @pytest.mark.parametrize("size", [10**9, 1500])
 def test_every_format_gives_every_document_once_and_in_order(name, size, tmp_path):
     path = write(tmp_path / name)
-    pieces = [piece for piece, _ in cut(path, size)]
+    slices = [file_slice for file_slice, _ in cut(path, size)]
     if size == 1500 and name in ("a.txt", "a.jsonl", "a.parquet"):
-        assert len(pieces) > 3
-    assert [text for piece in pieces for text in read_piece(piece, ReadOptions(), Counter())] == DOCUMENTS
+        assert len(slices) > 3
+    assert [text for file_slice in slices for text in read_slice(file_slice, ReadOptions(), Counter())] == DOCUMENTS
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -81,21 +81,21 @@ def test_datasets_give_every_document_once_and_in_order(kind, streaming, tmp_pat
     else:
         folder.mkdir()
         (folder / "train.jsonl").write_bytes(JSONL)
-    place = Dataset(str(folder), streaming=streaming)
-    pieces = [piece for piece, _ in cut(place, 5000)]
-    assert len(pieces) > 1 or (kind == "files" and streaming)
-    assert [text for piece in pieces for text in read_piece(piece, ReadOptions(), Counter())] == DOCUMENTS
-    assert list(read_places([place], ReadOptions())) == DOCUMENTS
+    location = Dataset(str(folder), streaming=streaming)
+    slices = [file_slice for file_slice, _ in cut(location, 5000)]
+    assert len(slices) > 1 or (kind == "files" and streaming)
+    assert [text for file_slice in slices for text in read_slice(file_slice, ReadOptions(), Counter())] == DOCUMENTS
+    assert list(read_locations([location], ReadOptions())) == DOCUMENTS
     with pytest.raises(UserError, match="there is no column 'body'; the columns are (n, text|text, n)"):
-        list(read_places([place], ReadOptions(column="body")))
+        list(read_locations([location], ReadOptions(column="body")))
 
 
 def test_a_dataset_that_is_not_there_is_one_message(tmp_path):
     with pytest.raises(UserError, match="the dataset nobody/nothing cannot be loaded"):
-        list(read_places([Dataset("nobody/nothing")], ReadOptions()))
+        list(read_locations([Dataset("nobody/nothing")], ReadOptions()))
     datasets.DatasetDict(test=datasets.Dataset(table())).save_to_disk(tmp_path / "data")
     with pytest.raises(UserError, match="has no split 'train'; it has test"):
-        list(read_places([Dataset(str(tmp_path / "data"))], ReadOptions()))
+        list(read_locations([Dataset(str(tmp_path / "data"))], ReadOptions()))
 
 
 @settings(max_examples=200, deadline=None)
@@ -105,21 +105,21 @@ def test_a_dataset_that_is_not_there_is_one_message(tmp_path):
     ending=st.sampled_from(["", "\n"]),
 )
 def test_pieces_of_a_text_file_hold_what_the_whole_holds(documents, size, ending, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "pieces.txt"
+    path = tmp_path_factory.getbasetemp() / "slices.txt"
     path.write_text("\n<|endoftext|>\n".join(documents) + ending, encoding="utf-8")
-    whole = list(read_piece(FileSlice(path), ReadOptions(), Counter()))
-    pieces = [piece for piece, _ in cut(path, size)]
-    assert [text for piece in pieces for text in read_piece(piece, ReadOptions(), Counter())] == whole
-    assert [piece.start for piece in pieces[1:]] == [piece.end for piece in pieces[:-1]]
+    whole = list(read_slice(FileSlice(path), ReadOptions(), Counter()))
+    slices = [file_slice for file_slice, _ in cut(path, size)]
+    assert [text for file_slice in slices for text in read_slice(file_slice, ReadOptions(), Counter())] == whole
+    assert [file_slice.start for file_slice in slices[1:]] == [file_slice.end for file_slice in slices[:-1]]
 
 
 def test_a_template_makes_the_text_from_several_columns(tmp_path):
     rows = [{"title": "T", "text": "x", "meta": {"year": 1813}}, {"title": None, "text": "y", "meta": {"year": 1}}]
-    reading = ReadOptions(template="{title} ({meta[year]}): {text}")
+    read_options = ReadOptions(template="{title} ({meta[year]}): {text}")
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
-        assert list(read_places([tmp_path / name], reading)) == ["T (1813): x", " (1): y"]
+        assert list(read_locations([tmp_path / name], read_options)) == ["T (1813): x", " (1): y"]
 
 
 BROKEN = [
@@ -129,7 +129,7 @@ BROKEN = [
     (b'{"text": "good"}\n{"text": 7}\n', r"line 2: the column 'text' holds int, not text"),
     (b'{"text": "good"}\n{"text": "caf\xe9"}\n', r"line 2: not UTF-8 at byte 13 of the line \(0xe9\)"),
     (b'{"text": "good"}\n{"text": "a\\u0000b"}\n', r"line 2: a NUL byte after 'a'"),
-    (b'{"text": "good"}\n{"text": "a\\ud83d"}\n', r"line 2: U\+D83D is half a character"),
+    (b'{"text": "good"}\n{"text": "a\\ud83d"}\n', r"line 2: U\+D83D is an unpaired surrogate"),
     (b'{"text": "good"}\n' + b"[" * 200_000 + b"\n", r"line 2: not JSON"),
 ]
 
@@ -139,9 +139,9 @@ def test_a_broken_line_is_named_or_left_out_and_counted(content, message, tmp_pa
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message + r"[\s\S]*--on-bad-record skip"):
-        list(read_places([path], ReadOptions(on_bad_record="stop")))
+        list(read_locations([path], ReadOptions(on_bad_record="stop")))
     removed = Counter()
-    assert list(read_piece(FileSlice(path), ReadOptions(on_bad_record="skip"), removed)) == ["good"]
+    assert list(read_slice(FileSlice(path), ReadOptions(on_bad_record="skip"), removed)) == ["good"]
     assert removed == {"broken": 1}
 
 
@@ -151,27 +151,27 @@ def test_the_line_number_counts_from_the_files_beginning_in_any_piece(tmp_path):
     *_, (last, _) = cut(path, 1000)
     assert last.start > 0
     with pytest.raises(UserError, match=f"line {len(DOCUMENTS) + 1}: not JSON"):
-        list(read_piece(last, ReadOptions(), Counter()))
+        list(read_slice(last, ReadOptions(), Counter()))
 
 
 def test_bytes_that_are_not_text_can_be_replaced(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"caf\xe9 a\0b\n<|endoftext|>\ngood")
-    assert list(read_places([path], ReadOptions(errors="replace"))) == ["caf\ufffd a\ufffdb", "good"]
+    assert list(read_locations([path], ReadOptions(errors="replace"))) == ["caf\ufffd a\ufffdb", "good"]
     with pytest.raises(UserError, match="not UTF-8 at byte 3"):
-        list(read_places([path], ReadOptions()))
+        list(read_locations([path], ReadOptions()))
     path.write_bytes(b"a\0b\n<|endoftext|>\ngood")
     with pytest.raises(UserError, match="a NUL byte after 'a'"):
-        list(read_places([path], ReadOptions()))
+        list(read_locations([path], ReadOptions()))
     removed = Counter()
-    assert list(read_piece(FileSlice(path), ReadOptions(on_bad_record="skip"), removed)) == ["good"]
+    assert list(read_slice(FileSlice(path), ReadOptions(on_bad_record="skip"), removed)) == ["good"]
     assert removed["broken"] == 1
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path):
     pq.write_table(pa.table({"text": ["a", "", None, " \n", "b"]}), tmp_path / "a.parquet")
     removed = Counter()
-    assert list(read_piece(FileSlice(tmp_path / "a.parquet"), ReadOptions(), removed)) == ["a", "b"]
+    assert list(read_slice(FileSlice(tmp_path / "a.parquet"), ReadOptions(), removed)) == ["a", "b"]
     assert removed == {"empty": 3}
 
 
@@ -181,8 +181,8 @@ def test_a_parquet_string_that_is_not_utf8_is_named_by_its_row(tmp_path):
     )
     pq.write_table(pa.table({"text": strings}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="a.parquet, row 2: not UTF-8 at byte 3"):
-        list(read_places([tmp_path / "a.parquet"], ReadOptions()))
-    assert list(read_places([tmp_path / "a.parquet"], ReadOptions(on_bad_record="skip"))) == ["good"]
+        list(read_locations([tmp_path / "a.parquet"], ReadOptions()))
+    assert list(read_locations([tmp_path / "a.parquet"], ReadOptions(on_bad_record="skip"))) == ["good"]
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.endswith((".txt", ".jsonl"))])
@@ -190,7 +190,7 @@ def test_a_file_that_is_cut_off_is_named(name, tmp_path):
     path = write(tmp_path / name)
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=f"{name}: damaged"):
-        list(read_places([path], ReadOptions()))
+        list(read_locations([path], ReadOptions()))
     path.write_bytes(b"something else altogether")
     with pytest.raises(UserError, match=f"{name}: damaged"):
-        list(read_places([path], ReadOptions()))
+        list(read_locations([path], ReadOptions()))

@@ -127,9 +127,11 @@ def test_another_batch_size_continues_with_the_next_row(arguments, tmp_path, mon
     from scratch_gpt.data import loader
 
     rows = []
-    read_rows = loader.read_rows
+    read_sequences = loader.read_sequences
     monkeypatch.setattr(
-        loader, "read_rows", lambda chosen, *more: rows.extend(r for _, r in chosen) or read_rows(chosen, *more)
+        loader,
+        "read_sequences",
+        lambda chosen, *more: rows.extend(r for _, r in chosen) or read_sequences(chosen, *more),
     )
 
     def read(name, *more):

@@ -1,12 +1,12 @@
-"""Token files of datatrove, both ways: `scratch-gpt data import-datatrove` and `data export-datatrove`.
+"""Import and export datatrove's token files: `scratch-gpt data import-datatrove` and `data export-datatrove`.
 
-Beyond one machine, huggingface/datatrove filters, deduplicates and tokenizes on Slurm or Ray, and what its
-``DocumentTokenizer`` leaves becomes shards for training here. Its format (datatrove's pipeline/tokens/tokenizer.py), a
+Beyond one machine, huggingface/datatrove filters, deduplicates and tokenizes on Slurm or Ray, and the output of
+its ``DocumentTokenizer`` becomes shards for training here. Its format (datatrove's pipeline/tokens/tokenizer.py), a
 set of files for each rank:
 
     X.ds            token ids, little-endian, 2 or 4 bytes each; documents one after the other, each with its end of text
     X.ds.index      uint64: where each document ends, in tokens
-    X.ds.metadata   text, optional: tokenizer|bytes per token, number of tokens, the same for people
+    X.ds.metadata   text, optional: tokenizer|bytes per token, number of tokens, human-readable
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def import_command(settings: DatatroveImportSettings) -> None:
     """`scratch-gpt data import-datatrove`."""
     output = Path(settings.output)
     if output.exists():
-        raise UserError(f"{output} is there already: choose another --output or delete it")
+        raise UserError(f"{output} exists already: choose another --output or delete it")
     tokenizer = load_tokenizer(settings.tokenizer_path)
     backend: Tokenizer = tokenizer.backend_tokenizer
     vocab_size, end = max(backend.get_vocab().values()) + 1, end_of_text(tokenizer)
@@ -44,8 +44,8 @@ def import_command(settings: DatatroveImportSettings) -> None:
             read_token_file(file, end, vocab_size) for file in files
         )
         if settings.validation_path is None:
-            share = settings.validation_fraction
-            read = (ids for ids in read if is_held_out(hashlib.sha256(ids.tobytes()).digest(), share) == validation)
+            fraction = settings.validation_fraction
+            read = (ids for ids in read if is_held_out(hashlib.sha256(ids.tobytes()).digest(), fraction) == validation)
         while batch := list(itertools.islice(read, DOCUMENTS_PER_BATCH)):
             texts = backend.decode_batch([ids.tolist() for ids in batch], skip_special_tokens=False)
             yield from zip(batch, (len(text.encode("utf-8")) for text in texts), strict=True)
@@ -70,10 +70,10 @@ def import_command(settings: DatatroveImportSettings) -> None:
 
 
 def find_token_files(path: str) -> list[Path]:
-    """The ``.ds`` files of a folder, sorted.
+    """Find the ``.ds`` files of a folder, sorted.
 
     Raises:
-        UserError: there are none, or one has no index beside it.
+        UserError: there are none, or one has no index file.
     """
     folder = Path(path)
     found = [folder] if folder.is_file() else sorted(folder.glob("**/*.ds"))
@@ -81,15 +81,17 @@ def find_token_files(path: str) -> list[Path]:
         raise UserError(f"{path} holds no .ds file; datatrove's DocumentTokenizer writes them")
     for file in found:
         if not _index(file).is_file():
-            raise UserError(f"{_index(file)} is missing: without it nobody knows where documents end (save_index=True)")
+            raise UserError(
+                f"{_index(file)} is missing: it stores where documents end; run datatrove with save_index=True"
+            )
     return found
 
 
 def read_token_file(file: Path, end_of_text: int, vocab_size: int) -> Iterator[np.ndarray]:
-    """The token ids of each document, without its end of text.
+    """Yield the token ids of each document, (tokens,) uint16 or uint32, without end-of-text.
 
     Raises:
-        UserError: the file and its index do not belong together, or the tokens are another tokenizer's.
+        UserError: file and index do not match, or a token id exceeds the vocabulary.
     """
     ends = np.fromfile(_index(file), dtype="<u8").astype(np.int64)
     total = int(ends[-1]) if len(ends) else 0
@@ -116,7 +118,7 @@ def export_command(settings: DatatroveExportSettings) -> None:
     """`scratch-gpt data export-datatrove`."""
     folder, output = Path(settings.path), Path(settings.output)
     if output.exists():
-        raise UserError(f"{output} is there already: choose another --output or delete it")
+        raise UserError(f"{output} exists already: choose another --output or delete it")
     manifest = read_manifest(folder)
     itemsize = np.dtype(manifest["dtype"]).itemsize
     made_with = settings.tokenizer_path or f"scratch_gpt-{manifest['tokenizer'][:12]}"

@@ -1,4 +1,4 @@
-"""What is left out of a corpus: documents that were there before, and documents that hold evaluation text."""
+"""Deduplication and decontamination: find repeated documents, and documents that contain evaluation text."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,13 +11,13 @@ from scratch_gpt.data.records import read_json_lines
 from scratch_gpt.data.sources import find_files, read_documents
 
 NGRAM = 13
-"""Words in a row that count as the same text (Brown et al., 2020, arXiv:2005.14165, appendix C)."""
+"""Consecutive words that count as the same text (Brown et al., 2020, arXiv:2005.14165, appendix C)."""
 
 _WORD = re.compile(r"\w+")
 
 
 def first_occurrences(digests: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For lists of document digests (uint64), in their order: which are the first with their value (bool)."""
+    """For each array of document digests (uint64), return a bool array: True where a value occurs for the first time."""
     together = np.concatenate([*digests, np.empty(0, dtype=np.uint64)])
     keep = np.zeros(len(together), dtype=bool)
     keep[np.unique(together, return_index=True)[1]] = True
@@ -25,14 +25,14 @@ def first_occurrences(digests: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 class Contamination:
-    """Does a document share :data:`NGRAM` words in a row with evaluation text? Case and punctuation do not matter."""
+    """Finds documents that share :data:`NGRAM` consecutive words with evaluation text; ignores case and punctuation."""
 
     def __init__(self, texts: Iterable[str]):
-        self.numbers: dict[str, int] = {}  # of the words that evaluation texts use, from 1 on
+        self.numbers: dict[str, int] = {}  # ids of the words of evaluation texts, from 1
         ngrams: set[tuple[int, ...]] = set()
         for text in texts:
             words = [self.numbers.setdefault(word, len(self.numbers) + 1) for word in _words(text)]
-            ngrams.update(zip(*(words[place:] for place in range(NGRAM)), strict=False))
+            ngrams.update(zip(*(words[offset:] for offset in range(NGRAM)), strict=False))
         self.ngrams = ngrams
         self.weights = np.random.default_rng(0).integers(1, 2**63, NGRAM, dtype=np.uint64)
         rows = np.array(sorted(ngrams), dtype=np.uint64).reshape(-1, NGRAM)
@@ -44,15 +44,15 @@ class Contamination:
             return False
         windows = np.lib.stride_tricks.sliding_window_view(numbers, NGRAM)  # (words - 12, 13)
         hashes = np.zeros(len(windows), dtype=np.uint64)
-        for place in range(NGRAM):
-            hashes += numbers[place : len(windows) + place] * self.weights[place]
-        places = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-        candidates = np.flatnonzero(self.hashes[places] == hashes)
+        for offset in range(NGRAM):
+            hashes += numbers[offset : len(windows) + offset] * self.weights[offset]
+        indices = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        candidates = np.flatnonzero(self.hashes[indices] == hashes)
         return any(tuple(windows[index].tolist()) in self.ngrams for index in candidates)
 
 
 def evaluation_texts(files: Sequence[str]) -> Iterator[str]:
-    """The texts of evaluation files: documents of a text file; of JSON Lines, each string anywhere in a record.
+    """Yield the texts of evaluation files: documents of a text file; every string in a JSON Lines record.
 
     Raises:
         UserError: a file that is not there or is broken.

@@ -1,11 +1,11 @@
-"""Documents to token ids, fast.
+"""Fast encoding of documents to token ids.
 
-Nearly all words of a text have been met before. For a byte-level BPE tokenizer whose rule for cutting words is a known
-one, :class:`WordEncoder` cuts with Python's ``re`` and looks the words up in a dictionary, and only a new word goes
-through the merges: about five times as fast on one core as ``tokenizers`` (benchmarks/data_prepare.py), with the same
-ids. Other tokenizers encode with :class:`BackendEncoder`.
+Nearly all words of a text repeat. For a byte-level BPE tokenizer whose split pattern is known, :class:`WordEncoder`
+splits the text with Python's ``re`` and looks each word up in a dictionary; only a new word goes through the merges.
+On one core this is about five times as fast as `tokenizers` (benchmarks/data_prepare.py), with the same ids. All other
+tokenizers use :class:`BackendEncoder`.
 
-Special tokens that stand in the text are text: only this package writes control tokens.
+Special tokens that occur in a document are encoded as ordinary text: only this package inserts control tokens.
 """
 
 import itertools
@@ -20,14 +20,14 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 BATCH_CHARACTERS = 4_000_000
 CACHED_WORDS, CACHED_LENGTH = 2**18, 64
-"""Bounds of the dictionary: number of words (the first ones, which are the frequent ones), and their characters."""
+"""Limits of the word cache: number of words (the first ones met, so mostly frequent ones), and characters per word."""
 WINDOW = 2**20
-"""Characters of a long document that are cut into words at a time."""
+"""Characters of a long document that are split into words at a time."""
 LONGEST_WORD = 2**22
-"""A word of more characters than this is merged in parts. No text holds one: it is a file of letters without a space."""
+"""Longest word, in characters, that is merged at once; a longer one (a file without spaces) is merged in chunks."""
 
-# Where words are cut before merging. In the manner of GPT-4's tokenizer: contractions, a word with one leading space or
-# sign, up to three digits, punctuation with its line breaks, white space; and as GPT-2 does.
+# How text is split into words before merging. GPT-4 style: contractions, a word with one leading space or sign, up to
+# three digits, punctuation with its line breaks, white space. Then GPT-2's own pattern.
 GPT4_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,26 +35,36 @@ GPT4_WORDS = (
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def word_pattern(words: str, digits: int) -> str:
-    """The rule ``words`` ("gpt4", "gpt2") with runs of up to ``digits`` digits, for a ``Split`` of tokenizers."""
-    run = rf"\p{{N}}{{1,{digits}}}" if digits > 1 else r"\p{N}"
-    return (GPT4_WORDS.replace(r"\p{N}{1,3}", run)) if words == "gpt4" else GPT2_WORDS.replace(r"\p{N}+", run, 1)
+def word_pattern(split_pattern: str, max_digits: int) -> str:
+    """Regex of a `tokenizers` ``Split`` for ``split_pattern`` ("gpt4" or "gpt2"), with up to ``max_digits`` per number."""
+    run = rf"\p{{N}}{{1,{max_digits}}}" if max_digits > 1 else r"\p{N}"
+    if split_pattern == "gpt4":
+        return GPT4_WORDS.replace(r"\p{N}{1,3}", run)
+    return GPT2_WORDS.replace(r"\p{N}+", run, 1)
 
 
-KNOWN_PATTERNS = {word_pattern(words, digits) for words in ("gpt4", "gpt2") for digits in (1, 2, 3)} | {GPT2_WORDS}
+KNOWN_PATTERNS = {word_pattern(name, digits) for name in ("gpt4", "gpt2") for digits in (1, 2, 3)} | {GPT2_WORDS}
 
 
 class Encoder(Protocol):
+    """Encodes one document at a time."""
+
     def encode(self, text: str) -> bytes:
-        """Little-endian token ids of one document."""
+        """Return the token ids of one document as little-endian bytes of the encoder's dtype."""
+
+
+def special_tokens_as_text(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of ``tokenizer`` that encodes special tokens in a text as ordinary text; the original is unchanged."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = True
+    return copy
 
 
 class BackendEncoder:
-    """What ``tokenizers`` says, for any tokenizer."""
+    """Encodes with the `tokenizers` library itself, for any tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: str):
-        self.tokenizer, self.dtype = tokenizer, dtype
-        tokenizer.encode_special_tokens = True
+        self.tokenizer, self.dtype = special_tokens_as_text(tokenizer), dtype
 
     def encode(self, text: str) -> bytes:
         [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
@@ -62,9 +72,9 @@ class BackendEncoder:
 
 
 class WordEncoder:
-    """The same ids by way of a dictionary of words. ``pattern`` is one of :data:`KNOWN_PATTERNS`.
+    """Encodes by looking words up in a cache. ``pattern`` is one of :data:`KNOWN_PATTERNS`.
 
-    A document longer than :data:`WINDOW` is cut into words a window at a time, so that memory stays flat.
+    A document longer than :data:`WINDOW` characters is split a window at a time, so that memory stays constant.
     """
 
     def __init__(self, tokenizer: Tokenizer, dtype: str, pattern: str):
@@ -76,7 +86,7 @@ class WordEncoder:
         return b"".join([b"".join(map(self.ids_of, words)) for words in self.words(text)])
 
     def words(self, text: str) -> Iterator[list[str]]:
-        """The words of ``text``, some at a time."""
+        """Yield the words of ``text`` in order, one list per window."""
         start, size = 0, WINDOW
         while len(text) - start > size:
             words = self._words(text[start : start + size])
@@ -95,14 +105,14 @@ class WordEncoder:
     def _words(self, text: str) -> list[str]:
         if not _ASTRAL.search(text):
             return self.cut(text)
-        # Python's re is slow with sets of characters beyond 16 bits: cut a text with others of their class instead.
+        # Python's re is slow with character sets beyond 16 bits: substitute 16-bit characters of the same class, then split.
         alike = self.cut(_ASTRAL.sub(lambda found: _representative(found.group()), text))
         ends = list(itertools.accumulate(map(len, alike), initial=0))
         return [text[start:end] for start, end in itertools.pairwise(ends)]
 
 
 class _Words(dict[str, bytes]):
-    """Word to ids; a new word goes through the merges."""
+    """Cache from a word to its token ids; a missing word goes through the merges."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: str):
         self.model, self.dtype = tokenizer.model, dtype
@@ -120,18 +130,18 @@ class _Words(dict[str, bytes]):
 
 
 def make_encoder(tokenizer: Tokenizer, dtype: str) -> Encoder:
-    """The fastest encoder that gives the tokenizer's ids."""
+    """Return the fastest encoder that is exact for ``tokenizer``; ``dtype`` is "<u2" or "<u4"."""
     pattern = known_pattern(tokenizer)
     return BackendEncoder(tokenizer, dtype) if pattern is None else WordEncoder(tokenizer, dtype, pattern)
 
 
 def known_pattern(tokenizer: Tokenizer) -> str | None:
-    """The rule by which a plain byte-level BPE tokenizer cuts words, or None where it is anything else."""
+    """Return the split pattern of a plain byte-level BPE tokenizer, or None for any other tokenizer."""
     rules = json.loads(tokenizer.to_str())
     if rules["normalizer"] is not None or rules["model"]["type"] != "BPE" or rules["model"]["dropout"]:
         return None
     if not all(token["special"] for token in rules["added_tokens"]):
-        return None  # such a token is cut out of the text before anything else
+        return None  # a non-special added token is matched before the split
     cutter = rules["pre_tokenizer"] or {}
     steps = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1]["add_prefix_space"]:
@@ -146,15 +156,18 @@ def known_pattern(tokenizer: Tokenizer) -> str | None:
 
 
 def encode(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
-    """(token ids, UTF-8 bytes) of each document, by ``tokenizers`` itself, several documents at a time on all cores."""
-    tokenizer.encode_special_tokens = True
+    """Yield (token ids, UTF-8 bytes) of each document, by `tokenizers` itself, several documents at a time on all cores.
+
+    Special tokens in a document are encoded as ordinary text.
+    """
+    tokenizer = special_tokens_as_text(tokenizer)
     for batch in in_batches(documents):
         for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
             yield encoding.ids, len(text.encode("utf-8"))
 
 
 def in_batches(documents: Iterable[str], characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
-    """Lists of documents, each of about so many characters."""
+    """Group documents into lists of about ``characters`` characters each."""
     batch: list[str] = []
     filled = 0
     for document in documents:
@@ -174,9 +187,9 @@ _ASTRAL = re.compile("[\U00010000-\U0010ffff]")
 
 @cache
 def _characters(regex: str) -> str:
-    """The characters of 16 bits that ``tokenizers`` takes for ``regex``, as ranges for Python's ``re``.
+    """Return the 16-bit characters that match ``regex`` in `tokenizers`, as ranges for Python's ``re``.
 
-    Asked of its own engine, because each library has its own version of Unicode.
+    Its own regex engine is asked, because each library has its own version of Unicode.
     """
     plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
     cutter = pre_tokenizers.Split(Regex(regex + "+"), "removed", invert=True)
@@ -188,7 +201,7 @@ def _characters(regex: str) -> str:
 
 @cache
 def _representative(character: str) -> str:
-    """A character of 16 bits, without upper and lower case, of the same class as one beyond them."""
+    """Return a caseless 16-bit character of the same class as ``character``, which lies beyond 16 bits."""
     for regex, stand_in in ((r"\p{L}", "\u05d0"), (r"\p{N}", "\u00b2"), (r"\s", "\u2003")):
         if not pre_tokenizers.Split(Regex(regex), "removed").pre_tokenize_str(character):
             return stand_in
@@ -196,7 +209,7 @@ def _representative(character: str) -> str:
 
 
 def _as_re(pattern: str, letters: str, numbers: str, spaces: str) -> str:
-    r"""``pattern`` for Python's ``re``, which knows neither \p{L} nor \p{N} and has another \s."""
+    r"""Translate ``pattern`` for Python's ``re``, which knows neither \p{L} nor \p{N} and defines \s differently."""
     inside = {r"\p{L}": letters, r"\p{N}": numbers, r"\s": spaces}
 
     def replace(found: re.Match[str]) -> str:
@@ -211,7 +224,7 @@ def _as_re(pattern: str, letters: str, numbers: str, spaces: str) -> str:
 
 
 def _byte_alphabet() -> dict[int, int]:
-    """The character that stands for each byte in byte-level BPE: itself where it is visible, else one from U+0100 on."""
+    """Map each byte to its character in byte-level BPE: itself if visible, otherwise the next free one from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
-    return dict(zip(visible, visible, strict=True)) | {byte: 0x100 + place for place, byte in enumerate(hidden)}
+    return dict(zip(visible, visible, strict=True)) | {byte: 0x100 + index for index, byte in enumerate(hidden)}

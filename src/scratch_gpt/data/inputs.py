@@ -1,8 +1,8 @@
-"""Where documents lie: files of several kinds, compressed or not, and datasets; opened, and cut into pieces.
+"""Inputs: files of several kinds, compressed or not, and datasets; opening them and cutting them into slices.
 
-A file is read in pieces that several processes can share: byte ranges of text and JSON Lines that begin and end with a
-record, row groups of Parquet, rows of a dataset; a compressed or Arrow file is one piece. Which pieces there are depends
-on the files alone.
+A file is read in slices, which several processes can work on: byte ranges of text and JSON Lines that begin and end with a
+record, row groups of Parquet, rows of a dataset; a compressed or Arrow file is one slice. Slices
+depend on the files alone.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class Dataset:
     """A dataset that the `datasets` library reads: a name on the Hub, or a local folder."""
 
     path: str
-    configuration: str | None = None
+    subset: str | None = None
     split: str = "train"
     streaming: bool = False
 
@@ -42,13 +42,13 @@ Location = Path | Dataset
 class FileSlice:
     """From ``start`` to before ``end`` (None: all): bytes, row groups, rows, or shards of a streamed dataset."""
 
-    place: Location
+    location: Location
     start: int = 0
     end: int | None = None
 
 
 def kind_of(path: Path) -> str:
-    """text, jsonl, parquet or arrow, by the file's name; what is none of the others is text."""
+    """text, jsonl, parquet or arrow, by the file's name; text if unknown."""
     suffixes = path.suffixes
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -64,10 +64,10 @@ def is_compressed(path: Path) -> bool:
 
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The file's uncompressed bytes.
+    """Open ``path`` for reading uncompressed bytes.
 
     Raises:
-        UserError: a compressed file that is damaged or cut off.
+        UserError: a compressed file that is damaged or truncated.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -83,15 +83,15 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
             else:
                 yield stack.enter_context(path.open("rb"))
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged or cut off: {error}") from error
+        raise UserError(f"{path}: damaged or truncated: {error}") from error
     except OSError as error:
         if not is_compressed(path) or error.errno is not None:
             raise
-        raise UserError(f"{path}: damaged or cut off: {error}") from error
+        raise UserError(f"{path}: damaged or truncated: {error}") from error
 
 
 class _Unseekable(io.BufferedReader):
-    """Arrow's decompressed streams cannot seek, and nobody needs them to: they are read from their beginning."""
+    """Arrow's decompressed streams cannot seek, and need not: they are read from the beginning."""
 
     def seek(self, offset: int, whence: int = 0) -> int:
         assert (offset, whence) == (0, 0)
@@ -111,58 +111,58 @@ def damaged_arrow(path: Path) -> Iterator[None]:
 
 
 @lru_cache(maxsize=4)
-def load_dataset(place: Dataset) -> Any:
-    """The dataset, opened once per process.
+def load_dataset(location: Dataset) -> Any:
+    """Load ``location`` once per process.
 
     Raises:
-        UserError: there is no such dataset, configuration or split.
+        UserError: there is no such dataset, subset or split.
     """
     import datasets
 
-    folder = Path(place.path).expanduser()
+    folder = Path(location.path).expanduser()
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(folder))
             if isinstance(saved, datasets.DatasetDict):
-                if place.split not in saved:
-                    raise UserError(f"{place.path} has no split {place.split!r}; it has {', '.join(saved)}")
-                saved = saved[place.split]
-            return saved.to_iterable_dataset(num_shards=8) if place.streaming else saved
+                if location.split not in saved:
+                    raise UserError(f"{location.path} has no split {location.split!r}; it has {', '.join(saved)}")
+                saved = saved[location.split]
+            return saved.to_iterable_dataset(num_shards=8) if location.streaming else saved
         return datasets.load_dataset(
-            str(folder) if folder.is_dir() else place.path,
-            place.configuration,
-            split=place.split,
-            streaming=place.streaming,
+            str(folder) if folder.is_dir() else location.path,
+            location.subset,
+            split=location.split,
+            streaming=location.streaming,
         )
-    except (OSError, ValueError) as error:  # not found, no such configuration, no connection
+    except (OSError, ValueError) as error:  # not found, no such subset, no connection
         if isinstance(error, UserError):
             raise
-        raise UserError(f"the dataset {place.path} cannot be loaded: {error}") from error
+        raise UserError(f"the dataset {location.path} cannot be loaded: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------ pieces
+# ------------------------------------------------------------------------------------------------ slices
 
 
-def cut(place: Location, size: int) -> Iterator[tuple[FileSlice, int]]:
-    """The pieces of ``place``, each of about ``size`` bytes, and each one's own size in bytes."""
-    if isinstance(place, Dataset):
-        yield from _cut_dataset(place, size)
+def cut(location: Location, size: int) -> Iterator[tuple[FileSlice, int]]:
+    """Yield the slices of ``location``, each of about ``size`` bytes, with their actual sizes in bytes."""
+    if isinstance(location, Dataset):
+        yield from _cut_dataset(location, size)
         return
-    kind, total = kind_of(place), place.stat().st_size
+    kind, total = kind_of(location), location.stat().st_size
     if kind == "parquet":
-        yield from _cut_parquet(place, size)
-    elif kind == "arrow" or is_compressed(place):
-        if kind in ("parquet", "arrow") and is_compressed(place):
-            raise UserError(f"{place}: decompress it first, {kind} files compress their columns themselves")
-        yield FileSlice(place), total
+        yield from _cut_parquet(location, size)
+    elif kind == "arrow" or is_compressed(location):
+        if kind in ("parquet", "arrow") and is_compressed(location):
+            raise UserError(f"{location}: decompress it first, {kind} files compress their columns themselves")
+        yield FileSlice(location), total
     else:
-        starts = [0, *_record_starts(place, kind, size), total]
+        starts = [0, *_record_starts(location, kind, size), total]
         for start, end in itertools.pairwise(starts):
-            yield FileSlice(place, start, end), end - start
+            yield FileSlice(location, start, end), end - start
 
 
 def _record_starts(path: Path, kind: str, size: int) -> Iterator[int]:
-    """Where records begin in a text or JSON Lines file, about every ``size`` bytes."""
+    """Yield byte offsets at which records begin in a text or JSON Lines file, about every ``size`` bytes."""
     separator = DOCUMENT_SEPARATOR.encode()
     total = path.stat().st_size
     position = 0
@@ -192,21 +192,21 @@ def _cut_parquet(path: Path, size: int) -> Iterator[tuple[FileSlice, int]]:
             start, weight = group + 1, 0
 
 
-def _cut_dataset(place: Dataset, size: int) -> Iterator[tuple[FileSlice, int]]:
-    dataset = load_dataset(place)
-    if place.streaming:
+def _cut_dataset(location: Dataset, size: int) -> Iterator[tuple[FileSlice, int]]:
+    dataset = load_dataset(location)
+    if location.streaming:
         for shard in range(dataset.num_shards):
-            yield FileSlice(place, shard), size
+            yield FileSlice(location, shard), size
         return
     rows, num_bytes = len(dataset), dataset.data.nbytes
     step = max(1, rows * size // max(num_bytes, 1))
     for start in range(0, rows, step):
         end = min(start + step, rows)
-        yield FileSlice(place, start, end), num_bytes * (end - start) // rows
+        yield FileSlice(location, start, end), num_bytes * (end - start) // rows
 
 
 def count_lines(path: Path, end: int) -> int:
-    """Lines before byte ``end`` of an uncompressed file."""
+    """Count the lines before byte ``end`` of an uncompressed file."""
     lines = 0
     with path.open("rb") as file:
         while end > 0 and (block := file.read(min(end, 2**20))):

@@ -1,4 +1,4 @@
-"""What is in a folder of token shards: `scratch-gpt data inspect`."""
+"""Show the content of a folder of token shards: `scratch-gpt data inspect`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from scratch_gpt.data.shards import TokenStream, read_manifest, verify_checksums
 from scratch_gpt.data.tokenizer import fingerprint, load_tokenizer
 from scratch_gpt.errors import UserError
 
-ROW_LENGTH = 128
+SAMPLE_TOKENS = 128
 BOUNDARY = "\n──────── a document ends ────────\n"
 
 
 def inspect_command(settings: DataInspectSettings) -> None:
-    """Print the manifest, verify every checksum, decode rows of each source with their document boundaries visible."""
+    """Print the manifest, verify every checksum, and decode samples of each source with visible document boundaries."""
     folder = Path(settings.path)
     manifest = read_manifest(folder)
     verify_checksums(folder, manifest)
@@ -28,7 +28,7 @@ def inspect_command(settings: DataInspectSettings) -> None:
                 f"  {split_name:<12}{split['tokens']:,} tokens, {split['documents']:,} documents, "
                 f"{split['bytes']:,} bytes, {len(split['shards'])} shard(s), checksums verified"
             )
-        print("  left out    " + ", ".join(f"{count:,} {what}" for what, count in entry["removed"].items()))
+        print("  removed     " + ", ".join(f"{count:,} {what}" for what, count in entry["removed"].items()))
         options = {option: value for option, value in entry.get("options", {}).items() if value}
         if options:
             print("  options     " + ", ".join(f"{option} {value!r}" for option, value in options.items()))
@@ -39,13 +39,13 @@ def inspect_command(settings: DataInspectSettings) -> None:
     tokenizer = load_tokenizer(settings.tokenizer_path)
     for name in manifest["sources"]:
         stream = TokenStream.open(folder, "train", manifest, source=name)
-        for row in range(min(settings.rows, -(-len(stream) // ROW_LENGTH))):
-            length = min(ROW_LENGTH, len(stream) - row * ROW_LENGTH)
-            print(f"\n{name}, train, tokens {row * ROW_LENGTH} to {row * ROW_LENGTH + length - 1}:")
-            print(decode_row(tokenizer, stream.read(row * ROW_LENGTH, length), manifest["end_of_text"]))
+        for sample in range(min(settings.rows, -(-len(stream) // SAMPLE_TOKENS))):
+            length = min(SAMPLE_TOKENS, len(stream) - sample * SAMPLE_TOKENS)
+            print(f"\n{name}, train, tokens {sample * SAMPLE_TOKENS} to {sample * SAMPLE_TOKENS + length - 1}:")
+            print(decode_tokens(tokenizer, stream.read(sample * SAMPLE_TOKENS, length), manifest["end_of_text"]))
 
 
-def decode_row(tokenizer: Any, row: np.ndarray, end_of_text: int) -> str:
-    """The text of ``row`` (tokens,), with a line where a document ends."""
-    documents = np.split(row, np.flatnonzero(row == end_of_text) + 1)
+def decode_tokens(tokenizer: Any, tokens: np.ndarray, end_of_text: int) -> str:
+    """Decode ``tokens`` (tokens,) int64, with a line at each end of a document."""
+    documents = np.split(tokens, np.flatnonzero(tokens == end_of_text) + 1)
     return BOUNDARY.join(tokenizer.decode(document[document != end_of_text]) for document in documents)

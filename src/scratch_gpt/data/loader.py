@@ -1,4 +1,4 @@
-"""From the run's cursor to the batches of its next step, read in the background while the step before is computed."""
+"""Read the batches of the next optimizer step in the background, from the run's position in its data."""
 
 import dataclasses
 import queue
@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from scratch_gpt.data.batches import Batch, read_rows
+from scratch_gpt.data.batches import Batch, read_sequences
 from scratch_gpt.data.mixture import DataOrder, DataPosition
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.errors import UserError
@@ -18,18 +18,18 @@ Item = TypeVar("Item")
 
 @dataclasses.dataclass(frozen=True)
 class StepData:
-    """What one process computes in one optimizer step."""
+    """The data of one rank for one optimizer step."""
 
     batches: list[Batch]
-    """This process's rows, a forward pass at a time."""
+    """This rank's sequences, one batch per micro-batch."""
     num_targets: int
-    """Target tokens of the step, over all processes."""
+    """Target tokens of the step, summed over all ranks."""
     cursor: DataPosition
-    """Where the run stands after the step."""
+    """Position in the data after the step."""
 
 
 class TrainingData:
-    """The training split of a folder of shards, in the order of a run."""
+    """The training split of token shards, in the order of a run."""
 
     def __init__(
         self,
@@ -43,25 +43,29 @@ class TrainingData:
         self.document_mask, self.vocab_size = document_mask, vocab_size
 
     def read_step(
-        self, cursor: DataPosition, rows_per_step: int, micro_batches: int, process: int = 0, processes: int = 1
+        self, position: DataPosition, sequences_per_step: int, micro_batches: int, rank: int = 0, world_size: int = 1
     ) -> StepData:
-        """The next ``rows_per_step`` rows; process p takes every ``processes``-th of them, from the p-th on.
+        """Read every ``world_size``-th of the next ``sequences_per_step`` sequences, starting at ``rank``.
 
         Raises:
             UserError: a token id that the model's vocabulary does not have.
         """
-        places = [self.order.locate(cursor, row) for row in range(cursor.row, cursor.row + rows_per_step)]
-        rows = [(source, self.order.packings[source].row(index)) for source, index in places]
-        mine = rows[process::processes]
-        size = len(mine) // micro_batches
+        located = [self.order.locate(position, row) for row in range(position.row, position.row + sequences_per_step)]
+        sequences = [(source, self.order.packings[source].sequence(index)) for source, index in located]
+        own = sequences[rank::world_size]
+        size = len(own) // micro_batches
         batches = []
-        for first in range(0, len(mine), size):
-            chosen = mine[first : first + size]
-            batch = read_rows([(self.streams[s], row) for s, row in chosen], self.context_length, self.document_mask)
+        for first in range(0, len(own), size):
+            chosen = own[first : first + size]
+            batch = read_sequences(
+                [(self.streams[source], sequence) for source, sequence in chosen],
+                self.context_length,
+                self.document_mask,
+            )
             self._check_vocabulary(batch, [source for source, _ in chosen])
             batches.append(batch)
-        num_targets = sum(count for _, row in rows for _, count in row)
-        return StepData(batches, num_targets, dataclasses.replace(cursor, row=cursor.row + rows_per_step))
+        num_targets = sum(count for _, sequence in sequences for _, count in sequence)
+        return StepData(batches, num_targets, dataclasses.replace(position, row=position.row + sequences_per_step))
 
     def _check_vocabulary(self, batch: Batch, sources: list[str]) -> None:
         # in numpy: torch would start a second set of OpenMP threads for this one
@@ -75,17 +79,17 @@ class TrainingData:
 
 
 class Prefetcher(Generic[Item]):
-    """Runs an iterator in a thread, at most ``ahead`` items ahead of its reader; order and exceptions are unchanged.
+    """Runs an iterator in a thread, at most ``ahead`` items ahead of its consumer; order and exceptions are kept.
 
-    As a context manager it stops the thread at the end of its block, however that ends.
+    Use it as a context manager: leaving the block stops the thread.
     """
 
     def __init__(self, items: Iterator[Item], ahead: int = 2):
         self._items = items
         self._done: queue.SimpleQueue[tuple[Item | None, BaseException | None]] = queue.SimpleQueue()
-        self._room = threading.Semaphore(ahead)
+        self._free_slots = threading.Semaphore(ahead)
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="prefetcher", daemon=True)
 
     def __enter__(self) -> "Prefetcher[Item]":
         self._thread.start()
@@ -93,17 +97,17 @@ class Prefetcher(Generic[Item]):
 
     def __exit__(self, *exception: object) -> None:
         self._closing = True
-        self._room.release()
+        self._free_slots.release()
         self._thread.join()
 
     def _run(self) -> None:
         try:
             while True:
-                self._room.acquire()
+                self._free_slots.acquire()
                 if self._closing:
                     return
                 self._done.put((next(self._items), None))
-        except BaseException as error:  # noqa: BLE001 (not handled here: the reader gets it in its turn, the end too)
+        except BaseException as error:  # noqa: BLE001 (re-raised in the consumer, StopIteration included)
             self._done.put((None, error))
 
     def __iter__(self) -> Iterator[Item]:
@@ -112,7 +116,7 @@ class Prefetcher(Generic[Item]):
     def __next__(self) -> Item:
         item, error = self._done.get()
         if error is not None:
-            self._done.put((None, error))  # whoever asks again gets it again
+            self._done.put((None, error))  # a later call raises it again
             raise error
-        self._room.release()
+        self._free_slots.release()
         return item  # type: ignore[return-value]

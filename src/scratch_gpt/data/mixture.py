@@ -1,9 +1,9 @@
-"""Mixtures: which source each row of a run comes from, and how far each source has been read.
+"""Mixtures: which source each sequence of a run comes from, and how far each source has been read.
 
-Weights are shares of the *tokens*. Rows are dealt out so that after any number of rows each source is within one row of
-its share (of up to four sources; within one and a half of up to eight), and exactly at it where its share is a whole
-number. Nothing is drawn at random and nothing but a few integers is kept, so any row of a run of any length is found at
-once, and it is the same row for any number of processes and any batch size.
+Weights are proportions of the *tokens*. After any number of sequences each source is within one sequence of its
+proportion (with up to four sources; within one and a half with up to eight), and exact where the proportion is a whole
+number of sequences. The assignment is deterministic and its state is a few integers, so any sequence of a run is located
+directly, and it is the same for any world size and any batch size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,21 +18,21 @@ from scratch_gpt.errors import UserError
 
 @dataclass(frozen=True)
 class DataPosition:
-    """Where a run stands in its data."""
+    """Position of a run in its data; saved in checkpoints."""
 
     row: int = 0
-    """Rows consumed by all processes since the start of the run."""
+    """Sequences consumed by all ranks since the start of the run."""
     phase: str = ""
     """Name of the phase."""
     phase_row: int = 0
-    """The row at which the phase began."""
+    """Value of ``row`` at which the phase began."""
     taken: dict[str, int] = field(default_factory=dict)
-    """Rows of each source that were consumed before the phase began."""
+    """Sequences of each source consumed before the phase began."""
 
 
 @dataclass(frozen=True)
 class _Node:
-    """A source, or two groups of sources that share its rows."""
+    """A source, or two groups of sources between which its sequences are divided."""
 
     weight: int
     source: str = ""
@@ -40,41 +40,41 @@ class _Node:
 
 
 class Mixture:
-    """Deals rows out to sources in the proportion of ``weights`` (source to any positive number).
+    """Assigns sequences to sources in proportion to ``weights`` (source to non-negative number).
 
-    A binary tree: each node gives its left side the rounded share of the rows that it gets itself. Rounding adds at
-    most half a row, and passes on less than what was inherited; so one level is within 1/2 and two are within 1.
+    A binary tree: each node assigns its left child the rounded proportion of its own sequences. Each level adds a
+    rounding error of at most 1/2 and inherits less than its parent's; so one level is within 1/2 and two are within 1.
     """
 
     def __init__(self, weights: Mapping[str, Fraction]):
         scale = lcm(*(weight.denominator for weight in weights.values()))
         leaves = [_Node(int(weight * scale), source) for source, weight in weights.items() if weight > 0]
         self._root = _halve(sorted(leaves, key=lambda leaf: (-leaf.weight, leaf.source)))
-        self.shares = {leaf.source: Fraction(leaf.weight, self._root.weight) for leaf in leaves}
+        self.proportions = {leaf.source: Fraction(leaf.weight, self._root.weight) for leaf in leaves}
 
     def locate(self, row: int) -> tuple[str, int]:
-        """(source of row ``row``, how many rows of that source come before it)."""
+        """Return (source of sequence ``row``, number of earlier sequences of that source)."""
         node = self._root
         while node.children is not None:
             left, right = node.children
-            before, after = (_rounded_share(n, left.weight, node.weight) for n in (row, row + 1))
+            before, after = (_rounded_proportion(n, left.weight, node.weight) for n in (row, row + 1))
             node, row = (left, before) if after > before else (right, row - before)
         return node.source, row
 
-    def counts(self, rows: int) -> dict[str, int]:
-        """How many of the first ``rows`` rows come from each source."""
+    def counts(self, num_sequences: int) -> dict[str, int]:
+        """Return how many of the first ``num_sequences`` sequences come from each source."""
         counts: dict[str, int] = {}
 
-        def deal(node: _Node, rows: int) -> None:
+        def assign(node: _Node, rows: int) -> None:
             if node.children is None:
                 counts[node.source] = rows
                 return
             left, right = node.children
-            share = _rounded_share(rows, left.weight, node.weight)
-            deal(left, share)
-            deal(right, rows - share)
+            share = _rounded_proportion(rows, left.weight, node.weight)
+            assign(left, share)
+            assign(right, rows - share)
 
-        deal(self._root, rows)
+        assign(self._root, num_sequences)
         return counts
 
 
@@ -85,54 +85,58 @@ def _halve(leaves: Sequence[_Node]) -> _Node:
     return _Node(sum(leaf.weight for leaf in leaves), children=(_halve(leaves[:half]), _halve(leaves[half:])))
 
 
-def _rounded_share(rows: int, part: int, whole: int) -> int:
-    return (2 * rows * part + whole) // (2 * whole)
+def _rounded_proportion(count: int, weight: int, total: int) -> int:
+    return (2 * count * weight + total) // (2 * total)
 
 
 class DataOrder:
-    """The rows of a run: phase after phase, each a mixture of sources; every source goes on where it was left.
+    """The sequences of a run: phase after phase, each a mixture of sources; a source continues where it stopped.
 
     Without weights the sources are mixed in proportion to their sizes: each is read once per epoch.
 
     Raises:
-        UserError: a mixture names a source that is not there, or gives no source a weight; shares that do not add up.
+        UserError: a mixture names an unknown source or gives no source a weight, or the phases' shares do not sum to 1.
     """
 
     def __init__(self, packings: Mapping[str, Packing], phases: Sequence[PhaseSettings]):
         self.packings, self.phases = dict(packings), list(phases)
         _check_phases(self.phases, list(packings))
-        self.mixtures = {phase.name: Mixture(self._row_weights(phase.mixture)) for phase in phases}
+        self.mixtures = {phase.name: Mixture(self._sequence_weights(phase.mixture)) for phase in phases}
 
-    def _row_weights(self, weights: Mapping[str, float]) -> dict[str, Fraction]:
-        """Shares of the rows that give these shares of the tokens: packings differ in their padding."""
+    def _sequence_weights(self, weights: Mapping[str, float]) -> dict[str, Fraction]:
+        """Convert weights of tokens to weights of sequences: packings differ in their padding."""
         return {
             name: (Fraction(repr(weights.get(name, 0))) if weights else packing.num_tokens)
-            * Fraction(packing.rows_per_epoch, packing.num_tokens)
+            * Fraction(packing.sequences_per_epoch, packing.num_tokens)
             for name, packing in self.packings.items()
         }
 
-    def at_step(self, cursor: DataPosition, step: int, max_steps: int) -> DataPosition:
-        """``cursor``, in the phase that ``step`` belongs to."""
+    def at_step(self, position: DataPosition, step: int, max_steps: int) -> DataPosition:
+        """Return ``position`` in the phase that optimizer step ``step`` belongs to."""
         phase = self.phases[phase_at(step, max_steps, self.phases)].name
-        return cursor if phase == cursor.phase else DataPosition(cursor.row, phase, cursor.row, self.taken(cursor))
+        return (
+            position
+            if phase == position.phase
+            else DataPosition(position.row, phase, position.row, self.taken(position))
+        )
 
-    def locate(self, cursor: DataPosition, row: int) -> tuple[str, int]:
-        """(source, row of that source) of the run's row ``row``, which lies in the cursor's phase."""
-        source, index = self.mixtures[cursor.phase].locate(row - cursor.phase_row)
-        return source, cursor.taken.get(source, 0) + index
+    def locate(self, position: DataPosition, row: int) -> tuple[str, int]:
+        """Return (source, sequence of that source) of the run's sequence ``row``, which lies in the position's phase."""
+        source, index = self.mixtures[position.phase].locate(row - position.phase_row)
+        return source, position.taken.get(source, 0) + index
 
-    def taken(self, cursor: DataPosition) -> dict[str, int]:
-        """Rows of each source consumed so far."""
-        in_phase = self.mixtures[cursor.phase].counts(cursor.row - cursor.phase_row) if cursor.phase else {}
-        return {name: cursor.taken.get(name, 0) + in_phase.get(name, 0) for name in self.packings}
+    def taken(self, position: DataPosition) -> dict[str, int]:
+        """Return the number of sequences of each source consumed so far."""
+        in_phase = self.mixtures[position.phase].counts(position.row - position.phase_row) if position.phase else {}
+        return {name: position.taken.get(name, 0) + in_phase.get(name, 0) for name in self.packings}
 
-    def epochs(self, cursor: DataPosition) -> dict[str, float]:
-        """How often each source was read."""
-        return {name: rows / self.packings[name].rows_per_epoch for name, rows in self.taken(cursor).items()}
+    def epochs(self, position: DataPosition) -> dict[str, float]:
+        """Return how many epochs of each source have been consumed."""
+        return {name: count / self.packings[name].sequences_per_epoch for name, count in self.taken(position).items()}
 
 
 def phase_at(step: int, max_steps: int, phases: Sequence[PhaseSettings]) -> int:
-    """Which phase optimizer step ``step`` (from 0) belongs to."""
+    """Return the index of the phase that optimizer step ``step`` (from 0) belongs to."""
     end = 0.0
     for number, phase in enumerate(phases[:-1]):
         end += phase.share
@@ -145,7 +149,7 @@ def _check_phases(phases: Sequence[PhaseSettings], sources: Sequence[str]) -> No
     problems = []
     names = [phase.name for phase in phases]
     if len(set(names)) < len(names) or "" in names:
-        problems.append(f"--training.phases: each needs a name of its own; these are {names}")
+        problems.append(f"--training.phases: every phase needs a different, non-empty name; the names are {names}")
     if abs(sum(phase.share for phase in phases) - 1) > 1e-6 or min(phase.share for phase in phases) <= 0:
         problems.append(
             f"--training.phases: the shares are {', '.join(f'{phase.share:g}' for phase in phases)}; each must be more "

@@ -1,8 +1,8 @@
-"""A shuffle of ``range(size)`` that is computed, not stored: one place costs microseconds and no memory at any size.
+"""A shuffle of ``range(size)`` that is computed, not stored: one index costs microseconds and no memory at any size.
 
 A keyed Feistel network over the digits of a mixed-radix number (Black and Rogaway, 2002, "Ciphers with Arbitrary Finite
 Domains"): an index is ``left * columns + right``, and each round adds a hash of one digit to the other. Every round can
-be undone, so the whole is a bijection of ``range(rows * columns)``; results beyond ``size`` are walked on from, which
+be undone, so the composition is a bijection of ``range(rows * columns)``; results beyond ``size`` are walked on from, which
 leaves a bijection of ``range(size)``. ``rows * columns`` exceeds ``size`` by less than one row, so walks are rare.
 """
 
@@ -45,7 +45,7 @@ def random_integer(*key: int | str) -> int:
 
 
 def _mix(value: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): each bit of the result depends on all bits."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): each bit of the result depends on all bits."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)

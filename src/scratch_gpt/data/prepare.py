@@ -1,12 +1,12 @@
 """Text to token shards: `scratch-gpt data prepare`.
 
-The text is cut into units of work that depend on the text alone. Processes tokenize them; a finished unit has its shards
-under their names, on the disk for good, and a record of them. When all are finished the manifest is written. So an
-interrupted preparation goes on with the units that have no record, and the result is the same, byte for byte, however
-often it was interrupted and however many processes made it.
+The text is cut into work units, which depend on the text alone. Worker processes tokenize them; a finished unit has its
+shards under their final names, flushed to disk, and a record of them. The manifest is written last. An interrupted
+preparation resumes with the units that have no record, and the result is identical, byte for byte, however often it was
+interrupted and for any number of processes.
 
-    output/.lock  .prepare/{plan.json, units/, digests/, keep/, partial/}     while it is being made
-    output/{source}/{split}-{unit}.bin .docs  manifest.json                   what stays, see shards.py
+    output/.lock  .prepare/{plan.json, units/, digests/, keep/, partial/}     during preparation
+    output/{source}/{split}-{unit}.bin .docs  manifest.json                   the result, see shards.py
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from scratch_gpt.data.shards import (
     token_dtype,
     totals,
 )
-from scratch_gpt.data.sources import Source, read_places, sources_of
+from scratch_gpt.data.sources import Source, build_sources, read_locations
 from scratch_gpt.data.tokenizer import end_of_text, fingerprint, load_tokenizer
 from scratch_gpt.data.work_units import WorkUnit, describe, plan_units, same_as
 from scratch_gpt.data.workers import Job, available_cores, find_duplicates, tokenize, worker_processes
@@ -43,7 +43,7 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.files import disk_errors, locked, write_json
 
 UNIT_BYTES = 2**24
-"""Text of the smallest units."""
+"""Smallest size of a work unit, in bytes of its files."""
 LOCK = ".lock"
 
 
@@ -61,10 +61,10 @@ def prepare(
     """Tokenize the texts into ``output`` and return the manifest; shards of the same text and tokenizer are kept.
 
     Raises:
-        UserError: unreadable text, no held-out text, a folder that holds something else or is being written, a full
-            disk. What is finished is kept, and the same call goes on.
+        UserError: unreadable text, no held-out text, a folder with other content or in use by another process, a full
+            disk. Finished units are kept, and the same call resumes.
     """
-    sources = {source.name: source for source in sources_of(settings)}
+    sources = {source.name: source for source in build_sources(settings)}
     tokenizer = load_tokenizer(tokenizer_path)
     backend: Tokenizer = tokenizer.backend_tokenizer
     vocab_size = max(backend.get_vocab().values()) + 1
@@ -85,35 +85,35 @@ def prepare(
         sources=sources,
         output=output,
         tokenizer=backend.to_str(),
-        fast=_is_the_same(backend, head["dtype"], sources.values()),
+        fast=_fast_encoder_agrees(backend, head["dtype"], sources.values()),
         dtype=head["dtype"],
         end_of_text=head["end_of_text"],
         deduplicate=deduplicate,
         decontaminate=tuple(decontaminate),
         tokens_per_shard=tokens_per_shard,
     )
-    with disk_errors(f"token shards in {output} (what is finished is kept, the same command goes on)"):
+    with disk_errors(f"token shards in {output} (finished units are kept, the same command resumes)"):
         output.mkdir(parents=True, exist_ok=True)
         with locked(output / LOCK, str(output)):
             return _prepare(job, plan, workers or available_cores(), unit_bytes or UNIT_BYTES)
 
 
 def _prepare(job: Job, plan: dict[str, Any], workers: int, unit_bytes: int) -> dict[str, Any]:
-    """With the output folder locked: begin or go on."""
+    """Start or resume; the output folder is locked."""
     if (job.output / MANIFEST).is_file():  # killed while cleaning up
         shutil.rmtree(job.work, ignore_errors=True)
         return same_as(read_manifest(job.output), plan, job.output)
     units = [unit for source in job.sources.values() for unit in plan_units(source, unit_bytes)]
     plan_file = job.work / "plan.json"
-    whole_plan = {**plan, "units": [unit.as_json() for unit in units], "tokens_per_shard": job.tokens_per_shard}
+    full_plan = {**plan, "units": [unit.as_json() for unit in units], "tokens_per_shard": job.tokens_per_shard}
     if plan_file.is_file():
-        same_as(json.loads(plan_file.read_text(encoding="utf-8")), whole_plan, job.output, "an unfinished preparation")
+        same_as(json.loads(plan_file.read_text(encoding="utf-8")), full_plan, job.output, "an unfinished preparation")
     shutil.rmtree(job.work / "partial", ignore_errors=True)
     for folder in ("partial", "units", "digests", "keep"):
         (job.work / folder).mkdir(parents=True, exist_ok=True)
     for name in job.sources:
         (job.output / name).mkdir(exist_ok=True)
-    write_json(plan_file, whole_plan)
+    write_json(plan_file, full_plan)
 
     todo = [unit for unit in units if not _is_finished(job, unit)]
     try:
@@ -139,7 +139,7 @@ def _prepare(job: Job, plan: dict[str, Any], workers: int, unit_bytes: int) -> d
 
 
 def _is_finished(job: Job, unit: WorkUnit) -> bool:
-    """Whether the unit has a record, and its files are there."""
+    """Return whether the unit has a record and its files have the recorded sizes."""
     if not job.record(unit).is_file():
         return False
     record = json.loads(job.record(unit).read_text(encoding="utf-8"))
@@ -172,25 +172,27 @@ def _split_of(shard: dict[str, Any]) -> str:
 
 
 def _discard(job: Job) -> None:
-    """Leave nothing behind of a preparation that cannot be finished."""
+    """Remove everything of a preparation that cannot be finished."""
     for folder in (job.work, *(job.output / name for name in job.sources)):
         shutil.rmtree(folder, ignore_errors=True)
     (job.output / LOCK).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # the user's own files may be beside ours
+    with contextlib.suppress(OSError):  # the folder may hold the user's own files
         job.output.rmdir()
 
 
-def _is_the_same(backend: Tokenizer, dtype: str, sources: Iterable[Source]) -> bool:
-    """Whether the fast encoder gives the ids of ``tokenizers`` for the beginning of each source."""
-    reference = BackendEncoder(Tokenizer.from_str(backend.to_str()), dtype)
-    encoder = make_encoder(reference.tokenizer, dtype)
+def _fast_encoder_agrees(backend: Tokenizer, dtype: str, sources: Iterable[Source]) -> bool:
+    """Return whether the fast encoder and `tokenizers` give the same ids for the beginning of each source."""
+    reference = BackendEncoder(backend, dtype)
+    encoder = make_encoder(backend, dtype)
     if isinstance(encoder, BackendEncoder):
         return False
     for source in sources:
-        lenient = replace(source.reading, on_bad_record="skip")
-        for text in islice(read_places(source.places, lenient), 20):
+        lenient = replace(source.read_options, on_bad_record="skip")
+        for text in islice(read_locations(source.locations, lenient), 20):
             if encoder.encode(text[:50_000]) != reference.encode(text[:50_000]):
-                print0("the fast way to tokenize does not agree with the tokenizer: taking the tokenizer's own")
+                print0(
+                    "the fast encoder does not agree with the tokenizer: using the tokenizer itself, which is slower"
+                )
                 return False
     return True
 
@@ -199,23 +201,23 @@ def _is_the_same(backend: Tokenizer, dtype: str, sources: Iterable[Source]) -> b
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    """One line about the whole."""
+    """Return one line about all sources."""
     train, validation = totals(manifest, "train"), totals(manifest, "validation")
     held_out = "; ".join(dict.fromkeys(entry["held_out"] for entry in manifest["sources"].values()))
     return (
         f"{train['tokens']:,} training tokens, {validation['tokens']:,} held out ({held_out}), "
-        f"{train['bytes'] / max(train['tokens'], 1):.2f} bytes a token"
+        f"{train['bytes'] / max(train['tokens'], 1):.2f} bytes per token"
     )
 
 
 def source_summary(name: str, entry: dict[str, Any]) -> str:
-    """One line about a source."""
+    """Return one line about a source."""
     train, validation = entry["splits"]["train"], entry["splits"]["validation"]
     removed = ", ".join(f"{count:,} {what}" for what, count in entry["removed"].items() if count)
     return (
         f"{name}: {train['tokens']:,} training tokens in {train['documents']:,} documents, "
         f"{validation['tokens']:,} held out in {validation['documents']:,} ({entry['held_out']})"
-        + (f"; left out: {removed}" if removed else "")
+        + (f"; removed: {removed}" if removed else "")
     )
 
 

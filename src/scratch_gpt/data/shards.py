@@ -1,11 +1,11 @@
-"""Token shards on disk, and circular streams of tokens over them.
+"""Token shards on disk, and circular token streams over them.
 
 A folder of shards holds, for each source of text and each split, files ``{source}/{split}-00000.bin`` (little-endian
 token ids, uint16 or uint32) with ``{source}/{split}-00000.docs`` (uint64: where each document begins in that file), and
 ``manifest.json``, written last. Each document is its tokens and one end-of-text token. The manifest::
 
     {"format": "scratch_gpt.tokens/2", "tokenizer": fingerprint, "vocab_size": 50257, "dtype": "<u2", "end_of_text": 0,
-     "sources": {NAME: {"source": where from, "text": fingerprint of the text and of its options, "held_out": a sentence,
+     "sources": {NAME: {"source": its origin, "text": fingerprint of the text and of its options, "held_out": a sentence,
                         "removed": {"duplicates": 0, "contaminated": 0, "broken": 0, "empty": 0},
                         "splits": {"train": {"tokens": 0, "documents": 0, "bytes": 0, "shards": [
                                        {"name": "NAME/train-00000", "tokens": 0, "documents": 0, "bytes": 0,
@@ -29,7 +29,7 @@ from scratch_gpt.files import new_folder, sha256, write_json
 
 MANIFEST = "manifest.json"
 WORK = ".prepare"
-"""Folder beside the manifest-to-be while shards are being made."""
+"""Folder that exists while shards are being prepared."""
 FORMAT = "scratch_gpt.tokens/2"
 COUNTS = ("tokens", "documents", "bytes")
 REMOVED = ("duplicates", "contaminated", "broken", "empty")
@@ -47,10 +47,10 @@ def totals(manifest: dict[str, Any], split: str) -> dict[str, int]:
 
 
 class ShardWriter:
-    """Appends documents to shards of bounded size, of which each appears under its name only when it is complete.
+    """Appends documents to shards of bounded size; a shard gets its final name only when it is complete.
 
     ``folder / name`` is the first shard, ``name-1`` the second and so on; ``temporary`` is a folder on the same disk
-    for what is being written.
+    for unfinished shards.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ShardWriter:
         self.files: dict[str, _HashedFile] = {}
 
     def add(self, ids: bytes, num_bytes: int) -> None:
-        """One document: its token ids without the end of text, and how many bytes of UTF-8 they stand for."""
+        """Append one document: its token ids as bytes, without end-of-text, and its length in UTF-8 bytes."""
         if not self.files:
             name = self.name if not self.shards else f"{self.name}-{len(self.shards)}"
             self.shards.append({"name": name, "tokens": 0, "documents": 0, "bytes": 0})
@@ -79,7 +79,7 @@ class ShardWriter:
             self.finish()
 
     def finish(self) -> list[dict[str, Any]]:
-        """Put the last shard in place; the entries of all of them."""
+        """Complete the last shard and return the manifest entries of all shards."""
         if self.files:
             shard = self.shards[-1]
             shard["sha256"] = {suffix: file.close() for suffix, file in self.files.items()}
@@ -89,7 +89,7 @@ class ShardWriter:
         return self.shards
 
     def abandon(self) -> None:
-        """Remove what is not finished."""
+        """Remove the unfinished shard."""
         for suffix, file in self.files.items():
             with suppress(OSError):  # closing writes what is buffered, and the disk may be full
                 file.file.close()
@@ -109,7 +109,7 @@ class _HashedFile:
         self.hash.update(data)
 
     def close(self) -> str:
-        """On the disk for good; the SHA-256."""
+        """Flush to disk (fsync), close, and return the SHA-256."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -127,9 +127,9 @@ def write_shards(
     description: dict[str, Any],
     tokens_per_shard: int = TOKENS_PER_SHARD,
 ) -> dict[str, Any]:
-    """Write documents that are tokenized already, given as (token ids, UTF-8 bytes), and return the manifest.
+    """Write tokenized documents, given as (token ids, UTF-8 bytes), and return the manifest.
 
-    The whole folder appears under its name at once, so an interrupted call leaves nothing.
+    The complete folder appears under its name at once, so an interrupted call leaves nothing.
     """
     dtype = token_dtype(vocab_size)
     entry: dict[str, Any] = {**description, "removed": dict.fromkeys(REMOVED, 0), "splits": {}}
@@ -154,10 +154,10 @@ def write_shards(
 
 
 def split_entry(shards: list[dict[str, Any]], split: str, source: str) -> dict[str, Any]:
-    """What the manifest says of a split.
+    """Return the manifest entry of a split.
 
     Raises:
-        UserError: it is empty.
+        UserError: the split is empty.
     """
     if not shards:
         raise UserError(f"{source}: no text is left for the {split} split: give more text, or other text to hold out")
@@ -165,14 +165,14 @@ def split_entry(shards: list[dict[str, Any]], split: str, source: str) -> dict[s
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, with every shard file present and of the right size.
+    """Read the manifest, and check that every shard file is present and has the right size.
 
     Raises:
-        UserError: no shards here, or a file is missing or truncated (named).
+        UserError: the folder holds no shards, or a file is missing or truncated.
     """
     path = folder / MANIFEST
     if not path.is_file() and (folder / WORK).is_dir():
-        raise UserError(f"{folder} is not finished: the same `scratch-gpt data prepare` goes on with it")
+        raise UserError(f"{folder} is not finished: the same `scratch-gpt data prepare` command resumes it")
     if not path.is_file():
         raise UserError(
             f"{folder} holds no {MANIFEST}; `scratch-gpt data prepare --output {folder}` makes token shards"
@@ -190,7 +190,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def content_fingerprint(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all tokens in their order, for a run to know its data by."""
+    """Return a SHA-256 of all shards, by which a run recognizes its data."""
     checksums = [
         shard["sha256"]["bin"]
         for entry in manifest["sources"].values()
@@ -201,7 +201,11 @@ def content_fingerprint(manifest: dict[str, Any]) -> str:
 
 
 def verify_checksums(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raises a UserError that names the first file whose content is not what was written."""
+    """Compare every file with its checksum.
+
+    Raises:
+        UserError: a file is damaged; names the first one.
+    """
     for file, shard in _shard_files(folder, manifest):
         if sha256(file) != shard["sha256"][file.suffix[1:]]:
             raise UserError(f"{file}: its checksum is not the manifest's, the file is damaged: prepare the data again")
@@ -216,20 +220,20 @@ def _shard_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path,
 
 
 class TokenStream:
-    """The tokens of one split as a ring: what follows the last token is the first.
+    """The tokens of one split as a circular stream: the first token follows the last.
 
-    Since every document ends with end-of-text, so does the ring, and the first document is preceded by one as well.
+    Every document ends with end-of-text, so each document, the first included, is preceded by one.
     """
 
     def __init__(self, arrays: Sequence[np.ndarray], num_bytes: int, documents: Sequence[np.ndarray] | None = None):
-        """``documents``: for each array, where documents begin in it (left out: one document an array)."""
+        """``documents``: for each array, offsets at which documents begin. Default: one document per array."""
         self.arrays, self.num_bytes = arrays, num_bytes
         self.starts = np.cumsum([0] + [len(array) for array in arrays])
         self._documents = [np.zeros(1, dtype=np.int64) for _ in arrays] if documents is None else documents
 
     @classmethod
     def open(cls, folder: Path, split: str, manifest: dict[str, Any], source: str | None = None) -> "TokenStream":
-        """One split of a source, or of all sources one after the other, memory-mapped."""
+        """Memory-map one split of ``source``. Default: of all sources, one after the other."""
         entries = manifest["sources"].values() if source is None else [manifest["sources"][source]]
         splits = [entry["splits"][split] for entry in entries]
         names = [shard["name"] for one in splits for shard in one["shards"]]
@@ -239,14 +243,14 @@ class TokenStream:
 
     @classmethod
     def of_documents(cls, documents: Iterable[tuple[list[int], int]], end_of_text: int) -> "TokenStream":
-        """Documents, given as (token ids, UTF-8 bytes), in memory."""
+        """Build an in-memory stream of documents, given as (token ids, UTF-8 bytes)."""
         encoded = list(documents)
         tokens = [token for ids, _ in encoded for token in (*ids, end_of_text)]
         starts = np.cumsum([0] + [len(ids) + 1 for ids, _ in encoded])[:-1]
         return cls([np.asarray(tokens)], sum(num_bytes for _, num_bytes in encoded), [starts])
 
     def document_starts(self) -> np.ndarray:
-        """Where each document begins in the ring, ascending: (documents,) int64. Read at the first call, then kept."""
+        """Return the position of each document's first token, ascending: (documents,) int64. Cached."""
         return self._document_starts
 
     @cached_property
@@ -258,14 +262,14 @@ class TokenStream:
         return int(self.starts[-1])
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """``length`` tokens from position ``start`` (any integer) on, as int64."""
-        pieces = []
+        """Return ``length`` tokens from position ``start`` (any integer, taken modulo the length) on: (length,) int64."""
+        chunks = []
         position = start % len(self)
         while length > 0:
             shard = int(np.searchsorted(self.starts, position, side="right")) - 1
             offset = position - int(self.starts[shard])
-            piece = self.arrays[shard][offset : offset + length]
-            pieces.append(piece.astype(np.int64))
-            length -= len(piece)
-            position = (position + len(piece)) % len(self)
-        return np.concatenate(pieces)
+            chunk = self.arrays[shard][offset : offset + length]
+            chunks.append(chunk.astype(np.int64))
+            length -= len(chunk)
+            position = (position + len(chunk)) % len(self)
+        return np.concatenate(chunks)

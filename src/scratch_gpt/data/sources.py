@@ -1,6 +1,6 @@
-"""Where text comes from: the bundled corpus, the user's files, or datasets; and which of it is held out.
+"""Sources of text: the bundled corpus, the user's files, or datasets; and which documents are held out.
 
-A source has a name, under which its shards are kept and training weighs it. ``records.py`` reads its documents.
+A source has a name, which names its shards and its weight in a mixture. ``records.py`` reads its documents.
 """
 
 import glob
@@ -16,45 +16,49 @@ from typing import Literal
 
 from scratch_gpt.config import SourceSettings, TextSettings
 from scratch_gpt.data.inputs import COMPRESSIONS, KINDS, Dataset, FileSlice, Location, load_dataset
-from scratch_gpt.data.records import Errors, ReadOptions, check_template, read_piece
+from scratch_gpt.data.records import Errors, ReadOptions, check_template, read_slice
 from scratch_gpt.errors import UserError
 from scratch_gpt.files import sha256
 
 FEW_DOCUMENTS = 20
-"""Below this number a split by whole documents is too coarse: the end of each document is held out instead."""
+"""With fewer documents a split by documents is too coarse: the end of each document is held out instead."""
 
 Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One text. ``held_out`` are places of their own; without them ``rule`` splits the documents of ``places``."""
+    """A named text and its split.
+
+    ``rule`` "files": ``validation_locations`` hold the validation split. "hash" or "ends": documents of ``locations`` are
+    split by hash, or each is cut near its end.
+    """
 
     name: str
     origin: str
-    """Where the text is from, for people."""
-    places: tuple[Location, ...]
-    held_out: tuple[Location, ...]
-    rule: Literal["places", "hash", "ends"]
+    """Human-readable origin of the text."""
+    locations: tuple[Location, ...]
+    validation_locations: tuple[Location, ...]
+    rule: Literal["files", "hash", "ends"]
     validation_fraction: float
-    reading: ReadOptions
-    how: str
-    """A sentence that says what is held out."""
+    read_options: ReadOptions
+    split_description: str
+    """Human-readable description of what is held out."""
 
     def documents(self, split: Split) -> Iterator[str]:
-        """What belongs to ``split``, one document in memory at a time; broken records are treated as ``reading`` says."""
-        places = self.held_out if self.rule == "places" and split == "validation" else self.places
-        for document in read_places(places, self.reading):
+        """Yield the documents of ``split``, one in memory at a time. ``read_options`` decides about broken records."""
+        locations = self.validation_locations if self.rule == "files" and split == "validation" else self.locations
+        for document in read_locations(locations, self.read_options):
             for its_split, text in self.portions(document, split):
                 if its_split == split:
                     yield text
 
     def portions(self, document: str, split: Split, digest: bytes | None = None) -> Iterator[tuple[Split, str]]:
-        """(split, text) of what a document gives to the splits; ``split`` is the one its place belongs to, if any.
+        """Yield the (split, text) portions of a document; ``split`` is the split of its file and counts for rule "files".
 
-        ``digest``: of the document, where it is known already (see :func:`document_digest`).
+        ``digest``: the document's digest. Default: computed by :func:`document_digest`.
         """
-        if self.rule == "places":
+        if self.rule == "files":
             yield split, document
         elif self.rule == "hash":
             digest = digest or document_digest(document)
@@ -68,15 +72,15 @@ class Source:
 
 
 def bundled_corpus(split: Literal["train", "valid"]) -> Path:
-    """File of the default corpus (``corpus/SOURCE.md`` beside it names its source)."""
+    """Return the path of a split of the bundled corpus (``corpus/SOURCE.md`` documents its origin)."""
     return Path(str(files("scratch_gpt.data") / "corpus" / f"austen3_{split}.txt"))
 
 
 def find_files(corpus: str) -> list[Path]:
-    """The files that ``corpus`` (a file, a folder of text files, or a glob) names, sorted.
+    """Return the files that ``corpus`` (a file, a folder of text files, or a glob) names, sorted.
 
     Raises:
-        UserError: nothing is there, or nothing but empty files.
+        UserError: no file matches, or all are empty.
     """
     path = Path(corpus).expanduser()
     if path.is_dir():
@@ -99,31 +103,32 @@ def _is_known(file: Path) -> bool:
 
 
 def read_documents(paths: Iterable[Path], errors: Errors = "strict") -> Iterator[str]:
-    """The documents of ``paths`` in order; blank ones are left out.
+    """Yield the documents of ``paths`` in order, skipping blank ones.
 
     Raises:
-        UserError: a record that is broken, with its file and place.
+        UserError: a broken record, with its file and position.
     """
-    return read_places(paths, ReadOptions(errors=errors))
+    return read_locations(paths, ReadOptions(errors=errors))
 
 
-def read_places(places: Iterable[Location], reading: ReadOptions) -> Iterator[str]:
-    for place in places:
-        pieces = [FileSlice(place)]
-        if isinstance(place, Dataset) and place.streaming:
-            pieces = [FileSlice(place, shard) for shard in range(load_dataset(place).num_shards)]
-        for piece in pieces:
-            yield from read_piece(piece, reading, Counter())
+def read_locations(locations: Iterable[Location], read_options: ReadOptions) -> Iterator[str]:
+    """Yield the documents of ``locations`` in order. Raises as :func:`~scratch_gpt.data.records.read_slice` does."""
+    for location in locations:
+        slices = [FileSlice(location)]
+        if isinstance(location, Dataset) and location.streaming:
+            slices = [FileSlice(location, shard) for shard in range(load_dataset(location).num_shards)]
+        for file_slice in slices:
+            yield from read_slice(file_slice, read_options, Counter())
 
 
 # ------------------------------------------------------------------------------------------------ from settings
 
 
-def sources_of(settings: TextSettings) -> list[Source]:
-    """The texts that the settings name, in their order.
+def build_sources(settings: TextSettings) -> list[Source]:
+    """Build the sources that the settings name, in their order.
 
     Raises:
-        UserError: a text that is not there, settings that contradict each other.
+        UserError: a missing text, or settings that contradict each other.
     """
     if not settings.sources:
         if settings.corpus is None:
@@ -145,12 +150,12 @@ def _bundled(settings: TextSettings) -> Source:
     return Source(
         name="austen",
         origin="three novels of Jane Austen",
-        places=(bundled_corpus("train"),),
-        held_out=(bundled_corpus("valid"),),
-        rule="places",
+        locations=(bundled_corpus("train"),),
+        validation_locations=(bundled_corpus("valid"),),
+        rule="files",
         validation_fraction=settings.validation_fraction,
-        reading=ReadOptions(on_bad_record=settings.on_bad_record),
-        how="the last 5% of each document",
+        read_options=ReadOptions(on_bad_record=settings.on_bad_record),
+        split_description="the last 5% of each document",
     )
 
 
@@ -161,43 +166,43 @@ def _source(name: str, one: SourceSettings, settings: TextSettings) -> Source:
         raise UserError(f"the source {name} needs a path or a dataset" + (", not both" if one.path else ""))
     if one.template is not None:
         check_template(one.template)
-    reading = ReadOptions(one.column, one.template, settings.encoding_errors, settings.on_bad_record)
-    places: tuple[Location, ...]
+    read_options = ReadOptions(one.column, one.template, settings.encoding_errors, settings.on_bad_record)
+    locations: tuple[Location, ...]
     if one.path is not None:
-        origin, places = Path(one.path).name, tuple(find_files(one.path))
+        origin, locations = Path(one.path).name, tuple(find_files(one.path))
     else:
         assert one.dataset is not None
         parts = [Path(one.dataset).name if Path(one.dataset).exists() else one.dataset, one.subset, one.split]
         origin = " ".join(part for part in parts if part)
-        places = (Dataset(one.dataset, one.subset, one.split, one.streaming),)
+        locations = (Dataset(one.dataset, one.subset, one.split, one.streaming),)
 
-    share = settings.validation_fraction
-    held_out: tuple[Location, ...] = ()
-    rule: Literal["places", "hash", "ends"]
+    fraction = settings.validation_fraction
+    validation_locations: tuple[Location, ...] = ()
+    rule: Literal["files", "hash", "ends"]
     if one.validation_path is not None:
-        held_out = tuple(find_files(one.validation_path))
-        rule, how = "places", f"{Path(one.validation_path).name}, held out"
-    elif not 0 < share < 1:
-        raise UserError(f"--validation-fraction is {share}; it must lie between 0 and 1")
-    elif len(list(itertools.islice(read_places(places, reading), FEW_DOCUMENTS))) < FEW_DOCUMENTS:
-        rule, how = "ends", f"the last {share:.0%} of each document"
+        validation_locations = tuple(find_files(one.validation_path))
+        rule, split_description = "files", f"{Path(one.validation_path).name}, held out"
+    elif not 0 < fraction < 1:
+        raise UserError(f"--validation-fraction is {fraction}; it must lie between 0 and 1")
+    elif len(list(itertools.islice(read_locations(locations, read_options), FEW_DOCUMENTS))) < FEW_DOCUMENTS:
+        rule, split_description = "ends", f"the last {fraction:.0%} of each document"
     else:
-        rule, how = "hash", f"{share:.0%} of the documents, by hash"
-    return Source(name, origin, places, held_out, rule, share, reading, how)
+        rule, split_description = "hash", f"{fraction:.0%} of the documents, by hash"
+    return Source(name, origin, locations, validation_locations, rule, fraction, read_options, split_description)
 
 
 def split_documents(settings: TextSettings) -> tuple[Iterable[str], Iterable[str], str]:
-    """Training documents, held-out documents, and one sentence that says how they were held out.
+    """Return training documents, held-out documents, and a description of what is held out.
 
-    The two iterables read their texts anew at each pass and hold one document at a time.
+    Both iterables can be iterated repeatedly; each pass rereads the text with one document in memory at a time.
     """
-    sources = sources_of(settings)
-    how = "; ".join(dict.fromkeys(source.how for source in sources))
+    sources = build_sources(settings)
+    how = "; ".join(dict.fromkeys(source.split_description for source in sources))
     return _Documents(sources, "train"), _Documents(sources, "validation"), how
 
 
 class _Documents:
-    """Re-iterable documents of one split of some sources."""
+    """Documents of one split of several sources; can be iterated repeatedly."""
 
     def __init__(self, sources: list[Source], split: Split):
         self.sources, self.split = sources, split
@@ -206,34 +211,39 @@ class _Documents:
         return itertools.chain.from_iterable(source.documents(self.split) for source in self.sources)
 
 
-# ------------------------------------------------------------------------------------------------ what a text is
+# ------------------------------------------------------------------------------------------------ digests
 
 
 def text_digest(source: Source) -> str:
-    """SHA-256 of the source's files. A dataset is known by the fingerprint that `datasets` gives it, and one that is
-    streamed, which nobody has read before, by its name alone."""
-    digests = [place.path if isinstance(place, Dataset) else sha256(place) for place in source.places]
+    """Return a SHA-256 of the source's files.
+
+    A dataset counts by its `datasets` fingerprint; a streamed one, whose content is not known yet, by its name alone.
+    """
+    digests = [location.path if isinstance(location, Dataset) else sha256(location) for location in source.locations]
     digests += [
-        load_dataset(place)._fingerprint
-        for place in source.places
-        if isinstance(place, Dataset) and not place.streaming
+        load_dataset(location)._fingerprint
+        for location in source.locations
+        if isinstance(location, Dataset) and not location.streaming
     ]
-    digests += ["held out", *(sha256(place) for place in source.held_out if isinstance(place, Path))]
+    digests += [
+        "held out",
+        *(sha256(location) for location in source.validation_locations if isinstance(location, Path)),
+    ]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def document_digest(document: str) -> bytes:
-    """Decides about a document alone, whatever comes before or after it."""
+    """Return the SHA-256 of a document (32 bytes), by which it is held out or deduplicated."""
     return hashlib.sha256(document.encode("utf-8")).digest()
 
 
-def is_held_out(digest: bytes, share: float) -> bool:
-    """Whether a document falls into the validation split: stable when other documents come or go."""
-    return int.from_bytes(digest[:8], "little") < share * 2**64
+def is_held_out(digest: bytes, fraction: float) -> bool:
+    """Return whether a document belongs to the validation split; independent of all other documents."""
+    return int.from_bytes(digest[:8], "little") < fraction * 2**64
 
 
-def cut_end(document: str, share: float) -> tuple[str, str]:
-    """The beginning and the end of a document, cut at a line's end."""
-    wanted = int(len(document) * (1 - share))
+def cut_end(document: str, fraction: float) -> tuple[str, str]:
+    """Split off about the last ``fraction`` of a document at the end of a line, or else at a space."""
+    wanted = int(len(document) * (1 - fraction))
     cut = document.find("\n", wanted) + 1 or document.find(" ", wanted) + 1 or wanted
     return document[:cut], document[cut:]

@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(documents: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
-    """Learn the merges from ``documents``.
+    """Train the merges on ``documents``.
 
     Raises:
         UserError: a vocabulary smaller than bytes + special tokens, or larger than the text supports.
@@ -75,7 +75,7 @@ def train_tokenizer(documents: Iterable[str], settings: TokenizerSettings) -> To
 
 
 def _lines(documents: Iterable[str], max_characters: int) -> Iterator[str]:
-    """Short pieces, so that the trainer's queue stays small, until the cap."""
+    """Yield lines, which keep the trainer's queue small, until ``max_characters`` characters."""
     seen = 0
     for document in documents:
         for line in document.splitlines(keepends=True):
@@ -104,10 +104,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int | N
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
-    """A saved tokenizer.
+    """Load a saved tokenizer.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder holds none.
     """
     from transformers import AutoTokenizer
 
@@ -117,10 +117,10 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def any_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
-    """A tokenizer of anyone's: a folder, also of GPT-2's two files alone, or a name on the Hub.
+    """Load any tokenizer: a folder (GPT-2's two files suffice) or a name on the Hub.
 
     Raises:
-        UserError: there is none, or none that ``tokenizers`` runs.
+        UserError: not found, or not a tokenizer of the `tokenizers` library.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -142,9 +142,9 @@ def any_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
 
 
 def take_tokenizer(name_or_path: str, folder: Path) -> list[str]:
-    """Save an existing tokenizer in ``folder``, and add what training and chat need and it lacks.
+    """Save an existing tokenizer in ``folder``, adding the tokens and chat template that training needs.
 
-    Its own tokens keep their ids. Returns a line for each thing added.
+    Existing tokens keep their ids. Returns one line per addition.
     """
     tokenizer = any_tokenizer(name_or_path)
     added = []
@@ -166,10 +166,10 @@ def take_tokenizer(name_or_path: str, folder: Path) -> list[str]:
 
 
 def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id that ends each document: ``<|endoftext|>`` where the tokenizer has it, else its own end of sequence.
+    """Return the id that ends each document: ``<|endoftext|>`` if in the vocabulary, else the tokenizer's eos_token.
 
     Raises:
-        UserError: it has neither.
+        UserError: the tokenizer has neither.
     """
     token = END_OF_TEXT if END_OF_TEXT in tokenizer.get_vocab() else tokenizer.eos_token
     if token is None:
@@ -181,7 +181,7 @@ def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """SHA-256 of a tokenizer's vocabulary, merges and rules: shards carry it, so that ids are never misread."""
+    """Return the SHA-256 of ``tokenizer.json``; shards record it, so that a different tokenizer is refused."""
     return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
 
 
@@ -204,7 +204,7 @@ def train_command(settings: TokenizerTrainSettings) -> None:
 
 
 def bytes_per_token(tokenizer: Tokenizer, documents: Iterable[str]) -> float:
-    """Mean UTF-8 bytes that one token stands for in ``documents``."""
+    """Return the mean number of UTF-8 bytes per token of ``documents``."""
     num_bytes = num_tokens = 0
     for document in documents:
         num_bytes += len(document.encode("utf-8"))

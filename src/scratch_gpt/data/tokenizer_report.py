@@ -1,4 +1,4 @@
-"""Tokenizers side by side on several texts: `scratch-gpt tokenizer report`."""
+"""Compare tokenizers on several texts: `scratch-gpt tokenizer report`."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from scratch_gpt.config import TokenizerReportSettings
-from scratch_gpt.data.encoding import in_batches
+from scratch_gpt.data.encoding import in_batches, special_tokens_as_text
 from scratch_gpt.data.records import ReadOptions
-from scratch_gpt.data.sources import bundled_corpus, find_files, read_places
+from scratch_gpt.data.sources import bundled_corpus, find_files, read_locations
 from scratch_gpt.data.tokenizer import any_tokenizer
 
 BATCH_CHARACTERS = 500_000
@@ -18,21 +18,20 @@ BATCH_CHARACTERS = 500_000
 
 @dataclass
 class Measurement:
-    """What one tokenizer makes of one text."""
+    """How one tokenizer encodes one text."""
 
     num_bytes: int = 0
     num_tokens: int = 0
     documents: int = 0
     changed: int = 0
-    """Documents that do not come back exactly when they are encoded and decoded."""
+    """Documents that differ from the original after encoding and decoding."""
     seen: np.ndarray | None = None
-    """(vocabulary,) bool: tokens that occur."""
+    """(vocab_size,) bool: which tokens occur."""
 
 
 def measure(tokenizer: Any, documents: Iterable[str]) -> Measurement:
-    """Encode and decode ``documents`` with special tokens in them read as text."""
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
+    """Encode and decode ``documents``; special tokens in them are encoded as ordinary text. ``tokenizer`` is unchanged."""
+    backend = special_tokens_as_text(tokenizer.backend_tokenizer)
     result = Measurement(seen=np.zeros(max(backend.get_vocab().values()) + 1, dtype=bool))
     assert result.seen is not None
     for batch in in_batches(documents, BATCH_CHARACTERS):
@@ -48,15 +47,15 @@ def measure(tokenizer: Any, documents: Iterable[str]) -> Measurement:
 
 
 def report_command(settings: TokenizerReportSettings) -> None:
-    """`scratch-gpt tokenizer report`: a row per text and tokenizer."""
+    """`scratch-gpt tokenizer report`: print one row per text and tokenizer."""
     texts = {name: find_files(name) for name in settings.texts} or {"bundled, held out": [bundled_corpus("valid")]}
     tokenizers = {name: any_tokenizer(name) for name in settings.tokenizers}
-    reading = ReadOptions(column=settings.column, errors=settings.encoding_errors)
+    read_options = ReadOptions(column=settings.column, errors=settings.encoding_errors)
     head = ("text", "bytes", "tokenizer", "vocabulary", "bytes/token", "in use", "round trip")
     rows: list[tuple[str, ...]] = [head]
     for text, files in texts.items():
         for name, tokenizer in tokenizers.items():
-            result = measure(tokenizer, _beginning(read_places(files, reading), settings.max_characters))
+            result = measure(tokenizer, _beginning(read_locations(files, read_options), settings.max_characters))
             assert result.seen is not None
             rows.append(
                 (

@@ -1,4 +1,4 @@
-"""The plan of a preparation: which text makes which unit of work, and what the result depends on."""
+"""Plan of a preparation: the units of work, and everything that the result depends on."""
 
 import hashlib
 import json
@@ -13,68 +13,68 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.files import sha256
 
 UNITS_PER_SOURCE = 256
-"""A source with more text than so many of the smallest units is cut into larger ones."""
+"""Most units per source; a source with more text gets larger units."""
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """What one process does at a time. ``split``: which one its text belongs to, where whole files are held out."""
+    """The slices that one process tokenizes at a time. ``split`` counts only where entire files are held out."""
 
     source: str
     number: int
     split: Split
-    pieces: tuple[FileSlice, ...]
+    slices: tuple[FileSlice, ...]
 
     @property
     def name(self) -> str:
         return f"{self.source}-{self.number:05d}"
 
     def as_json(self) -> list[Any]:
-        pieces = [[_place_name(piece.place), piece.start, piece.end] for piece in self.pieces]
-        return [self.name, self.split, pieces]
+        slices = [[_location_name(file_slice.location), file_slice.start, file_slice.end] for file_slice in self.slices]
+        return [self.name, self.split, slices]
 
 
 def plan_units(source: Source, unit_bytes: int) -> list[WorkUnit]:
-    """The source's units, in the order of its text."""
+    """Cut a source into units of at least ``unit_bytes`` bytes of its files, in the order of its text."""
     units: list[WorkUnit] = []
-    by_split: dict[Split, tuple[Location, ...]] = {"train": source.places, "validation": source.held_out}
-    for split, places in by_split.items():
-        size = max(unit_bytes, sum(_size(place) for place in places) // UNITS_PER_SOURCE)
-        pieces: list[FileSlice] = []
+    by_split: dict[Split, tuple[Location, ...]] = {"train": source.locations, "validation": source.validation_locations}
+    for split, locations in by_split.items():
+        size = max(unit_bytes, sum(_size(location) for location in locations) // UNITS_PER_SOURCE)
+        slices: list[FileSlice] = []
         filled = 0
 
-        def close(split: Split, pieces: list[FileSlice]) -> None:
-            if pieces:
-                units.append(WorkUnit(source.name, len(units), split, tuple(pieces)))
+        def close(split: Split, slices: list[FileSlice]) -> None:
+            if slices:
+                units.append(WorkUnit(source.name, len(units), split, tuple(slices)))
 
-        for place in places:
-            for piece, num_bytes in cut(place, size):
-                pieces.append(piece)
+        for location in locations:
+            for file_slice, num_bytes in cut(location, size):
+                slices.append(file_slice)
                 filled += num_bytes
                 if filled >= size:
-                    close(split, pieces)
-                    pieces, filled = [], 0
-        close(split, pieces)
+                    close(split, slices)
+                    slices, filled = [], 0
+        close(split, slices)
     return units
 
 
-def _size(place: Location) -> int:
-    return 0 if isinstance(place, Dataset) else place.stat().st_size
+def _size(location: Location) -> int:
+    return 0 if isinstance(location, Dataset) else location.stat().st_size
 
 
-def _place_name(place: Location) -> str:
-    return place.path if isinstance(place, Dataset) else place.name
+def _location_name(location: Location) -> str:
+    return location.path if isinstance(location, Dataset) else location.name
 
 
 def describe(sources: Iterable[Source], deduplicate: bool, decontaminate: Sequence[str]) -> dict[str, Any]:
-    """What each source's shards depend on, but for the tokenizer."""
+    """Describe what each source's shards depend on, except the tokenizer."""
     against = [sha256(file) for name in decontaminate for file in find_files(name)]
     descriptions = {}
     for source in sources:
         options = {
-            "column": source.reading.column,
-            "template": source.reading.template,
-            "errors": source.reading.errors,
+            "column": source.read_options.column,
+            "template": source.read_options.template,
+            "errors": source.read_options.errors,
             "validation_fraction": source.validation_fraction,
             "deduplicate": deduplicate,
             "decontaminate": against,
@@ -83,30 +83,32 @@ def describe(sources: Iterable[Source], deduplicate: bool, decontaminate: Sequen
         descriptions[source.name] = {
             "source": source.origin,
             "text": text,
-            "held_out": source.how,
+            "held_out": source.split_description,
             "options": options,
         }
     return descriptions
 
 
-def same_as(there: dict[str, Any], here: dict[str, Any], output: Path, what: str = "shards") -> dict[str, Any]:
-    """``there``, if it was made from what ``here`` describes.
+def same_as(existing: dict[str, Any], wanted: dict[str, Any], output: Path, what: str = "shards") -> dict[str, Any]:
+    """Return ``existing`` if it was made from what ``wanted`` describes.
 
     Raises:
-        UserError: it was not; says in what they differ.
+        UserError: it was not; names the differences.
     """
-    changed = [] if list(there["sources"]) == list(here["sources"]) else ["list of sources"]
-    for name in there["sources"].keys() & here["sources"].keys():
-        old, new = there["sources"][name], here["sources"][name]
+    changed = [] if list(existing["sources"]) == list(wanted["sources"]) else ["list of sources"]
+    for name in existing["sources"].keys() & wanted["sources"].keys():
+        old, new = existing["sources"][name], wanted["sources"][name]
         differs = [key for key in ("source", "text") if old[key] != new[key]]
         options = [key for key in new["options"] if old.get("options", {}).get(key) != new["options"][key]]
         changed += [key for key in differs if key != "text"] + (options or [key for key in differs if key == "text"])
     changed += [
-        key for key in ("tokenizer", "units", "tokens_per_shard") if there.get(key) != here.get(key, there.get(key))
+        key
+        for key in ("tokenizer", "units", "tokens_per_shard")
+        if existing.get(key) != wanted.get(key, existing.get(key))
     ]
     if changed:
         raise UserError(
             f"{output} holds {what} with another {' and '.join(dict.fromkeys(changed))}: choose another folder or "
             "delete it"
         )
-    return there
+    return existing

@@ -1,4 +1,4 @@
-"""The processes that tokenize: each takes a unit of work at a time and leaves its shards and a record of them."""
+"""Worker processes: each tokenizes one work unit at a time and writes its shards and a record of them."""
 
 import contextlib
 import multiprocessing
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from scratch_gpt.data.dedup import Contamination, evaluation_texts, first_occurrences
 from scratch_gpt.data.encoding import BackendEncoder, make_encoder
-from scratch_gpt.data.records import read_piece
+from scratch_gpt.data.records import read_slice
 from scratch_gpt.data.shards import REMOVED, WORK, ShardWriter
 from scratch_gpt.data.sources import Source, Split, document_digest
 from scratch_gpt.data.work_units import WorkUnit
@@ -29,12 +29,12 @@ from scratch_gpt_command import start_worker
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to know."""
+    """Everything that a worker process needs."""
 
     sources: dict[str, Source]
     output: Path
     tokenizer: str
-    """As ``tokenizers`` writes it."""
+    """JSON of the `tokenizers` tokenizer."""
     fast: bool
     dtype: str
     end_of_text: int
@@ -55,7 +55,7 @@ def available_cores() -> int:
 
 
 class _Worker:
-    """What a process keeps between units."""
+    """State of a process between units."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -64,9 +64,9 @@ class _Worker:
         self.contamination = Contamination(evaluation_texts(job.decontaminate)) if job.decontaminate else None
 
     def documents(self, unit: WorkUnit, removed: Counter[str]) -> Iterator[tuple[str, bytes]]:
-        """The unit's documents and their digests."""
-        for piece in unit.pieces:
-            for document in read_piece(piece, self.job.sources[unit.source].reading, removed):
+        """Yield the unit's documents and their digests; count skipped records in ``removed``."""
+        for file_slice in unit.slices:
+            for document in read_slice(file_slice, self.job.sources[unit.source].read_options, removed):
                 yield document, document_digest(document)
 
 
@@ -83,7 +83,7 @@ def _start(job: Job, in_child: bool = True) -> None:
 
 
 def _end_with_the_main_process() -> None:
-    """When the main process is killed its lock is free: nobody else may write, or wait for work for ever."""
+    """Exit when the main process is killed: its lock is then free, and another run may write."""
     main = multiprocessing.parent_process()
     assert main is not None
     main.join()
@@ -127,17 +127,17 @@ def tokenize(unit: WorkUnit) -> None:
 
 
 def _digests(unit: WorkUnit) -> None:
-    """Write 8 bytes for each of the unit's documents, by which equal ones are found."""
+    """Write 8 bytes of each document's digest, by which duplicates are found."""
     assert _worker is not None
     target = _worker.job.work / "digests" / f"{unit.name}.npy"
     if not target.is_file():
-        # Not the 8 bytes that decide what is held out.
+        # Other bytes than those that decide what is held out.
         digests = b"".join(digest[8:16] for _, digest in _worker.documents(unit, Counter()))
         _save_array(target, np.frombuffer(digests, dtype="<u8"))
 
 
 def find_duplicates(job: Job, units: list[WorkUnit], each: Callable[..., Iterator[None]]) -> None:
-    """Decide which documents are the first with their text: held-out files before all others, then in the given order."""
+    """Mark the first occurrence of every document to be kept: held-out files come first, then the given order."""
     for _ in each(_digests, units):
         pass
     order = sorted(units, key=lambda unit: unit.split != "validation")
@@ -154,9 +154,9 @@ def _save_array(target: Path, array: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def worker_processes(job: Job, processes: int) -> Iterator[Callable[..., Iterator[None]]]:
-    """Gives ``each(function, units)``, which runs ``function`` on every unit, here or in several processes.
+    """Yield ``each(function, units)``, which runs ``function`` on every unit, in this process or in several.
 
-    When the block fails the processes are ended, without waiting for their units.
+    If the block fails, the processes are terminated without waiting for their units.
     """
     if processes <= 1:
         _start(job, in_child=False)
@@ -172,7 +172,7 @@ def worker_processes(job: Job, processes: int) -> Iterator[Callable[..., Iterato
             yield from executor.map(function, units)
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory. What is finished is kept: run the same "
+                "a worker process was killed, perhaps because memory ran out. Finished units are kept: run the same "
                 "command again, with fewer --workers"
             ) from error
 

@@ -81,7 +81,6 @@ def evaluate(
         raise UserError("there is no text to evaluate on")
     backend = tokenizer.backend_tokenizer
     stream = TokenStream.of_documents(encode(texts, backend), tokenizer.eos_token_id)
-    backend.encode_special_tokens = False
     context_length = min(MAX_CONTEXT_LENGTH, model.config.max_position_embeddings)
     nats, num_targets = score_stream(model, stream, context_length, model.config.vocab_size).tolist()
     result = to_text_score(nats, num_targets, stream.num_bytes)

@@ -1,4 +1,4 @@
-"""The model card: ``model_card.md`` at the top of the repository, filled with measured numbers only."""
+"""Model card: the template ``model_card.md``, filled with measured numbers only."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +12,7 @@ from scratch_gpt.files import write_text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHOWN = (
+ARCHITECTURE_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -60,7 +60,7 @@ def write_model_card(
         prompt=" ".join(samples[0].split()[:4]).replace('"', "'") if samples else "It was",
         evaluation_text=evaluation_text,
         samples=samples,
-        architecture={name: getattr(model.config, name) for name in SHOWN},
+        architecture={name: getattr(model.config, name) for name in ARCHITECTURE_FIELDS},
         hardware=hardware(),
         **evaluation.as_dict(),
         **training,

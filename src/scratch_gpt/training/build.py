@@ -192,10 +192,12 @@ def build_train_data(settings: PretrainSettings, shards: Shards, context_length:
     order = DataOrder(packings, training.phases or [PhaseSettings("pretrain", 1.0, training.mixture)])
     for name, packing in packings.items():
         if isinstance(packing, BestFit):
-            print0(f"packing    {name}: {packing.rows_per_epoch:,} rows per epoch, {packing.waste:.2%} padding")
+            print0(
+                f"packing    {name}: {packing.sequences_per_epoch:,} sequences per epoch, {packing.waste:.2%} padding"
+            )
     if len(packings) > 1:
         for phase in order.phases:
-            shares = (f"{name} {float(share):.1%}" for name, share in order.mixtures[phase.name].shares.items())
+            shares = (f"{name} {float(share):.1%}" for name, share in order.mixtures[phase.name].proportions.items())
             print0(f"mixture    {phase.name} ({phase.share:.0%} of the steps): {', '.join(shares)} of the rows")
     return TrainingData(shards.train, order, context_length, training.document_mask, vocab_size)
 
