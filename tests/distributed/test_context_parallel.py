@@ -77,7 +77,7 @@ def work(rank, folder, store_file):
         for name, batch in BATCHES.items():
             model = build(style)
             model.set_attn_implementation(ATTENTION)
-            local, shards = shard_batch(batch, model.config, dist.group.WORLD_SIZE)
+            local, shards = shard_batch(batch, model.config, dist.group.WORLD)
             loss, gradients = loss_and_gradients(model, local, shards)
             for tensor in (loss, *gradients.values()):
                 dist.all_reduce(tensor)
@@ -89,7 +89,7 @@ def work(rank, folder, store_file):
             model.transformer.h[0].register_forward_pre_hook(
                 lambda _, inputs, to=lengths: to.append(inputs[0].shape[1])
             )
-            apply_context_parallel(model.transformer, dist.group.WORLD_SIZE)
+            apply_context_parallel(model.transformer, dist.group.WORLD)
             outputs, gradients = real_logits_and_gradients(model, given)
             assert lengths == [LENGTH // WORLD_SIZE]
             for tensor in gradients.values():
