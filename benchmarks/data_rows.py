@@ -30,9 +30,10 @@ from scratch_gpt.data.shards import TokenStream, read_manifest
 from scratch_gpt.data.tokenizer import load_tokenizer
 from scratch_gpt.distributed.materialize import build_model
 from scratch_gpt.model.loading import build_config
-from scratch_gpt.training.autotune import measure
+from scratch_gpt.training.autotune import measure_forward_backward
+from scratch_gpt.training.build import build
 from scratch_gpt.training.metrics import read_metrics
-from scratch_gpt.training.pretrain import Pretraining, prepare_data, prepare_tokenizer
+from scratch_gpt.training.pretrain import prepare_data, prepare_tokenizer, train
 
 PACKINGS = [("concat", False), ("concat", True), ("best_fit", False), ("best_fit", True)]
 
@@ -71,7 +72,7 @@ def mask_cost(data: TrainingData, model: torch.nn.Module, rows: int, precision: 
     plain = Batch(masked.input_ids, masked.targets)
     ratios = []
     for _ in range(repeats):
-        with_mask, without = (measure(model, batch, precision, repeats=3) for batch in (masked, plain))
+        with_mask, without = (measure_forward_backward(model, batch, precision, repeats=3) for batch in (masked, plain))
         ratios.append(with_mask / without)
     return ratios
 
@@ -132,7 +133,7 @@ def benchmark(text: Path, work: Path, arguments: argparse.Namespace) -> None:
             )
 
     print()
-    Pretraining(settings, work).run()
+    train(build(settings, work))
     records = read_metrics(work / "metrics.jsonl")[1:]  # nothing can be read ahead of the first step
     steps = [(record["data_seconds"], seconds(record, before)) for before, record in pairwise(records)]
     waits = [wait / whole for wait, whole in steps]

@@ -1,11 +1,11 @@
-"""What each switch of `scratch-gpt pretrain` does to speed and memory on this machine, one at a time.
+"""Effect of each setting of `scratch-gpt pretrain` on speed and memory on this machine, one at a time.
 
     python benchmarks/ladder.py               # 30M parameters, vocabulary 50,304, context 512; about 15 minutes on two cores
     python benchmarks/ladder.py --shape a --repeats 5
 
-The first rungs are each faster than the one above it and include it; below them stand switches that cost time and give
-something else. Every rung runs in a process of its own, the rungs in turn, `--repeats` times, and the table has medians of
-tokens per second of the whole loop, and the peak memory of the process beyond what the imports take.
+Each of the first rungs adds a setting to the one above; the last ones add a setting to the fastest that costs time and
+saves memory or steps. Every rung runs in its own process, all rungs in turn, `--repeats` times. The table has the median
+tokens per second of the training loop, and the peak memory of the process beyond that of its imports.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BF16 = {**CHUNKED, "precision": "bf16"}
 KEPT = {**BF16, "keep_memory": True}
 COMPILED = {**KEPT, "compiled": True}
 RUNGS = {
-    "float32, eager, logits of the whole batch": PLAIN,
+    "float32, eager, logits of the full batch": PLAIN,
     "+ the loss in chunks": CHUNKED,
     "+ bf16 (`--training.precision bf16`)": BF16,
     "+ freed memory kept": KEPT,
@@ -40,7 +40,7 @@ def peak_memory() -> int:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    import scratch_gpt.training.pretrain  # noqa: F401  (what the imports take)
+    import scratch_gpt.training.pretrain  # noqa: F401  (so that its memory is not counted)
 
     before = peak_memory()
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=[*SHAPES], default="b", help="of benchmarks/pretraining.py")
+    parser.add_argument("--shape", choices=[*SHAPES], default="b", help="a shape of benchmarks/pretraining.py")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -64,12 +64,12 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
-    layers, width, _, vocabulary, context, rows = SHAPES[arguments.shape]
-    print(f"{layers} layers of {width}, vocabulary {vocabulary:,}, context {context}, {rows} rows a step\n")
+    layers, width, _, vocabulary, context, sequences = SHAPES[arguments.shape]
+    print(f"{layers} layers of {width}, vocabulary {vocabulary:,}, context {context}, {sequences} sequences per step\n")
     print("| | tokens/s | range | times the first | peak memory |\n|---|---:|---:|---:|---:|")
     first = None
     for name, found in results.items():
-        each = sorted(rows * context / result["seconds"] for result in found)
+        each = sorted(sequences * context / result["seconds"] for result in found)
         speed = statistics.median(each)
         first = first or speed
         memory = statistics.median(result["peak"] for result in found) / 1e9

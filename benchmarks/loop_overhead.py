@@ -3,77 +3,93 @@
     python benchmarks/loop_overhead.py                                      # the quickstart's model and batch, eager
     python benchmarks/loop_overhead.py --model.preset modern-30m --training.context_length 256
 
-Takes any setting of `scratch-gpt pretrain`. One process takes a step of the loop and a bare step in turn, on the same model
-with the same optimizer, rows of the same length and nothing else running. The loop's step also waits for its rows, clips the
-gradients, judges the step, and writes its line; the bare step uses one batch again and again. Printed is the median over
-the pairs of the ratio of their times, and of "with clipping", where the bare step clips as well, for that is arithmetic
-which any recipe has.
+Takes any setting of `scratch-gpt pretrain`. One process alternates between steps of the loop and bare steps, on the same
+model with the same optimizer, on batches of the same size, with nothing else running. A step of the loop also waits for
+its data, clips the gradients, checks the loss, and writes its record; the bare step repeats one batch. Prints the median
+over the pairs of the ratio of their times; "with clipping" compares with a bare step that clips as well, as any recipe does.
 """
 
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 import torch
 
-import scratch_gpt.training.pretrain
 from scratch_gpt.compute.precision import autocast
 from scratch_gpt.config import PretrainSettings, parse_settings
-from scratch_gpt.data.loader import Prefetcher
-from scratch_gpt.training.stop import StopRequest
-from scratch_gpt.training.trainer import Trainer
+from scratch_gpt.data.loader import StepData
+from scratch_gpt.training.pretrain import pretrain
+from scratch_gpt.training.trainer import Trainer, TrainerCallback
 
 PAIRS, WARM_UP = 100, 10
 
 
-class MeasuredLoop(Trainer):
-    def run(self) -> None:
-        device = self.strategy.device.type
-        with self.observer, self.saver, StopRequest() as stop, Prefetcher(self._read_steps()) as reader:
-            data = next(reader)
+class MeasureOverhead(TrainerCallback):
+    """Takes bare steps between those of the loop, until there are enough pairs."""
 
-            def bare(clip: bool) -> None:
-                for batch in data.batches:
-                    with autocast(device, self.state.precision):
-                        loss = self.model(
-                            input_ids=batch.input_ids,
-                            position_ids=batch.position_ids,
-                            shift_labels=batch.targets,
-                            num_items_in_batch=data.num_targets,
-                        ).loss
-                    loss.backward()
-                if clip:
-                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+    def __init__(self) -> None:
+        self.loop: list[float] = []
+        self.bare: list[float] = []
+        self.clipping: list[float] = []
+        self.data: StepData | None = None
+        self.loop_started: float | None = None
 
-            rounds = [
-                (timed(lambda: bare(False)), timed(lambda: self._train_step(reader, stop)), timed(lambda: bare(True)))
-                for _ in range(WARM_UP + PAIRS)
-            ][WARM_UP:]
-        plain, trainer, clipping = (statistics.median(times) for times in zip(*rounds, strict=True))
+    def on_step_begin(self, trainer: Trainer, data: StepData) -> None:
+        if self.data is None:
+            self.data = data
+
+    def on_step_end(self, trainer: Trainer, record: dict) -> None:
+        if self.loop_started is not None:
+            self.loop.append(now() - self.loop_started)
+            self.clipping.append(self.bare_step(trainer, clip=True))
+        if len(self.loop) == WARM_UP + PAIRS:
+            self.report()
+            raise SystemExit
+        self.bare.append(self.bare_step(trainer, clip=False))
+        self.loop_started = now()
+
+    def bare_step(self, trainer: Trainer, clip: bool) -> float:
+        """Seconds that it takes."""
+        assert self.data is not None
+        started = now()
+        for batch in self.data.batches:
+            with autocast(trainer.strategy.device.type, trainer.state.precision):
+                loss = trainer.model(
+                    input_ids=batch.input_ids,
+                    position_ids=batch.position_ids,
+                    shift_labels=batch.targets,
+                    num_items_in_batch=self.data.num_targets,
+                ).loss
+            loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.training.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return now() - started
+
+    def report(self) -> None:
+        loop, bare, clipping = (times[WARM_UP:] for times in (self.loop, self.bare, self.clipping))
+        medians = [1e3 * statistics.median(times) for times in (bare, clipping, loop)]
+        print("\nbare step {:.2f} ms, with clipping {:.2f} ms, loop {:.2f} ms (medians)".format(*medians))
+        ratios = [
+            statistics.median(one / other for one, other in zip(loop, times, strict=True)) for times in (bare, clipping)
+        ]
         print(
-            f"\nbare step {1e3 * plain:.2f} ms, with clipping {1e3 * clipping:.2f} ms, loop {1e3 * trainer:.2f} ms (medians)"
+            f"loop / bare {ratios[0]:.4f}, loop / bare with clipping {ratios[1]:.4f} (medians of {len(loop)} pairs)",
+            flush=True,
         )
-        ratios = statistics.median(one[1] / one[0] for one in rounds), statistics.median(o[1] / o[2] for o in rounds)
-        print(f"loop / bare {ratios[0]:.4f}, loop / bare with clipping {ratios[1]:.4f} (medians of {PAIRS} pairs)")
-        raise SystemExit
 
 
-def timed(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
+def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 if __name__ == "__main__":
-    scratch_gpt.training.pretrain.Loop = MeasuredLoop  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["--run-dir", f"{folder}/run", "--max-steps", "1000000", "--training.save_every", "1000000"]
         fixed += ["--training.eval_every", "1000000", "--training.compile", "off", "--training.trackers", "[]"]
         settings = parse_settings(PretrainSettings, [*fixed, *sys.argv[1:]], "loop_overhead.py")
-        scratch_gpt.training.pretrain.pretrain_command(settings)
+        pretrain(settings, callbacks=[MeasureOverhead()])

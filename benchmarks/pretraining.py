@@ -1,19 +1,20 @@
-"""Tokens per second of pretraining on this machine: scratch-gpt beside nanoGPT and `transformers.Trainer`.
+"""Tokens per second of pretraining on this machine: scratch-gpt, nanoGPT and `transformers.Trainer`.
 
     python benchmarks/pretraining.py --nanogpt ../nanoGPT            # all shapes, about an hour on two cores
     python benchmarks/pretraining.py --nanogpt ../nanoGPT --shape a --repeats 5
-    python benchmarks/pretraining.py --profile --shape c             # where a step of scratch-gpt at its best spends its time
+    python benchmarks/pretraining.py --profile --shape c             # profile of two steps of scratch-gpt
 
-All train GPT-2's architecture of the same shape, without dropout, on the same random tokens, with the same tokens per
-step. Each contestant runs in a process of its own, in turn, and reports the median of its steps; the table takes the
-median over the turns. The first turn tries every setting; the others take the fastest of each contestant and what is
-compared beside it. nanoGPT is its own model, optimizer and training step (the public repository, checked out outside
-this one); Trainer trains `GPT2LMHeadModel`. Every peer is tried in float32 and in bfloat16 autocast (which nanoGPT's
-script would not switch on for a CPU), eager and compiled, and its best is what we are compared with; "default" is
-float32 and eager, what their documentation gives a CPU user. Where bfloat16 is emulated it is left out.
+All train GPT-2's architecture of the same shape, without dropout, on the same random tokens, with the same number of
+tokens per step. Each contestant runs in its own process, in turn, and reports the median of its steps; the table has the
+median over the turns. The first turn tries every setting; the others repeat the fastest one of each contestant, and the
+default. nanoGPT runs its own model, optimizer and training step (from a checkout of the public repository); Trainer
+trains `GPT2LMHeadModel`. Each is tried in float32 and in bfloat16 autocast (which nanoGPT's script would not enable on a
+CPU), eager and compiled, and scratch-gpt is compared with its best; "default" is float32 and eager, as their
+documentation recommends for a CPU. bfloat16 is skipped where it is emulated.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 
 SHAPES = {
-    # name: layers, width, heads, vocabulary, context, rows per step
+    # name: layers, width, heads, vocabulary, context, sequences per step
     "a": (6, 320, 5, 4096, 256, 16),
     "b": (8, 320, 5, 50304, 512, 8),
     "c": (12, 768, 12, 50304, 1024, 4),
@@ -57,7 +58,7 @@ def nanogpt(shape: tuple[int, ...], precision: str, compiled: bool, checkout: st
     sys.path.insert(0, checkout)
     from model import GPT, GPTConfig
 
-    layers, width, heads, vocabulary, context, rows = shape
+    layers, width, heads, vocabulary, context, sequences = shape
     config = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocabulary, "block_size": context}
     model = GPT(GPTConfig(**config, dropout=0.0, bias=True))
     optimizer = model.configure_optimizers(0.1, RATE, (0.9, 0.95), "cpu")
@@ -65,7 +66,7 @@ def nanogpt(shape: tuple[int, ...], precision: str, compiled: bool, checkout: st
     data = tokens(vocabulary, 1_000_000)
 
     def step() -> None:
-        starts = torch.randint(len(data) - context, (rows,))
+        starts = torch.randint(len(data) - context, (sequences,))
         x = torch.stack([torch.from_numpy(data[i : i + context].astype(np.int64)) for i in starts])
         y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + context].astype(np.int64)) for i in starts])
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -81,12 +82,12 @@ def nanogpt(shape: tuple[int, ...], precision: str, compiled: bool, checkout: st
 def trainer(shape: tuple[int, ...], precision: str, compiled: bool, checkout: str) -> list[float]:
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    layers, width, heads, vocabulary, context, rows = shape
+    layers, width, heads, vocabulary, context, sequences = shape
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = GPT2Config(
         vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=layers, n_head=heads, **no_dropout
     )
-    data = tokens(vocabulary, (WARM_UP + STEPS) * rows * context).reshape(-1, context).astype(np.int64)
+    data = tokens(vocabulary, (WARM_UP + STEPS) * sequences * context).reshape(-1, context).astype(np.int64)
     dataset = [{"input_ids": row, "labels": row} for row in data]
     marks: list[float] = []
 
@@ -102,7 +103,7 @@ def trainer(shape: tuple[int, ...], precision: str, compiled: bool, checkout: st
             folder,
             use_cpu=True,
             max_steps=WARM_UP + STEPS,
-            per_device_train_batch_size=rows,
+            per_device_train_batch_size=sequences,
             bf16=precision == "bf16",
             torch_compile=compiled,
             learning_rate=RATE,
@@ -126,7 +127,7 @@ def ours(
     keep_memory: bool = True,
     **training_settings: object,
 ) -> list[float]:
-    """The loop of `scratch-gpt pretrain`, guard, metrics and all."""
+    """The training loop of `scratch-gpt pretrain`, with guard and metrics."""
     from scratch_gpt.compute.activation_checkpointing import enable_activation_checkpointing
     from scratch_gpt.compute.compile import compile_blocks
     from scratch_gpt.compute.malloc import keep_freed_memory
@@ -141,11 +142,11 @@ def ours(
     from scratch_gpt.model.presets import GPT2_STYLE
     from scratch_gpt.training.checkpoint import TrainingState
     from scratch_gpt.training.metrics import read_metrics
-    from scratch_gpt.training.trainer import BatchSizes, Trainer
+    from scratch_gpt.training.trainer import BatchSizes, RunData, Trainer, TrainerCallback, TrainUnit
 
     if keep_memory:
         keep_freed_memory()
-    layers, width, heads, vocabulary, context, rows = shape
+    layers, width, heads, vocabulary, context, sequences = shape
     sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "vocab_size": vocabulary}
     fields = {**GPT2_STYLE, **sizes, "max_position_embeddings": context, "bos_token_id": None, "eos_token_id": None}
     model = ScratchGPTForCausalLM(ScratchGPTConfig(**fields)).train()
@@ -163,37 +164,26 @@ def ours(
         {"random": stream}, DataOrder({"random": packing}, [PhaseSettings("pretrain")]), context, False, vocabulary
     )
     strategy = build_strategy()
+    unit = TrainUnit(strategy, strategy.parallelize(model, precision), build_optimizer(model, training), tokenizer=None)
+    run_data = RunData(data, validation={}, batch_sizes=BatchSizes(sequences, sequences, 1))
     state = TrainingState(0, 0, "", DataPosition(), precision, compiled)
+
+    class Finished(Exception):
+        pass
+
+    class FinishEarly(TrainerCallback):
+        """Ends the run one step before its last, which would validate and save."""
+
+        def on_step_end(self, trainer: Trainer, record: dict) -> None:
+            if record["step"] == steps:
+                raise Finished
+
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            PretrainSettings(run_dir=folder, max_steps=steps + 1, training=training),
-            Path(folder),
-            strategy,
-            strategy.parallelize(model, precision),
-            None,
-            build_optimizer(model, training),
-            data,
-            {},
-            BatchSizes(rows, rows, 1),
-            state,
-        )
-        # stopped one step before the last, which would validate and save
-        trainer._finish_record = finish(trainer, steps)  # type: ignore[method-assign]
-        try:
-            trainer.run()
-        except StopIteration:
-            pass
+        settings = PretrainSettings(run_dir=folder, max_steps=steps + 1, training=training)
+        with contextlib.suppress(Finished):
+            Trainer(settings, Path(folder), unit, run_data, state, callbacks=[FinishEarly()]).run()
         records = read_metrics(Path(folder) / "metrics.jsonl")
-    return [rows * context / record["tokens_per_second"] for record in records[WARM_UP:]]
-
-
-def finish(trainer: object, steps: int) -> Callable[..., None]:
-    def record(left: str) -> None:
-        trainer.metrics.write(trainer.state.record)  # type: ignore[attr-defined]
-        if trainer.state.step == steps:  # type: ignore[attr-defined]
-            raise StopIteration
-
-    return record
+    return [sequences * context / record["tokens_per_second"] for record in records[WARM_UP:]]
 
 
 CONTESTANTS = {"nanoGPT": nanogpt, "Trainer": trainer, "scratch-gpt": ours}
@@ -212,7 +202,7 @@ def child(arguments: argparse.Namespace) -> None:
 
 
 def matmul_peak(precision: str, size: int = 2048) -> float:
-    """FLOP per second of a large matrix product here, the best of ten."""
+    """FLOP per second of a large matrix product on this machine, the best of ten."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     best = float("inf")
@@ -224,23 +214,25 @@ def matmul_peak(precision: str, size: int = 2048) -> float:
 
 
 def precisions() -> list[str]:
-    """Those whose arithmetic this machine has."""
+    """The precisions that this machine computes in without emulation."""
     from scratch_gpt.compute.precision import has_bf16
 
     return ["fp32", "bf16"] if has_bf16(torch.device("cpu")) else ["fp32"]
 
 
 def flops_per_step(shape: tuple[int, ...]) -> float:
-    """Forward and backward: 6 per weight of a matrix and token, and 12 per layer, unit of width and token of context."""
-    layers, width, _, vocabulary, context, rows = shape
+    """Forward and backward: per token, 6 for each weight of a matrix, and 12 * layers * width * context for attention."""
+    layers, width, _, vocabulary, context, sequences = shape
     weights = 12 * layers * width**2 + vocabulary * width
-    return rows * context * (6 * weights + 12 * layers * width * context / 2)  # attention is causal: half
+    return sequences * context * (6 * weights + 12 * layers * width * context / 2)  # attention is causal: half
 
 
 def compare(name: str, arguments: argparse.Namespace) -> None:
     shape = SHAPES[name]
-    layers, width, _, vocabulary, context, rows = shape
-    print(f"\n({name}) {layers} layers of {width}, vocabulary {vocabulary}, context {context}, {rows} rows a step\n")
+    layers, width, _, vocabulary, context, sequences = shape
+    print(
+        f"\n({name}) {layers} layers of {width}, vocabulary {vocabulary}, context {context}, {sequences} sequences per step\n"
+    )
     peaks = dict.fromkeys(precisions(), 0.0)
     settings = [(who, precision, compiled) for who in CONTESTANTS for precision in peaks for compiled in (0, 1)]
     if arguments.skip_compile:
@@ -268,9 +260,9 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     speeds: dict[tuple, float] = {}
     for setting, found in results.items():
         who, precision, compiled = setting
-        each = sorted(rows * context / result["seconds"] for result in found)
+        each = sorted(sequences * context / result["seconds"] for result in found)
         speeds[setting] = statistics.median(each)
-        share = flops_per_step(shape) * speeds[setting] / (rows * context) / peaks[precision]
+        share = flops_per_step(shape) * speeds[setting] / (sequences * context) / peaks[precision]
         memory = statistics.median(result["peak"] for result in found) / 1e9
         print(
             f"| {who} | {precision} | {'compiled' if compiled else 'eager'} | {speeds[setting]:,.0f} | "
@@ -293,8 +285,8 @@ def main() -> None:
     parser.add_argument("--nanogpt", default="", help="checkout of the public repository")
     parser.add_argument("--shape", choices=[*SHAPES], help="one shape only")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=STEPS, help="that are timed in a turn, after two")
-    parser.add_argument("--profile", action="store_true", help="two steps of scratch-gpt, compared with nobody")
+    parser.add_argument("--steps", type=int, default=STEPS, help="timed steps per turn, after two to warm up")
+    parser.add_argument("--profile", action="store_true", help="profile two steps of scratch-gpt instead of comparing")
     parser.add_argument("--skip-compile", action="store_true", help="eager settings only")
     parser.add_argument("--child", choices=[*CONTESTANTS], help=argparse.SUPPRESS)
     parser.add_argument("--precision", help=argparse.SUPPRESS)

@@ -1,17 +1,17 @@
-"""Time to a loss: what nanoGPT's recipe reaches in 20 minutes on this machine, and scratch-gpt in a third of that.
+"""Time to a loss: what nanoGPT's recipe reaches in 20 minutes on this machine, and scratch-gpt in a third of that time.
 
     python benchmarks/time_to_loss.py --train stories_train.txt --valid stories_valid.txt --nanogpt ../nanoGPT
 
-Both learn from the same tokens, a BPE vocabulary of 4,096 that is made once and not counted, and are scored on the same
-held-out text: every byte once, in windows of their context that meet end to end, in bits per byte. The clock starts with
-the process and runs over imports, compiling and whatever the contestant measures before it trains.
+Both train on the same tokens, with a BPE vocabulary of 4,096 that is made before and not timed, and are scored on the
+same held-out text: every byte once, in consecutive windows of their context length, in bits per byte. The clock starts
+with the process: imports, compiling and whatever the contestant measures before training count.
 
-nanoGPT is its own model (10M parameters, context 256, GPT-2's block), optimizer and training step, compiled and with
-bfloat16 autocast where the machine has that, which is faster than its script on a CPU, and without the script's
-evaluations. Its learning rate decays as a cosine over the time that it has; --tune tries several peaks for a quarter of
-the time each and takes the best.
-scratch-gpt is `scratch-gpt pretrain` as it comes, with the number of steps that fit into its time by the speed of a first
-run of a minute, which is not counted.
+nanoGPT runs its own model (10M parameters, context 256, GPT-2's block), optimizer and training step, compiled and with
+bfloat16 autocast where the machine supports it, which is faster than its script on a CPU, and without the script's
+evaluations. Its learning rate decays as a cosine over its time; --tune tries several peaks for a quarter of the time each
+and uses the best.
+scratch-gpt runs `scratch-gpt pretrain` with its defaults, for as many steps as fit into its time at the speed of a first
+run of a minute, which is not timed.
 """
 
 import argparse
@@ -28,17 +28,17 @@ import numpy as np
 import torch
 from pretraining import precisions
 
-LAYERS, WIDTH, HEADS, CONTEXT, ROWS = 6, 320, 5, 256, 16
+LAYERS, WIDTH, HEADS, CONTEXT, BATCH_SIZE = 6, 320, 5, 256, 16
 RATES = (1e-3, 2e-3, 4e-3)
-"""Peak learning rates that --tune tries first; its script has 6e-4 for 124M parameters and 1e-3 for small ones."""
-BOTH = ["nanoGPT", "scratch-gpt"]
+"""Peak learning rates that --tune tries first; nanoGPT's script has 6e-4 for 124M parameters and 1e-3 for small models."""
+CONTESTANTS = ["nanoGPT", "scratch-gpt"]
 PILOT_SECONDS = 60.0
 RESERVE = 0.98
-"""Of the time that is left for steps: this much is planned for."""
+"""Fraction of the time for steps that is planned for."""
 
 
 def settings_of(arguments: argparse.Namespace, run_dir: Path):
-    """Of `scratch-gpt pretrain`; what is given here are paths, and how often it looks up."""
+    """Settings of `scratch-gpt pretrain`: the defaults, apart from paths and intervals."""
     from scratch_gpt.config import PretrainSettings, TokenizerSettings, TrainingSettings
 
     return PretrainSettings(
@@ -93,7 +93,7 @@ def train_nanogpt(arguments: argparse.Namespace) -> dict[str, float]:
         decayed = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * spent / arguments.seconds))
         for group in optimizer.param_groups:
             group["lr"] = arguments.rate * min((steps + 1) / warm_up, decayed)
-        starts = torch.randint(len(tokens) - CONTEXT, (ROWS,), generator=generator).tolist()
+        starts = torch.randint(len(tokens) - CONTEXT, (BATCH_SIZE,), generator=generator).tolist()
         x = torch.stack([torch.from_numpy(tokens[i : i + CONTEXT]) for i in starts])
         y = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + CONTEXT]) for i in starts])
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
@@ -106,22 +106,23 @@ def train_nanogpt(arguments: argparse.Namespace) -> dict[str, float]:
     seconds = seconds_since_process_start()
     model.eval()
     bits = score(lambda x, y: model(x, y)[0], arguments.work, CONTEXT)
-    return {"bits_per_byte": bits, "seconds": seconds, "steps": steps, "tokens": steps * ROWS * CONTEXT}
+    return {"bits_per_byte": bits, "seconds": seconds, "steps": steps, "tokens": steps * BATCH_SIZE * CONTEXT}
 
 
 def train_ours(arguments: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
+    from scratch_gpt.training.build import build
     from scratch_gpt.training.metrics import read_metrics
-    from scratch_gpt.training.pretrain import Pretraining
+    from scratch_gpt.training.pretrain import train
 
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         run_dir.mkdir()
         settings = settings_of(arguments, run_dir)
-        run = Pretraining(settings, run_dir, budget_seconds=arguments.seconds - seconds_since_process_start())
+        run = build(settings, run_dir, budget_seconds=arguments.seconds - seconds_since_process_start())
         settings.max_steps = arguments.steps or run.steps_in(PILOT_SECONDS)
-        run.run()
+        train(run)
         seconds = seconds_since_process_start()
         records = [record for record in read_metrics(run_dir / "metrics.jsonl") if "loss" in record]
         last = records[-1]
@@ -183,7 +184,7 @@ def steps_that_fit(arguments: argparse.Namespace, work: Path) -> int:
 
 
 def tuned(arguments: argparse.Namespace, work: Path) -> float:
-    """The best of several peak learning rates; one at either end is no answer before the next one is worse."""
+    """The best of several peak learning rates; extends the range until the best is not at either end."""
     bits = {rate: run(arguments, work, "nanoGPT", arguments.minutes / 4, 0, rate)["bits_per_byte"] for rate in RATES}
     while (best := min(bits, key=bits.__getitem__)) in (min(bits), max(bits)):
         rate = best / 2 if best == min(bits) else best * 2
@@ -193,16 +194,16 @@ def tuned(arguments: argparse.Namespace, work: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, required=True, help="text to learn")
-    parser.add_argument("--valid", type=Path, required=True, help="text to be scored on")
+    parser.add_argument("--train", type=Path, required=True, help="text to train on")
+    parser.add_argument("--valid", type=Path, required=True, help="text to score on")
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of github.com/karpathy/nanoGPT")
-    parser.add_argument("--minutes", type=float, default=20.0, help="that nanoGPT has")
+    parser.add_argument("--minutes", type=float, default=20.0, help="time of nanoGPT")
     parser.add_argument("--our-minutes", type=float, default=7.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs=1, default=BOTH, choices=BOTH, help="one of the two")
+    parser.add_argument("--only", nargs=1, default=CONTESTANTS, choices=CONTESTANTS, help="run only one of the two")
     parser.add_argument("--rate", type=float, default=2e-3, help="nanoGPT's peak learning rate")
     parser.add_argument("--tune", action="store_true", help="find nanoGPT's learning rate first")
-    parser.add_argument("--child", choices=["prepare", *BOTH], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["prepare", *CONTESTANTS], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)

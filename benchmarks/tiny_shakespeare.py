@@ -6,9 +6,9 @@ The peer is run here, in the same call and on the same machine, from a checkout 
 
     python benchmarks/tiny_shakespeare.py --text tinyshakespeare.txt --nanogpt ../nanoGPT
 
-Both learn the first 90 % of the text and are scored on the same last 10 %, every byte once, in bits per byte, so that
-characters and BPE tokens compare. Wall time counts everything from raw text on: for scratch-gpt the tokenizer, the
-shards and the measuring of the arithmetic, for nanoGPT its preparation and training; process start included, final
+Both train on the first 90 % of the text and are scored on the same last 10 %, every byte once, in bits per byte, which
+compares characters with BPE tokens. Wall time counts everything from raw text on: for scratch-gpt the tokenizer, the
+shards and the choice of the precision, for nanoGPT its preparation and training; process start included, final
 scoring excluded. The runs alternate: nanoGPT, scratch-gpt in a third of its time, scratch-gpt in its time.
 """
 
@@ -33,7 +33,7 @@ NANOGPT_RECIPE = [
     *("--n_layer=4", "--n_head=4", "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
 ]
 SAVING_SECONDS = 2.0
-"""Of a scratch-gpt run after its last step: the final validation and saving."""
+"""Final validation and saving of a scratch-gpt run."""
 
 
 def split(text: str) -> tuple[str, str]:
@@ -91,9 +91,10 @@ def run_ours(text: Path, work: Path, seconds: float, seed: int) -> dict[str, flo
 
 
 def train_ours(text: Path, work: Path, seconds: float, seed: int) -> None:
-    """What `scratch-gpt pretrain` does, with as many steps as the time pays for."""
+    """Do what `scratch-gpt pretrain` does, with as many steps as fit into the time."""
     from scratch_gpt.config import PretrainSettings, TokenizerSettings, TrainingSettings
-    from scratch_gpt.training.pretrain import Pretraining, prepare_data, prepare_tokenizer
+    from scratch_gpt.training.build import build
+    from scratch_gpt.training.pretrain import prepare_data, prepare_tokenizer, train
 
     for name, part in zip(("train.txt", "held_out.txt"), split(text.read_text(encoding="utf-8")), strict=True):
         (work / name).write_text(part, encoding="utf-8")
@@ -109,9 +110,9 @@ def train_ours(text: Path, work: Path, seconds: float, seed: int) -> None:
     run_dir.mkdir()
     prepare_tokenizer(settings, run_dir)
     prepare_data(settings, run_dir)
-    run = Pretraining(settings, run_dir, budget_seconds=seconds)
+    run = build(settings, run_dir, budget_seconds=seconds)
     settings.max_steps = run.steps_in(seconds - seconds_since_process_start() - SAVING_SECONDS)
-    run.run()
+    train(run)
 
 
 def seconds_since_process_start() -> float:
@@ -124,8 +125,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="tiny Shakespeare (input.txt)")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of github.com/karpathy/nanoGPT")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions, each of ours with a seed of its own")
-    parser.add_argument("--compile", action="store_true", help="let nanoGPT compile (its README says not to on a CPU)")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions, with another seed of scratch-gpt each")
+    parser.add_argument(
+        "--compile", action="store_true", help="let nanoGPT compile (its README advises against it on a CPU)"
+    )
     parser.add_argument("--train-for", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)

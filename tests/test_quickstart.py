@@ -1,4 +1,4 @@
-"""The whole way, at a size for tests."""
+"""`scratch-gpt quickstart`, at a size for tests."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.conftest import TINY_RUN
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """A corpus of some size (its held-out end is what questions are made of) and a model that takes seconds."""
+    """A corpus large enough for questions from its held-out end, and a model that trains in seconds."""
     text = next(iter(read_documents([bundled_corpus("train")])))
     corpus = tmp_path_factory.mktemp("corpus") / "novel.txt"
     corpus.write_text(text, encoding="utf-8")
@@ -36,10 +36,10 @@ def finished(arguments, tmp_path_factory):
     return run_dir, done.stdout
 
 
-def test_every_step_says_what_it_did(finished):
+def test_every_section_prints_what_it_did(finished):
     run_dir, printed = finished
-    for stage in range(1, 7):
-        assert f"[{stage}/6]" in printed
+    for section in range(1, 7):
+        assert f"[{section}/6]" in printed
     assert re.search(r"validation \d\.\d+ bits per byte .* tokens/s .* left", printed)
     assert printed.count("  > ") == 6  # three samples before training and three after
     assert "its logits are equal, bit for bit" in printed
@@ -61,7 +61,7 @@ def test_results_card_and_metrics_agree(finished):
     assert str(run_dir.parent) not in card
 
 
-def test_the_benchmark_runs_from_the_harness_own_command_line(finished, tmp_path):
+def test_the_benchmark_runs_from_the_command_line_of_the_harness(finished, tmp_path):
     run_dir, _ = finished
     results = json.loads((run_dir / "evaluation" / "results.json").read_text())
     model = f"pretrained={run_dir}/final,trust_remote_code=True,max_length=128,dtype=float32"
@@ -79,7 +79,7 @@ def test_the_benchmark_runs_from_the_harness_own_command_line(finished, tmp_path
     assert theirs == pytest.approx(ours)
 
 
-def test_again_it_says_that_it_is_finished(finished, arguments, capsys):
+def test_the_same_command_again_tells_that_it_is_finished(finished, arguments, capsys):
     run_dir, _ = finished
     before = (run_dir / "final" / "model.safetensors").stat().st_mtime_ns
     assert main([*arguments, "--run-dir", str(run_dir)]) == 0
@@ -89,7 +89,7 @@ def test_again_it_says_that_it_is_finished(finished, arguments, capsys):
     assert (run_dir / "final" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_ctrl_c_while_training_saves_and_the_same_command_goes_on(finished, arguments, tmp_path):
+def test_ctrl_c_while_training_saves_and_the_same_command_resumes(finished, arguments, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "scratch_gpt", *arguments, "--run-dir", str(run_dir)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -99,11 +99,11 @@ def test_ctrl_c_while_training_saves_and_the_same_command_goes_on(finished, argu
     os.kill(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 75, printed
-    assert "The same command goes on" in printed
+    assert "The same command resumes" in printed
     assert main([*arguments, "--run-dir", str(run_dir)]) == 0
-    whole, _ = finished
+    uninterrupted, _ = finished
     assert [r["loss"] for r in read_metrics(run_dir / "metrics.jsonl")] == [
-        r["loss"] for r in read_metrics(whole / "metrics.jsonl")
+        r["loss"] for r in read_metrics(uninterrupted / "metrics.jsonl")
     ]
 
 

@@ -1,4 +1,4 @@
-"""Minutes, not seconds: `make test-slow`."""
+"""Tests that take minutes: `make test-slow`."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.conftest import TINY_RUN
 
 pytestmark = pytest.mark.slow
 
-# Real runs use the cores they find; the fast tests keep to one thread.
+# These runs use all cores; the fast tests use one thread.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
@@ -24,7 +24,7 @@ def scratch_gpt(*arguments):
     return [sys.executable, "-m", "scratch_gpt", *map(str, arguments)]
 
 
-def test_quickstart_writes_readable_english_in_its_time(tmp_path):
+def test_quickstart_learns_readable_english_in_its_time(tmp_path):
     run_dir = tmp_path / "run"
     command = scratch_gpt("quickstart", "--run-dir", run_dir, "--minutes", 2)
     start = time.perf_counter()
@@ -32,7 +32,7 @@ def test_quickstart_writes_readable_english_in_its_time(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((run_dir / "evaluation" / "results.json").read_text())
     print(f"{time.perf_counter() - start:.0f} s, {results['bits_per_byte']:.3f} bits per byte")
-    assert not read_events(run_dir / "metrics.jsonl")  # the default recipe gives the guard no work
+    assert not read_events(run_dir / "metrics.jsonl")  # the default recipe has no loss spikes
     assert results["bits_per_byte"] < 1.9  # 2.9 at the first step; 1.6 is usual
     known = set(re.findall(r"[a-z]+", bundled_corpus("train").read_text().lower()))
     words = re.findall(r"[a-z]+", " ".join(results["samples"]).lower())

@@ -1,4 +1,4 @@
-"""examples/stories: the data it makes, and the checks that decide whether a request was obeyed."""
+"""examples/stories: the data, the checks of requests, and a small run of all steps."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "stories"
 
 @pytest.fixture(scope="module")
 def stories():
-    """The example's modules, imported as its scripts import one another."""
+    """The example's modules, imported as its scripts import each other."""
     sys.path.insert(0, str(FOLDER))
     yield {name: importlib.import_module(name) for name in ("checks", "make_data")}
     sys.path.remove(str(FOLDER))
@@ -23,20 +23,20 @@ def stories():
 
 @pytest.fixture(scope="module")
 def made(stories, tmp_path_factory):
-    """The data of 120 invented stories: (folder, summary)."""
+    """The data made from 120 synthetic stories: (folder, summary)."""
     rng = random.Random(5)
     folder = tmp_path_factory.mktemp("stories")
-    nouns = ["lantern", "river", "meadow", "castle", "garden", "window", "forest", "bridge", "kitten", "harbour"]
-    middling = [f"{noun}{ending}" for noun in nouns for ending in "abcdefghijkl"]
-    everyday = [first + second + third for first in "bcdfghlmnprst" for second in "aeiou" for third in "bdgnpt"]
+    nouns = ["lantern", "river", "meadow", "castle", "garden", "window", "forest", "bridge", "kitten", "harbor"]
+    askable = [f"{noun}{ending}" for noun in nouns for ending in "abcdefghijkl"]
+    common = [first + second + third for first in "bcdfghlmnprst" for second in "aeiou" for third in "bdgnpt"]
     stories_made = []
     for number in range(120):
         paragraphs = []
         for _ in range(6):
-            parts = [" ".join(rng.choices(everyday, k=9)) + " " + rng.choice(middling) for _ in range(3)]
+            parts = [" ".join(rng.choices(common, k=9)) + " " + rng.choice(askable) for _ in range(3)]
             hero = rng.choice(["Luna", "Max", "Aria"])
             sentences = [
-                f"The {part} went to {hero} and the {rng.choice(middling)}." for part in parts[: rng.randint(1, 3)]
+                f"The {part} went to {hero} and the {rng.choice(askable)}." for part in parts[: rng.randint(1, 3)]
             ]
             paragraphs.append(" ".join(sentences))
         stories_made.append("\n".join([f"Story {number}.", *paragraphs]))
@@ -66,14 +66,14 @@ def request(**demands):
         ({"sentences": 1}, "She waited... and then, after 3.5 miles, it came.", "She waited. It came."),
     ],
 )
-def test_a_check_tells_an_answer_from_a_near_miss(stories, demands, good, bad):
+def test_checks_distinguish_an_answer_from_a_near_miss(stories, demands, good, bad):
     checks = stories["checks"]
     columns = {name: [value] * 2 for name, value in request(**demands).items()}
     assert checks.obeyed([good, bad], **columns) == [1.0, 0.0]
     assert checks.obeyed([[{"role": "assistant", "content": good}]], **{k: v[:1] for k, v in columns.items()}) == [1.0]
 
 
-def test_the_reward_is_the_mean_over_demands_and_counts_words_in_part(stories):
+def test_the_reward_is_the_mean_over_demands_and_counts_some_of_the_words(stories):
     columns = {name: [value] for name, value in request(words=["river", "brave"], sentences=2).items()}
     assert stories["checks"].demands_met(["The river rose."], **columns) == [0.25]
     assert stories["checks"].obeyed(["The river rose."], **columns) == [0.0]
@@ -86,14 +86,14 @@ def test_every_answer_obeys_its_own_request(stories, made):
         assert len(rows) == summary[f"requests_{part}.jsonl"] > 10
         columns = {name: [row[name] for row in rows] for name in stories["checks"].DEMANDS}
         assert set(stories["checks"].obeyed([row["answer"] for row in rows], **columns)) == {1.0}
-        assert all(any(values) for values in columns.values()), "a kind of demand is never made"
+        assert all(any(values) for values in columns.values()), "a kind of demand never occurs"
         for row in rows:
-            said = row["prompt"][0]["content"]
-            asked = [*row["words"], row["hero"], row["begins_with"], row["ends_with"]]
-            assert all(word in said for word in asked if word)
+            request_text = row["prompt"][0]["content"]
+            demanded = [*row["words"], row["hero"], row["begins_with"], row["ends_with"]]
+            assert all(word in request_text for word in demanded if word)
 
 
-def test_no_story_is_in_two_parts_and_the_same_seed_makes_the_same_files(stories, made, tmp_path):
+def test_no_story_is_in_two_parts_and_a_seed_makes_the_same_files_again(stories, made, tmp_path):
     folder, _ = made
     data = folder / "data"
     stories["make_data"].make_data(folder / "corpus", tmp_path)
@@ -112,7 +112,7 @@ def test_no_story_is_in_two_parts_and_the_same_seed_makes_the_same_files(stories
     assert {row["completion"][0]["content"] for row in read(data / "sft_train.jsonl")} <= trained_on
 
 
-def test_the_worse_text_of_a_pair_is_no_giveaway_by_length_or_words(stories, made):
+def test_rejected_texts_have_the_length_or_the_words_of_the_chosen_ones(stories, made):
     folder, _ = made
     rows = read(folder / "data" / "pairs_preferences.jsonl")
     assert {row["kind"] for row in rows} == {"swapped", "shuffled"}
@@ -125,7 +125,7 @@ def test_the_worse_text_of_a_pair_is_no_giveaway_by_length_or_words(stories, mad
             assert abs(len(chosen) - len(rejected)) < 5
 
 
-def test_a_corpus_of_few_documents_is_cut_into_pieces_and_an_empty_one_refused(stories, tmp_path):
+def test_few_documents_are_cut_into_stories_and_an_empty_corpus_is_refused(stories, tmp_path):
     (tmp_path / "novel.txt").write_text("\n".join(f"Paragraph {number}." for number in range(30)))
     read_stories = stories["make_data"].read_stories
     assert [len(story) for story in read_stories(tmp_path / "novel.txt")] == [12, 12, 6]
@@ -134,8 +134,8 @@ def test_a_corpus_of_few_documents_is_cut_into_pieces_and_an_empty_one_refused(s
         read_stories(tmp_path)
 
 
-def test_the_smoke_size_runs_every_stage_and_measures_it(stories, tmp_path, monkeypatch, capsys):
-    """The YAML files of all stages, from the bundled novels to PPO and GRPO; run again, nothing is left to do."""
+def test_the_smoke_size_runs_and_measures_every_step(stories, tmp_path, monkeypatch, capsys):
+    """All YAML files, from the bundled novels to PPO and GRPO; a second run has nothing to do."""
     monkeypatch.chdir(FOLDER.parents[1])
     run = importlib.import_module("run")
     run.Lineage(run.SMOKE, None, tmp_path, main).run(until=None)
@@ -149,10 +149,9 @@ def test_the_smoke_size_runs_every_stage_and_measures_it(stories, tmp_path, monk
         assert results[name]["asked"]["obeyed"]["number"] == 20 and results[name]["asked"]["kl"] != 0
         assert set(results[name]["against_sft"]) == {"reward", "judge"}
     assert set(results["reward"]["kinds"]) == {"swapped", "shuffled", "sampled"}
-    told = (tmp_path / "results.md").read_text()
-    assert (
-        told.count("\n## ") + told.startswith("## ") == 4 and f"{results['checks-ppo-1']['asked']['kl']:.1f} |" in told
-    )
+    tables = (tmp_path / "results.md").read_text()
+    assert tables.count("\n## ") + tables.startswith("## ") == 4
+    assert f"{results['checks-ppo-1']['asked']['kl']:.1f} |" in tables
     capsys.readouterr()
     run.Lineage(run.SMOKE, None, tmp_path, main).run(until=None)
     assert "$" not in capsys.readouterr().out

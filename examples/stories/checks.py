@@ -1,15 +1,15 @@
-"""Does a text do what the request asked? Each demand is checked by a few lines of Python, no model.
+"""Check whether a text does what a request asks: a few lines of Python for each demand, no model.
 
-A request's demands are columns of its line in `requests_*.jsonl`; 0 and empty stand for "not asked":
+A request's demands are columns of its line in `requests_*.jsonl`; 0 and empty mean "not asked":
 
-    words        ["lantern", "river"]   each stands in the text, as a whole word
-    hero         "Luna"                 so does this name
+    words        ["lantern", "river"]   each is in the text, as a separate word
+    hero         "Luna"                 this name is in the text
     begins_with  "One stormy night"     the text begins with these words
     ends_with    "smile"                its last word
-    sentences    3                      it has this many
+    sentences    3                      the number of its sentences
 
-`demands_met` is a reward for the verbs `ppo` and `grpo` (`--reward examples.stories.checks:demands_met`, from the
-project's root); `obeyed` is the success that the example reports.
+`demands_met` is a reward for `scratch-gpt ppo` and `grpo` (`--reward examples.stories.checks:demands_met`, from the
+project's root); `obeyed` is the success rate that the example reports.
 """
 
 import re
@@ -18,23 +18,23 @@ from typing import Any
 
 DEMANDS = ("words", "hero", "begins_with", "ends_with", "sentences")
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
-# A full stop, question or exclamation mark, and the quotation mark that may close after it, before a capital or the end.
+# A period, question or exclamation mark and an optional closing quotation mark, before a capital letter or the end.
 SENTENCE_END = re.compile(r"[.!?…]+[\"”’')]*(?=\s+[\"“‘(]*[A-Z]|\s*$)")
 TITLES = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St)\.")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lower case."""
+    """Return the words of a text, in lower case."""
     return [word.lower().replace("’", "'") for word in WORD.findall(text)]
 
 
 def count_sentences(text: str) -> int:
-    """How many sentences the text has; one that breaks off at the end counts as well."""
-    return len([piece for piece in SENTENCE_END.split(TITLES.sub("", text)) if piece.strip()])
+    """Count the sentences of a text, including one that breaks off at the end."""
+    return len([sentence for sentence in SENTENCE_END.split(TITLES.sub("", text)) if sentence.strip()])
 
 
-def share_of_words(text: str, wanted: Sequence[str]) -> float:
-    """How many of the ``wanted`` words (at least one) stand in the text."""
+def fraction_of_words(text: str, wanted: Sequence[str]) -> float:
+    """Return the fraction of the ``wanted`` words (at least one) that are in the text."""
     found = set(words(text))
     return sum(word.lower() in found for word in wanted) / len(wanted)
 
@@ -49,10 +49,10 @@ def ends_with(text: str, word: str) -> bool:
 
 
 def scores(text: str, request: dict[str, Any]) -> dict[str, float]:
-    """Every demand of the request, and how far the text meets it: 0 to 1 for words, 0 or 1 for the others."""
+    """Score each demand of the request by name: the fraction of the words, 0 or 1 for the other demands."""
     found: dict[str, float] = {}
     if request["words"]:
-        found["words"] = share_of_words(text, request["words"])
+        found["words"] = fraction_of_words(text, request["words"])
     if request["hero"]:
         found["hero"] = float(request["hero"].lower() in words(text))
     if request["begins_with"]:
@@ -65,12 +65,12 @@ def scores(text: str, request: dict[str, Any]) -> dict[str, float]:
 
 
 def text_of(completion: Any) -> str:
-    """A completion as text, whether it is text or messages."""
+    """Return the text of a completion, which may be text or messages."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def demands_met(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """Reward: the mean over the demands of a request of how far each is met, 0 to 1."""
+    """Reward: the mean score of a request's demands, 0 to 1."""
     rewards = []
     for row, completion in enumerate(completions):
         met = scores(text_of(completion), {name: columns[name][row] for name in DEMANDS})
@@ -79,5 +79,5 @@ def demands_met(completions: Sequence[Any], **columns: Any) -> list[float]:
 
 
 def obeyed(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """Success: 1 where every demand is met in full, else 0."""
+    """Success: 1 if every demand is fully met, else 0."""
     return [float(reward == 1) for reward in demands_met(completions, **columns)]

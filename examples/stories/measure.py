@@ -1,10 +1,10 @@
-"""What a model writes for requests that it has not seen, and how good it is by several measures.
+"""Let a model answer held-out requests, and measure the answers.
 
     python examples/stories/measure.py --model runs/stories/sft/final --requests runs/stories/data/requests_test.jsonl
 
-prints the share of the requests that were obeyed (checks.py) and, beside it, what a gain may have cost: length, the share
-of texts that ended by themselves, and how varied they are (distinct pairs of words among all pairs, in texts cut to equal
-numbers of words). Texts are drawn at temperature 1, as reinforcement learning draws them.
+prints the percentage of requests that were obeyed (checks.py), and what a gain may have cost: the length, how many answers
+ended by themselves, and how varied they are (the fraction of distinct pairs among the first 5,000 pairs of neighboring
+words). Answers are sampled at temperature 1, as in reinforcement learning.
 """
 
 import argparse
@@ -19,25 +19,26 @@ from typing import Any
 
 import checks
 
-ROWS = 100  # generated at a time
+BATCH_SIZE = 100
 
 
 @dataclass
-class Written:
-    """One model's answers, one entry per request."""
+class Answers:
+    """One model's answers; every list has one entry per request."""
 
     texts: list[str]
     tokens: list[int]
-    """Each with its stop token."""
+    """The number of tokens, including the stop token."""
     ended: list[bool]
+    """Whether it ended by itself."""
     divergence: list[float] | None = None
-    """log p(text) under the model minus that under the reference, in nats: its mean estimates the KL divergence."""
+    """Log-probability of the text under the model minus that under the reference, in nats; the mean estimates the KL divergence."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), ensure_ascii=False))
 
     @classmethod
-    def load(cls, path: Path) -> "Written":
+    def load(cls, path: Path) -> "Answers":
         return cls(**json.loads(path.read_text()))
 
 
@@ -46,64 +47,68 @@ def read_lines(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:limit]]
 
 
-def write(
+def generate_answers(
     model_folder: Path | str,
     prompts: Sequence[Any],
     *,
     seed: int,
-    longest: int = 96,
+    max_completion_length: int = 96,
     reference: Path | str | None = None,
     temperature: float = 1.0,
-) -> Written:
-    """One text per prompt (messages, or text to continue), drawn with nothing but the temperature in the way."""
+) -> Answers:
+    """Sample one text per prompt (messages, or text to continue) from the full distribution at ``temperature``.
+
+    With a ``reference`` model, also measure each text's log-probability under both.
+    """
     import torch
     from transformers import set_seed
 
-    from scratch_gpt.alignment.data.chat_template import encode_prompt, stop_tokens
+    from scratch_gpt.alignment.data.chat_template import encode_prompt, eos_token_ids
     from scratch_gpt.alignment.ppo.rollout import completion_logits, generate, token_logprobs
     from scratch_gpt.model.loading import load_model
 
     model, tokenizer = load_model(str(model_folder))
     model.eval()
-    other = None if reference is None else load_model(str(reference))[0].eval()
-    stop_ids = stop_tokens(tokenizer, chat=True)
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    written = Written([""] * len(ids), [0] * len(ids), [False] * len(ids), None if other is None else [0.0] * len(ids))
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # little padding
+    reference_model = None if reference is None else load_model(str(reference))[0].eval()
+    stop_ids = eos_token_ids(tokenizer, is_chat=True)
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    count = len(prompt_ids)
+    answers = Answers([""] * count, [0] * count, [False] * count, None if reference is None else [0.0] * count)
+    order = sorted(range(count), key=lambda index: len(prompt_ids[index]))  # to pad little
     set_seed(seed)
-    for start in range(0, len(order), ROWS):
-        rows = order[start : start + ROWS]
+    for start in range(0, len(order), BATCH_SIZE):
+        indices = order[start : start + BATCH_SIZE]
         batch = generate(
             model,
-            [ids[row] for row in rows],
-            max_completion_length=longest,
+            [prompt_ids[index] for index in indices],
+            max_completion_length=max_completion_length,
             temperature=temperature,
             stop_ids=stop_ids,
             pad_id=tokenizer.pad_token_id,
         )
-        for row, completion, mask, ended in zip(
-            rows, batch.completion_ids, batch.completion_mask, batch.ended, strict=True
+        for index, completion, mask, ended in zip(
+            indices, batch.completion_ids, batch.completion_mask, batch.ended, strict=True
         ):
-            written.texts[row] = tokenizer.decode(completion[mask.bool()], skip_special_tokens=True).strip()
-            written.tokens[row], written.ended[row] = int(mask.sum()), bool(ended)
-        if other is not None and written.divergence is not None:
+            answers.texts[index] = tokenizer.decode(completion[mask.bool()], skip_special_tokens=True).strip()
+            answers.tokens[index], answers.ended[index] = int(mask.sum()), bool(ended)
+        if reference_model is not None and answers.divergence is not None:
             length = batch.completion_mask.shape[1]
             with torch.no_grad():
-                each = [
+                logprobs, reference_logprobs = [
                     token_logprobs(
-                        completion_logits(one, batch.input_ids, batch.attention_mask, length, temperature),
+                        completion_logits(scored, batch.input_ids, batch.attention_mask, length, temperature),
                         batch.completion_ids,
                     )
-                    for one in (model, other)
+                    for scored in (model, reference_model)
                 ]
-            sums = ((each[0] - each[1]) * batch.completion_mask).sum(1)
-            for row, nats in zip(rows, sums.tolist(), strict=True):
-                written.divergence[row] = nats
-    return written
+            sums = ((logprobs - reference_logprobs) * batch.completion_mask).sum(1)
+            for index, nats in zip(indices, sums.tolist(), strict=True):
+                answers.divergence[index] = nats
+    return answers
 
 
 def loss_on_answers(model_folder: Path | str, examples: Sequence[dict[str, Any]]) -> float:
-    """Nats per token of the answers, the token that ends them included, in the chat template."""
+    """Return the mean loss, in nats per token of the answers including the token that ends each."""
     import torch
 
     from scratch_gpt.alignment.sft import encode
@@ -117,76 +122,77 @@ def loss_on_answers(model_folder: Path | str, examples: Sequence[dict[str, Any]]
         labels = torch.tensor([row["labels"]])
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
-        number = int((labels != -100).sum())
-        nats, tokens = nats + loss.item() * number, tokens + number
+        count = int((labels != -100).sum())
+        nats, tokens = nats + loss.item() * count, tokens + count
     return nats / tokens
 
 
 def reward_scores(reward_folder: Path | str, prompts: Sequence[Any], texts: Sequence[str]) -> list[float]:
-    """What a reward model of ours gives to each text as the answer to its prompt."""
+    """Return a reward model's score of each text as the answer to its prompt."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from scratch_gpt.alignment.data.chat_template import encode_answer
+    from scratch_gpt.alignment.data.chat_template import encode_prompt_completion
 
     tokenizer = AutoTokenizer.from_pretrained(reward_folder)
     model = AutoModelForSequenceClassification.from_pretrained(reward_folder, num_labels=1, dtype=torch.float32).eval()
-    rows = []
+    sequences = []
     for prompt, text in zip(prompts, texts, strict=True):
-        asked, answered = encode_answer(tokenizer, prompt, [{"role": "assistant", "content": text}])
-        rows.append(asked + answered)
-    scores = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    for start in range(0, len(order), ROWS):
-        taken = order[start : start + ROWS]
-        batch = tokenizer.pad({"input_ids": [rows[row] for row in taken]}, padding_side="right", return_tensors="pt")
+        ids, completion = encode_prompt_completion(tokenizer, prompt, [{"role": "assistant", "content": text}])
+        sequences.append(ids + completion)
+    scores = [0.0] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    for start in range(0, len(order), BATCH_SIZE):
+        indices = order[start : start + BATCH_SIZE]
+        batch = tokenizer.pad(
+            {"input_ids": [sequences[index] for index in indices]}, padding_side="right", return_tensors="pt"
+        )
         with torch.no_grad():
-            found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
-        for row, score in zip(taken, found.tolist(), strict=True):
-            scores[row] = score
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        for index, score in zip(indices, logits[:, 0].tolist(), strict=True):
+            scores[index] = score
     return scores
 
 
-def share(values: Sequence[float]) -> dict[str, Any]:
-    """How many of the values are 1, and the 95% interval of that by Wilson's score; a half is half a success."""
+def proportion(values: Sequence[float]) -> dict[str, Any]:
+    """Return the proportion of successes (1; 0.5 counts half) among ``values``, and its 95% interval by Wilson."""
     from scratch_gpt.alignment.reward_report import Proportion
 
-    found = Proportion.of(sum(values), len(values))
-    return {"share": found.value, "interval": [found.low, found.high], "number": found.number}
+    result = Proportion.of(sum(values), len(values))
+    return {"share": result.value, "interval": [result.low, result.high], "number": result.total}
 
 
 def win_rate(scores: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
-    """How often the first text of a request has the higher score; a tie is half a win."""
-    return share([0.5 if a == b else float(a > b) for a, b in zip(scores, others, strict=True)])
+    """Return how often the first text of a request has the higher score; a tie is half a win."""
+    return proportion([0.5 if a == b else float(a > b) for a, b in zip(scores, others, strict=True)])
 
 
-def distinct_pairs(texts: Sequence[str], words_in_all: int = 5000) -> float:
-    """Distinct pairs of neighbouring words among the first so many, of texts in a fixed random order."""
+def distinct_pairs(texts: Sequence[str], num_pairs: int = 5000) -> float:
+    """Return the fraction of distinct pairs among the first ``num_pairs`` pairs of neighboring words, in random order of texts."""
     order = list(range(len(texts)))
     random.Random(0).shuffle(order)
     pairs = []
-    for row in order:
-        words = checks.words(texts[row])
-        pairs += list(itertools.pairwise(words))
-    pairs = pairs[:words_in_all]
+    for index in order:
+        pairs += list(itertools.pairwise(checks.words(texts[index])))
+    pairs = pairs[:num_pairs]
     return len(set(pairs)) / max(1, len(pairs))
 
 
-def describe(written: Written, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The measures of this file, by kind of demand as well."""
+def evaluate(answers: Answers, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return all measures of the answers, and for each kind of demand how often it is met."""
     columns = {name: [request[name] for request in requests] for name in checks.DEMANDS}
     by_demand: dict[str, list[float]] = {name: [] for name in checks.DEMANDS}
-    for text, request in zip(written.texts, requests, strict=True):
+    for text, request in zip(answers.texts, requests, strict=True):
         for name, score in checks.scores(text, request).items():
             by_demand[name].append(float(score == 1))
     return {
-        "obeyed": share(checks.obeyed(written.texts, **columns)),
-        "demands_met": statistics.fmean(checks.demands_met(written.texts, **columns)),
+        "obeyed": proportion(checks.obeyed(answers.texts, **columns)),
+        "demands_met": statistics.fmean(checks.demands_met(answers.texts, **columns)),
         "obeyed_by_demand": {name: statistics.fmean(values) for name, values in by_demand.items() if values},
-        "mean_length": statistics.fmean(written.tokens),
-        "ended": statistics.fmean(written.ended),
-        "distinct_pairs": distinct_pairs(written.texts),
-        **({} if written.divergence is None else {"kl": statistics.fmean(written.divergence)}),
+        "mean_length": statistics.fmean(answers.tokens),
+        "ended": statistics.fmean(answers.ended),
+        "distinct_pairs": distinct_pairs(answers.texts),
+        **({} if answers.divergence is None else {"kl": statistics.fmean(answers.divergence)}),
     }
 
 
@@ -194,17 +200,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--requests", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=1000, help="the first so many requests")
+    parser.add_argument("--limit", type=int, default=1000, help="answer only the first LIMIT requests. Default: 1000")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, default=3, help="print so many texts")
+    parser.add_argument("--show", type=int, default=3, help="how many answers to print. Default: 3")
     arguments = parser.parse_args()
     requests = read_lines(arguments.requests, arguments.limit)
     prompts = [request["prompt"] for request in requests]
-    written = write(arguments.model, prompts, seed=arguments.seed, temperature=arguments.temperature)
-    for request, text in list(zip(requests, written.texts, strict=True))[: arguments.show]:
+    answers = generate_answers(arguments.model, prompts, seed=arguments.seed, temperature=arguments.temperature)
+    for request, text in list(zip(requests, answers.texts, strict=True))[: arguments.show]:
         print(f"> {request['prompt'][0]['content']}\n  {text}\n")
-    for name, value in describe(written, requests).items():
+    for name, value in evaluate(answers, requests).items():
         print(f"{name:18} {value:.3f}" if isinstance(value, float) else f"{name:18} {value}")
 
 

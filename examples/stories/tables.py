@@ -1,8 +1,8 @@
-"""results.json as tables.
+"""Format results.json as tables.
 
     python examples/stories/tables.py runs/stories/results.json
 
-Where a stage ran with several seeds, a number is the mean over them, with the lowest and the highest behind it.
+Where a step ran with several seeds, a number is their mean, followed by the lowest and the highest.
 """
 
 import json
@@ -14,12 +14,15 @@ from typing import Any
 Results = dict[str, Any]
 
 
-def write(results: Results) -> str:
-    """Of the stages that are done."""
-    parts = [fine_tuning(results), scoring(results)]
-    parts += [policies("From the reward model", results, ["dpo"], ["ppo"])]
-    parts += [policies("From the checks", results, ["checks-dpo", "checks-ppo", "checks-grpo"], [])]
-    return "\n".join(part for part in parts if part)
+def to_markdown(results: Results) -> str:
+    """Format the tables of the steps that are done."""
+    tables = [
+        fine_tuning(results),
+        reward_models(results),
+        policies("From the reward model", results, ["dpo", "ppo"]),
+        policies("From the checks", results, ["checks-dpo", "checks-ppo", "checks-grpo"]),
+    ]
+    return "\n".join(table for table in tables if table)
 
 
 def table(title: str, head: list[str], rows: list[list[str]]) -> str:
@@ -34,9 +37,9 @@ def percent(value: float) -> str:
     return f"{value:.1%}"
 
 
-def with_interval(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['share']:.1%} ({low:.1%} to {high:.1%})"
+def with_interval(proportion: dict[str, Any]) -> str:
+    low, high = proportion["interval"]
+    return f"{proportion['share']:.1%} ({low:.1%} to {high:.1%})"
 
 
 def fine_tuning(results: Results) -> str:
@@ -70,7 +73,7 @@ def fine_tuning(results: Results) -> str:
     return table("Supervised fine-tuning", head, rows)
 
 
-def scoring(results: Results) -> str:
+def reward_models(results: Results) -> str:
     rows = []
     for name in ("reward", "judge"):
         if name in results:
@@ -93,31 +96,30 @@ def scoring(results: Results) -> str:
 KINDS = ("swapped", "shuffled", "sampled")
 
 
-def policies(title: str, results: Results, *methods: list[str]) -> str:
-    """The fine-tuned model and what each method made of it; a method is a step, or a step for each of several seeds."""
-    names = [name for group in methods for name in group]
-    found = {name: runs for name in names if (runs := [results[step] for step in results if is_run(step, name)])}
-    if not found:
+def policies(title: str, results: Results, methods: list[str]) -> str:
+    """Compare the fine-tuned model with what each method made of it; a method has one run, or one for each of several seeds."""
+    runs_of = {name: runs for name in methods if (runs := [results[step] for step in results if is_run(step, name)])}
+    if not runs_of:
         return ""
     asked = results["sft"]["asked"]
     rows = [
         ["fine-tuned", "1", percent(asked["obeyed"]["share"]), percent(asked["demands_met"]), "50.0%", "50.0%"]
         + [f"{asked['mean_length']:.1f}", percent(asked["ended"]), percent(asked["distinct_pairs"]), "0.0", ""]
     ]
-    for name, runs in found.items():
+    for name, runs in runs_of.items():
         rows.append(
             [
                 name.removeprefix("checks-").upper(),
                 str(len(runs)),
-                spread([run["asked"]["obeyed"]["share"] for run in runs], "{:.1%}"),
-                spread([run["asked"]["demands_met"] for run in runs], "{:.1%}"),
-                spread([run["against_sft"]["judge"]["wins"]["share"] for run in runs], "{:.1%}"),
-                spread([run["against_sft"]["reward"]["wins"]["share"] for run in runs], "{:.1%}"),
-                spread([run["asked"]["mean_length"] for run in runs], "{:.1f}"),
-                spread([run["asked"]["ended"] for run in runs], "{:.1%}"),
-                spread([run["asked"]["distinct_pairs"] for run in runs], "{:.1%}"),
-                spread([run["asked"]["kl"] for run in runs], "{:.1f}"),
-                spread([cost(run) / 60 for run in runs if not run["resumed"]], "{:.0f}"),
+                mean_and_range([run["asked"]["obeyed"]["share"] for run in runs], "{:.1%}"),
+                mean_and_range([run["asked"]["demands_met"] for run in runs], "{:.1%}"),
+                mean_and_range([run["against_sft"]["judge"]["wins"]["share"] for run in runs], "{:.1%}"),
+                mean_and_range([run["against_sft"]["reward"]["wins"]["share"] for run in runs], "{:.1%}"),
+                mean_and_range([run["asked"]["mean_length"] for run in runs], "{:.1f}"),
+                mean_and_range([run["asked"]["ended"] for run in runs], "{:.1%}"),
+                mean_and_range([run["asked"]["distinct_pairs"] for run in runs], "{:.1%}"),
+                mean_and_range([run["asked"]["kl"] for run in runs], "{:.1f}"),
+                mean_and_range([cost(run) / 60 for run in runs if not run["resumed"]], "{:.0f}"),
             ]
         )
     head = ["", "seeds", "requests obeyed", "demands met", "wins by the judge", "wins by the reward model", "tokens"]
@@ -125,21 +127,22 @@ def policies(title: str, results: Results, *methods: list[str]) -> str:
 
 
 def cost(run: dict[str, Any]) -> float:
-    """Seconds of a core, the texts that were drawn before included."""
+    """Return the CPU seconds of a run, including those in which the texts it learns from were generated."""
     return run["training_processor_seconds"] + run.get("drawing_seconds", 0)
 
 
 def is_run(step: str, name: str) -> bool:
-    """`ppo-3` is a run of `ppo`, `checks-ppo-3` is not."""
+    """Return whether ``step`` is a run of the method ``name``: `ppo-3` is a run of `ppo`, `checks-ppo-3` is not."""
     return step == name or (step.startswith(f"{name}-") and step.removeprefix(f"{name}-").isdigit())
 
 
-def spread(values: list[float], form: str) -> str:
+def mean_and_range(values: list[float], template: str) -> str:
+    """Format the mean and, of several values, the lowest and the highest."""
     if not values:
         return ""
-    mean = form.format(statistics.fmean(values))
-    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+    mean = template.format(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ({template.format(min(values))} to {template.format(max(values))})"
 
 
 if __name__ == "__main__":
-    print(write(json.loads(Path(sys.argv[1]).read_text())))
+    print(to_markdown(json.loads(Path(sys.argv[1]).read_text())))

@@ -18,7 +18,7 @@ from scratch_gpt.errors import StoppedOnRequest, UserError
 
 # verb: (its settings, the function that runs it as "module:function")
 COMMANDS: dict[str, tuple[type, str]] = {
-    "quickstart": (config.QuickstartSettings, "scratch_gpt.quickstart:quickstart"),
+    "quickstart": (config.QuickstartSettings, "scratch_gpt.quickstart:quickstart_command"),
     "tokenizer train": (config.TokenizerTrainSettings, "scratch_gpt.data.tokenizer:train_command"),
     "tokenizer report": (config.TokenizerReportSettings, "scratch_gpt.data.tokenizer_report:report_command"),
     "data prepare": (config.DataPrepareSettings, "scratch_gpt.data.prepare:prepare_command"),
@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
         config.FindBatchSizeSettings,
         "scratch_gpt.planning.find_batch_size:find_batch_size_command",
     ),
-    "pretrain": (config.PretrainSettings, "scratch_gpt.looks:pretrain_command"),
+    "pretrain": (config.PretrainSettings, "scratch_gpt.training.pretrain:pretrain_command"),
     "sft": (config.SFTSettings, "scratch_gpt.alignment.sft:sft_command"),
     "reward": (config.RewardSettings, "scratch_gpt.alignment.reward:reward_command"),
     "dpo": (config.DPOSettings, "scratch_gpt.alignment.dpo:dpo_command"),

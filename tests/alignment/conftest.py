@@ -1,4 +1,4 @@
-"""A language of a few words, a tiny policy that speaks it at random, and a reward for saying one of them."""
+"""Fixtures: a tokenizer of a few words, tiny models for it, a PPOTrainer, and a folder to run commands in."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 @pytest.fixture
 def words():
-    """`words(48)`: a tokenizer of that many words w0, w1, ... besides <pad> and <eos>."""
+    """`words(48)` builds a tokenizer of that many words w0, w1, ..., and <pad> and <eos>."""
 
     def build(count: int, pad_token: str = "<pad>") -> PreTrainedTokenizerFast:
         names = ["<pad>", "<eos>", *(f"w{i}" for i in range(count))]
@@ -39,11 +39,14 @@ def _model(model_class, tokenizer, seed=0, **fields):
 
 @pytest.fixture
 def policy():
+    """`policy(tokenizer, **fields)` builds a language model with random weights."""
     return lambda tokenizer, seed=0, **fields: _model(ScratchGPTForCausalLM, tokenizer, seed, **fields)
 
 
 @pytest.fixture
 def classifier():
+    """`classifier(tokenizer, **fields)` builds a sequence classifier with random weights, one label by default."""
+
     def build(tokenizer, seed=1, **fields):
         model = _model(ScratchGPTForSequenceClassification, tokenizer, seed, **{"num_labels": 1, **fields})
         torch.nn.init.normal_(model.score.weight, std=0.5)
@@ -55,16 +58,16 @@ def classifier():
 PROMPTS = [{"prompt": " ".join(f"w{(i * 3 + j) % 5}" for j in range(1 + i % 4))} for i in range(64)]
 
 
-def share_of_w2(completions, **_):
-    """The share of the words of 12 that are w2."""
+def fraction_of_w2(completions, **_):
+    """How many words are w2, as a fraction of the 12 possible."""
     return [completion.split().count("w2") / 12 for completion in completions]
 
 
 @pytest.fixture
 def trainer(tmp_path):
-    """`trainer(model, tokenizer, reward, **settings)`: a PPOTrainer of small rollouts on the prompts."""
+    """`trainer(model, tokenizer, reward, **settings)` builds a PPOTrainer with small rollouts on PROMPTS."""
 
-    def build(model, tokenizer, reward=share_of_w2, name="run", dataset=PROMPTS, arguments=None, **settings):
+    def build(model, tokenizer, reward=fraction_of_w2, name="run", dataset=PROMPTS, arguments=None, **settings):
         defaults = {
             "output_dir": str(tmp_path / name),
             "per_device_train_batch_size": 16,
@@ -108,7 +111,7 @@ def broken(completions, **columns):
 
 @pytest.fixture
 def material(tmp_path, monkeypatch, tokenizer_folder):
-    """A folder with a model, prompts and rewards, from which the command runs."""
+    """The current folder, with the models `base` and `judge`, prompts and reward functions."""
     monkeypatch.chdir(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

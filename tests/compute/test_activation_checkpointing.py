@@ -6,7 +6,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from scratch_gpt.compute.activation_checkpointing import _policy, enable_activation_checkpointing
 from scratch_gpt.config import TrainingSettings
-from tests.training.test_parts import tiny_model
+from tests.tiny import tiny_model
 
 STYLES = {
     "modern": {},

@@ -12,8 +12,8 @@ from scratch_gpt.cli import main
 from scratch_gpt.compute.float8 import use_float8
 from scratch_gpt.planning.activations import Workload, saved_by_loss, saved_bytes, saved_for_backward
 from tests.planning.test_plan import build, measure_saved
-from tests.training.test_parts import tiny_model
-from tests.training.test_runs import STEPS, arguments, assert_same_run, losses
+from tests.tiny import tiny_model
+from tests.training.runs import STEPS, arguments, assert_same_run, losses
 
 torchao = pytest.importorskip("torchao.float8", reason="needs torchao (pip install 'scratch-gpt[fp8]')")
 
@@ -61,7 +61,7 @@ def test_a_run_learns_resumes_bit_for_bit_and_saves_plain_models(corpus, tmp_pat
     whole, parts, plain = (tmp_path / name for name in ("whole", "parts", "plain"))
     more = ["--training.precision", "fp8"]
     assert main(arguments(whole, corpus, *more)) == 0
-    assert "arithmetic fp8, eager: as asked" in capsys.readouterr().out
+    assert "precision  fp8, eager: as requested" in capsys.readouterr().out
     assert main([*arguments(parts, corpus, *more), "--max-hours", "1e-9"]) == 75
     assert main(arguments(parts, corpus, *more)) == 0
     assert_same_run(parts, whole)

@@ -15,8 +15,8 @@ from scratch_gpt.cli import main
 from scratch_gpt.compute import mfu as utilisation
 from scratch_gpt.compute.mfu import GPU_PEAKS, MFUMeter, data_sheet_peak, measured_peak
 from scratch_gpt.model.presets import preset
-from scratch_gpt.training.metrics import read_metrics, speed
-from tests.training.test_runs import arguments
+from scratch_gpt.training.metrics import format_speed, read_metrics
+from tests.training.runs import arguments
 
 
 def test_mfu_is_the_models_flops_per_second_over_the_peak(monkeypatch, corpus, tmp_path, capsys):
@@ -29,8 +29,8 @@ def test_mfu_is_the_models_flops_per_second_over_the_peak(monkeypatch, corpus, t
     per_token = 6 * matrices + 12 * 2 * 32 * width
     for record in records:
         assert record["mfu"] == pytest.approx(per_token * record["tokens_per_second"] / 1e9, abs=1e-4)
-    assert f"{speed(records[-1])}  0:00 left" in capsys.readouterr().out
-    assert f"MFU {records[-1]['mfu']:.0%}" in speed(records[-1])
+    assert f"{format_speed(records[-1])}  0:00 left" in capsys.readouterr().out
+    assert f"MFU {records[-1]['mfu']:.0%}" in format_speed(records[-1])
 
 
 def test_the_measured_peak_is_what_a_linear_layer_reaches():

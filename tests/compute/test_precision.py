@@ -18,10 +18,10 @@ from scratch_gpt.data.batches import read_rows
 from scratch_gpt.data.packing import pack
 from scratch_gpt.errors import UserError
 from scratch_gpt.planning.dry_run import fake_process_group, fake_strategy
-from scratch_gpt.training import pretrain
-from scratch_gpt.training.autotune import PrecisionChoice, _candidates, autotune
-from tests.training.test_parts import random_stream, tiny_model
-from tests.training.test_runs import arguments
+from scratch_gpt.training import build, pretrain
+from scratch_gpt.training.autotune import PrecisionChoice, autotune, candidate_precisions
+from tests.tiny import random_stream, tiny_model
+from tests.training.runs import arguments
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -60,7 +60,7 @@ def test_a_gpu_takes_the_others(gpu, machine):
     taken = {"fp32", "fp16", "auto"} | ({"bf16"} if machine >= (8, 0) else set())
     for precision in taken | ({"fp8"} if machine >= (8, 9) else set()):
         check_precision(precision, GPU)
-    assert _candidates(GPU) == (["bf16"] if machine >= (8, 0) else ["fp32"])
+    assert candidate_precisions(GPU) == (["bf16"] if machine >= (8, 0) else ["fp32"])
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "find-batch-size"])
@@ -104,11 +104,11 @@ def test_a_cpu_takes_the_others_and_measures_those_it_has_instructions_for(
     cpu(emulates)
     for one in ("fp32", "bf16", "auto"):
         check_precision(one, CPU)
-    assert _candidates(CPU) == (["fp32"] if emulates else ["bf16", "fp32"])
+    assert candidate_precisions(CPU) == (["fp32"] if emulates else ["bf16", "fp32"])
     assert main([*arguments(tmp_path / "run", corpus, "--training.precision", "auto"), "--dry-run"]) == 0
     assert ("fp32, eager: bf16 is emulated here" in capsys.readouterr().out) == emulates
     with fake_process_group(2):
-        monkeypatch.setattr(pretrain, "build_strategy", lambda: fake_strategy({"dp_shard": 2}, "cpu"))
+        monkeypatch.setattr(build, "build_strategy", lambda: fake_strategy({"dp_shard": 2}, "cpu"))
         assert main([*arguments(tmp_path / "sharded", corpus, "--training.precision", "auto"), "--dry-run"]) == 0
     assert f"{'fp32' if emulates else 'bf16'}, eager: not measured" in capsys.readouterr().out
 
@@ -128,7 +128,7 @@ def test_a_named_precision_is_not_measured_against_another():
     batch = read_rows([(stream, packing.row(index)) for index in range(4)], 16, False)
     settings = TrainingSettings(precision="fp16", compile="off")
     choice = autotune(tiny_model().train(), batch, 1, settings, 10)
-    assert (choice.precision, choice.reason) == ("fp16", "as asked")
+    assert (choice.precision, choice.reason) == ("fp16", "as requested")
 
 
 def test_sizes_that_float8_does_not_take_are_named(monkeypatch):
@@ -155,9 +155,9 @@ def test_what_the_main_process_found_faster_all_do(here, corpus, tmp_path, monke
     def broadcast(objects):
         objects[0] = PrecisionChoice("fp32", not here, 0.1, "measured there")
 
-    monkeypatch.setattr(pretrain, "autotune", measure)
-    monkeypatch.setattr(pretrain, "broadcast_object_list", broadcast)
-    monkeypatch.setattr(pretrain.Pretraining, "describe", look)
+    monkeypatch.setattr(build, "autotune", measure)
+    monkeypatch.setattr(build, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(pretrain, "describe", look)
     assert main([*arguments(tmp_path / "run", corpus), "--dry-run"]) == 0
     assert compiled and set(compiled) == {not here}
 
@@ -169,17 +169,17 @@ def test_compiled_blocks_are_refused_where_tensor_parallelism_divides_them(corpu
     def look(pretraining):
         compiled.extend(block._compiled_call_impl is not None for block in pretraining.model.transformer.h)
 
-    def state_of_a_compiled_run(folder, original=pretrain.read_state):
+    def state_of_a_compiled_run(folder, original=build.read_state):
         return replace(original(folder), compiled=True)
 
-    monkeypatch.setattr(pretrain.Pretraining, "describe", look)
-    monkeypatch.setattr(pretrain, "read_state", state_of_a_compiled_run)
+    monkeypatch.setattr(pretrain, "describe", look)
+    monkeypatch.setattr(build, "read_state", state_of_a_compiled_run)
     go_on = [*arguments(tmp_path / "run", corpus), "--dry-run"]
     assert main(go_on) == 0 and all(compiled)
     compiled.clear()
     with fake_process_group(2):
-        monkeypatch.setattr(pretrain, "build_strategy", lambda: fake_strategy({"tp": 2}, "cpu"))
+        monkeypatch.setattr(build, "build_strategy", lambda: fake_strategy({"tp": 2}, "cpu"))
         assert main(go_on) == 0 and compiled and not any(compiled)
-        assert "but for its compiled blocks, which do not go with" in capsys.readouterr().out
+        assert "except that fsdp2 x tp cannot compile blocks" in capsys.readouterr().out
         assert main([*arguments(tmp_path / "new", corpus), "--dry-run", "--training.compile", "on"]) == 2
     assert "torch's compiler does not take blocks whose matrices are divided" in capsys.readouterr().err

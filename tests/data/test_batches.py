@@ -121,7 +121,7 @@ def test_inputs_precede_their_targets_and_positions_count_from_the_document(leng
 
 
 def test_a_masked_row_gives_the_loss_of_its_documents_apart():
-    from tests.training.test_parts import tiny_model
+    from tests.tiny import tiny_model
 
     lengths = [5, 3, 9, 4, 2, 6]
     stream = stream_of(lengths)

@@ -11,4 +11,7 @@ def problem(guard, loss, grad_norm, original=SpikeGuard.problem):
     if guard.settings.sigmas != 99:
         return original(guard, loss, grad_norm)
     guard.tries = getattr(guard, "tries", 0) + 1
-    return guard._bad("it is spoilt") if guard.tries in BAD else original(guard, loss, grad_norm)
+    if guard.tries in BAD:
+        guard.skipped += 1
+        return "it is spoilt"
+    return original(guard, loss, grad_norm)

@@ -119,7 +119,7 @@ def test_process_0_is_named_if_it_hangs_and_the_store_with_it(config, shards, tm
 @pytest.mark.slow
 def test_a_process_that_cannot_read_its_data_is_named(config, shards, tmp_path):
     said = hang(config, tmp_path, shards, "SLOW_DISK", 1)
-    assert re.search(r"process 1 \(\d+ on \S+\) is reading the rows of step 5", said), said
+    assert re.search(r"process 1 \(\d+ on \S+\) is reading the data of step 5", said), said
 
 
 # A thread of torch's that is to free the tensors of a collective cannot, for this one keeps the interpreter to itself.

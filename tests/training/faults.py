@@ -1,4 +1,4 @@
-"""Processes that are killed, or find the disk full, at their n-th operation on files.
+"""Processes that are killed, or meet a full disk, at their n-th file operation.
 
 They are forked from a server that has imported everything, so that a test can afford many.
 """
@@ -13,6 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from scratch_gpt.training import pretrain
+from scratch_gpt.training.trainer import TrainerCallback
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "scratch_gpt.training.pretrain", "tests.training.faults"])
 NEVER = 10**9
@@ -20,16 +23,17 @@ KILLED = -signal.SIGKILL
 
 
 @dataclass
-class Faults:
-    """What befalls a process from its n-th operation on files on, or in its n-th training step."""
+class Faults(TrainerCallback):
+    """What goes wrong in a process, from its n-th file operation on or in its n-th training step."""
 
     kill_at: int = NEVER
     kill_in_step: int = NEVER
     full_from: int = NEVER
-    """No space is left."""
+    """From this operation on, no space is left on the disk."""
     operations: int = 0
-    """So far."""
+    """File operations so far."""
     steps: int = 0
+    """Training steps so far."""
 
     def operation(self, needs_space):
         self.operations += 1
@@ -46,30 +50,24 @@ class Faults:
 
     def install(self):
         sys.addaudithook(self.audit)
-        os.fsync = lambda descriptor: self.operation(needs_space=True)  # the power stays on here
+        os.fsync = lambda descriptor: self.operation(needs_space=True)  # a killed process loses no cached writes
         for name in ("scratch_gpt.training.checkpoint.save_file", "transformers.modeling_utils.safe_save_file"):
             self._wrap(name, self._save_file)
-        self._wrap("scratch_gpt.training.trainer.Trainer.forward_backward", self._step)
+        pretrain.pretrain_command = lambda settings: pretrain.pretrain(settings, callbacks=[self])
 
     def _wrap(self, name, wrapper):
-        path, _, attribute = name.rpartition(".")
-        try:
-            holder = importlib.import_module(path)
-        except ModuleNotFoundError:
-            module, _, class_name = path.rpartition(".")
-            holder = getattr(importlib.import_module(module), class_name)
-        original = getattr(holder, attribute)
-        setattr(holder, attribute, lambda *args, **more: wrapper(original, *args, **more))
+        module, _, attribute = name.rpartition(".")
+        original = getattr(importlib.import_module(module), attribute)
+        setattr(sys.modules[module], attribute, lambda *args, **more: wrapper(original, *args, **more))
 
     def _save_file(self, original, tensors, file, **more):
-        """safetensors writes unseen by audit hooks: half a file, an operation, the whole file."""
+        """safetensors writes without audit events, so this does: half a file, an operation, the full file."""
         original(tensors, file, **more)
         os.truncate(file, os.path.getsize(file) // 2)
         self.operation(needs_space=True)
         original(tensors, file, **more)
 
-    def _step(self, original, *arguments):
-        loss = original(*arguments)
+    def on_loss(self, trainer, data, loss):
         self.steps += 1
         if self.steps >= self.kill_in_step:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -77,7 +75,7 @@ class Faults:
 
 
 def call(function, *arguments, faults=None):
-    """``function`` in a process of its own with these faults: (exit code or minus a signal, operations on files)."""
+    """Call ``function`` in a process of its own with these faults: (exit code or minus a signal, file operations)."""
     operations = SERVER.Value("q")
     process = SERVER.Process(target=_call, args=(function, arguments, faults or Faults(), operations))
     process.start()
@@ -94,7 +92,7 @@ def _call(function, arguments, faults, operations):
 
 
 def command(arguments, output):
-    """`scratch-gpt` with these arguments; what it prints goes into the file ``output``."""
+    """Run `scratch-gpt` with these arguments, and write what it prints to the file ``output``."""
     from scratch_gpt.cli import main
 
     with Path(output).open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):

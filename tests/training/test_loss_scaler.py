@@ -1,4 +1,4 @@
-"""Loss scaling for float16, tried on CPU: the scale is put into runs in float32, and into runs under float16 autocast."""
+"""Loss scaling for float16, tested on CPU: in float32 runs with a loss scale, and under float16 autocast."""
 
 import json
 import math
@@ -8,47 +8,47 @@ import pytest
 import torch
 
 from scratch_gpt.cli import main
-from scratch_gpt.training import loss_scaler as loss_scale
-from scratch_gpt.training import trainer as loop
+from scratch_gpt.training import loss_scaler
 from scratch_gpt.training.loss_scaler import LossScaler
 from scratch_gpt.training.metrics import read_events
-from scratch_gpt.training.trainer import Trainer
-from tests.training.test_runs import STEPS, arguments, assert_same_run, losses
-
-ROWS_PER_STEP = 8
+from scratch_gpt.training.trainer import TrainerCallback
+from tests.training.runs import SEQUENCES_PER_STEP, STEPS, arguments, assert_same_run, losses
 
 
-@pytest.fixture
-def scaled(monkeypatch):
-    """``scaled(scale)``: runs begin with this loss scale, whatever their precision."""
+class InitialScale(TrainerCallback):
+    """Enables loss scaling, whatever the precision; a resumed run keeps its scale."""
 
-    def begin(scale=2.0**16):
-        monkeypatch.setattr(loop, "LossScaler", lambda _, **state: LossScaler(True, **({"scale": scale} | state)))
+    def __init__(self, scale):
+        self.scale = scale
 
-    return begin
+    def on_train_begin(self, trainer):
+        trainer.loss_scaler = LossScaler(True, **({"scale": self.scale} | trainer.state.loss_scale))
 
 
-@pytest.fixture
-def overflow(monkeypatch):
-    """``overflow({step: scale})``: the gradients of the data that is read at this step fit up to this scale only."""
+class Overflow(TrainerCallback):
+    """Makes the gradients of a step's data overflow at any larger scale than its limit."""
 
-    def limit(limits):
-        original = Trainer.forward_backward
+    def __init__(self, limits):
+        self.limits = limits
 
-        def forward_backward(self, data):
-            loss = original(self, data)
-            if self.loss_scaler.scale > limits.get(data.cursor.row // ROWS_PER_STEP, math.inf):
-                next(self.model.parameters()).grad[0, 0] = math.inf
-            return loss
+    def on_loss(self, trainer, data, loss):
+        if trainer.loss_scaler.scale > self.limits.get(data.cursor.row // SEQUENCES_PER_STEP, math.inf):
+            next(trainer.model.parameters()).grad[0, 0] = math.inf
+        return loss
 
-        monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
 
-    return limit
+class CrashAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, trainer, record):
+        if record["step"] == self.step:
+            raise RuntimeError("crash")
 
 
 @pytest.fixture(scope="module")
 def plain(corpus, tmp_path_factory):
-    """A run without a loss scale."""
+    """A run without loss scaling."""
     run_dir = tmp_path_factory.mktemp("plain") / "run"
     assert main(arguments(run_dir, corpus)) == 0
     return run_dir
@@ -62,15 +62,15 @@ def state_of(run_dir, step=STEPS):
     return json.loads((run_dir / f"checkpoint-{step}" / "trainer_state" / "state.json").read_text())
 
 
-def test_the_scale_takes_the_course_of_torchs_grad_scaler(monkeypatch):
-    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 5)
+def test_the_scale_changes_as_in_torchs_grad_scaler(monkeypatch):
+    monkeypatch.setattr(loss_scaler, "GROWTH_INTERVAL", 5)
     ours = LossScaler(True)
     scaler = torch.amp.GradScaler("cpu", growth_interval=5)
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([parameter], lr=0.0)
-    draw = random.Random(0)
+    rng = random.Random(0)
     for _ in range(200):
-        finite = draw.random() < 0.85
+        finite = rng.random() < 0.85
         scaler.scale(parameter.sum() * (1.0 if finite else math.inf)).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -80,8 +80,8 @@ def test_the_scale_takes_the_course_of_torchs_grad_scaler(monkeypatch):
         assert ours.state() == {"scale": theirs["scale"], "good_steps": theirs["_growth_tracker"]}
 
 
-def test_a_power_of_two_changes_no_bit(scaled, plain, corpus, tmp_path):
-    scaled()
+def test_a_power_of_two_changes_no_bit(callbacks, plain, corpus, tmp_path):
+    callbacks.append(InitialScale(2.0**16))
     assert main(arguments(tmp_path / "run", corpus)) == 0
     assert_same_run(tmp_path / "run", plain)
     assert not events(tmp_path / "run")
@@ -89,11 +89,11 @@ def test_a_power_of_two_changes_no_bit(scaled, plain, corpus, tmp_path):
     assert state_of(plain)["loss_scale"] == {}
 
 
-def test_an_overflow_halves_the_scale_and_leaves_the_weights_alone(scaled, overflow, corpus, tmp_path, capsys):
-    overflow({3: 0.0, 7: 0.0})
-    assert main(arguments(tmp_path / "skipped", corpus)) == 0  # by the guard, which is known to leave the weights alone
+def test_an_overflow_halves_the_scale_and_leaves_the_weights_alone(callbacks, corpus, tmp_path, capsys):
+    callbacks.append(Overflow({3: 0.0, 7: 0.0}))
+    assert main(arguments(tmp_path / "skipped", corpus)) == 0  # by the spike guard, which test_trainer.py tests
     assert events(tmp_path / "skipped") == [("skipped", 3), ("skipped", 6)]
-    scaled()
+    callbacks.append(InitialScale(2.0**16))
     capsys.readouterr()
     assert main(arguments(tmp_path / "run", corpus)) == 0
     assert "overflow: the gradient norm is inf, the loss scale is now 32768" in capsys.readouterr().out
@@ -104,47 +104,40 @@ def test_an_overflow_halves_the_scale_and_leaves_the_weights_alone(scaled, overf
     assert state["guard"]["skipped"] == 0
 
 
-def test_what_a_smaller_scale_does_not_mend_is_left_to_the_guard(scaled, overflow, corpus, tmp_path):
-    scaled(64.0)
-    overflow({step: 0.0 for step in range(3, 11)})
+def test_an_overflow_at_the_smallest_scale_is_left_to_the_guard(callbacks, corpus, tmp_path):
+    callbacks += [InitialScale(64.0), Overflow({step: 0.0 for step in range(3, 11)})]
     assert main(arguments(tmp_path / "run", corpus)) == 0
     assert events(tmp_path / "run") == [("overflow", 3)] * 6 + [("skipped", 3)] * 2
     assert state_of(tmp_path / "run")["loss_scale"]["scale"] == 1.0
 
 
-def test_a_loss_that_is_not_finite_is_no_overflow():
+def test_a_non_finite_loss_is_no_overflow():
     ours = LossScaler(True)
     assert ours.overflow(math.nan, math.nan) is None and ours.scale == 2.0**16
 
 
-def test_a_crashed_run_goes_on_with_the_same_scale_and_losses(scaled, overflow, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
-    scaled()
-    overflow({2: 2.0**15, 6: 2.0**14, 9: 0.0})
-    assert main(arguments(tmp_path / "whole", corpus)) == 0
-    original = Trainer._finish_record
-
-    def crash(self, left):
-        original(self, left)
-        if self.state.step == 6:  # saved at 4
-            raise RuntimeError("crash")
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
-        patch.setattr(Trainer, "_finish_record", crash)
-        main(arguments(tmp_path / "parts", corpus))
-    assert main(arguments(tmp_path / "parts", corpus)) == 0
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    assert events(tmp_path / "parts") == events(tmp_path / "whole") != []
-    assert state_of(tmp_path / "parts")["loss_scale"] == state_of(tmp_path / "whole")["loss_scale"]
+def test_a_crashed_run_resumes_with_the_same_scale_and_losses(callbacks, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_scaler, "GROWTH_INTERVAL", 3)
+    callbacks += [InitialScale(2.0**16), Overflow({2: 2.0**15, 6: 2.0**14, 9: 0.0})]
+    assert main(arguments(tmp_path / "uninterrupted", corpus)) == 0
+    callbacks.append(CrashAfter(6))  # saved at 4
+    with pytest.raises(RuntimeError, match="crash"):
+        main(arguments(tmp_path / "crashed", corpus))
+    callbacks.pop()
+    assert main(arguments(tmp_path / "crashed", corpus)) == 0
+    assert_same_run(tmp_path / "crashed", tmp_path / "uninterrupted")
+    assert events(tmp_path / "crashed") == events(tmp_path / "uninterrupted") != []
+    assert state_of(tmp_path / "crashed")["loss_scale"] == state_of(tmp_path / "uninterrupted")["loss_scale"]
 
 
-def test_a_run_in_float16_finds_its_scale_and_learns_as_in_float32(scaled, plain, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("scratch_gpt.distributed.strategy.autocast", lambda *how: torch.autocast("cpu", torch.float16))
-    scaled()
+def test_a_run_in_float16_finds_its_scale_and_learns_as_in_float32(callbacks, plain, corpus, tmp_path, monkeypatch):
+    float16 = torch.autocast("cpu", torch.float16)
+    monkeypatch.setattr("scratch_gpt.distributed.strategy.autocast", lambda device, precision: float16)
+    callbacks.append(InitialScale(2.0**16))
     assert main(arguments(tmp_path / "run", corpus)) == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(plain), abs=0.01)
     assert losses(tmp_path / "run") != losses(plain)
-    scaled(2.0**28)  # far too large: now real gradients overflow
+    callbacks[:] = [InitialScale(2.0**28)]  # far too large: now real gradients overflow
     assert main(arguments(tmp_path / "high", corpus)) == 0
     assert {event for event, _ in events(tmp_path / "high")} == {"overflow"}
     assert list(losses(tmp_path / "high")) == list(range(1, STEPS + 1))

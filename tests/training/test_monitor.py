@@ -1,4 +1,4 @@
-"""What looks at a run: samples, benchmarks, the profiler. None of it changes a bit of the training."""
+"""What watches a run: samples, benchmarks, the profiler. None of it changes a bit of the training."""
 
 import gzip
 import json
@@ -16,22 +16,21 @@ from scratch_gpt.cli import main
 from scratch_gpt.training.checkpoint import find_checkpoint
 from scratch_gpt.training.metrics import read_events, read_metrics
 from scratch_gpt.training.monitor import evaluation_mode
-from scratch_gpt.training.spike_guard import summarize_events
-from tests.training import test_runs
-from tests.training.test_runs import assert_same_run
+from tests.training import runs
+from tests.training.runs import assert_same_run
 
 SAMPLES = ["--training.sample_every", "3", "--training.sample_prompts", '["It was", "She"]']
 BENCHMARK = ["--training.benchmark_every", "5", "--training.benchmark_limit", "10"]
-LONGER = ["--model.max_position_embeddings", "128", "--training.context_length", "32"]  # whole sentences fit
+LONGER = ["--model.max_position_embeddings", "128", "--training.context_length", "32"]  # full sentences fit
 
 
 def arguments(run_dir, corpus, *more):
-    return test_runs.arguments(run_dir, corpus, *LONGER, *more)
+    return runs.arguments(run_dir, corpus, *LONGER, *more)
 
 
 @pytest.fixture(scope="module")
 def plain(corpus, tmp_path_factory):
-    """A run that nobody looks at."""
+    """A run without samples and benchmarks."""
     run_dir = tmp_path_factory.mktemp("plain") / "run"
     assert main(arguments(run_dir, corpus)) == 0
     return run_dir
@@ -53,18 +52,18 @@ def test_samples_change_no_bit_of_the_training(plain, corpus, tmp_path, capsys):
     assert not read_events(tmp_path / "run" / "metrics.jsonl")
 
 
-def test_samples_begin_a_document_by_default_and_a_resumed_run_writes_the_same(corpus, tmp_path):
-    whole, parts = (
-        [*arguments(tmp_path / name, corpus), "--training.sample_every", "4"] for name in ("whole", "parts")
+def test_samples_start_a_document_by_default_and_a_resumed_run_writes_the_same(corpus, tmp_path):
+    uninterrupted, stopped = (
+        [*arguments(tmp_path / name, corpus), "--training.sample_every", "4"] for name in ("uninterrupted", "stopped")
     )
-    assert main(whole) == 0
-    assert main([*parts, "--max-hours", "1e-9"]) == 75
-    assert main(parts) == 0
-    assert read_samples(tmp_path / "parts") == read_samples(tmp_path / "whole")
-    assert all(len(one["samples"]) == 1 for one in read_samples(tmp_path / "whole"))
+    assert main(uninterrupted) == 0
+    assert main([*stopped, "--max-hours", "1e-9"]) == 75
+    assert main(stopped) == 0
+    assert read_samples(tmp_path / "stopped") == read_samples(tmp_path / "uninterrupted")
+    assert all(len(one["samples"]) == 1 for one in read_samples(tmp_path / "uninterrupted"))
 
 
-def test_benchmarks_stand_in_the_metrics_and_change_no_bit(plain, corpus, tmp_path, capsys):
+def test_benchmarks_are_written_to_the_metrics_and_change_no_bit(plain, corpus, tmp_path, capsys):
     assert main([*arguments(tmp_path / "run", corpus), *BENCHMARK]) == 0
     assert_same_run(tmp_path / "run", plain)
     events = read_events(tmp_path / "run" / "metrics.jsonl")
@@ -76,7 +75,7 @@ def test_benchmarks_stand_in_the_metrics_and_change_no_bit(plain, corpus, tmp_pa
 
 
 def write_task(folder):
-    """A folder with a task for the harness; of any even number of questions, each answer is right in half."""
+    """Write a task for the harness, with each of its two choices correct for every other question."""
     folder.mkdir()
     questions = [{"context": "It", "choices": ["was", "saw"], "answer": number % 2} for number in range(12)]
     (folder / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
@@ -88,14 +87,14 @@ def write_task(folder):
     return ["--training.benchmark_path", str(folder), "--training.benchmark_tasks", "[was_or_saw]"]
 
 
-def test_a_task_of_the_harness_is_asked_by_its_name(corpus, tmp_path):
+def test_a_task_of_the_harness_runs_by_its_name(corpus, tmp_path):
     task = write_task(tmp_path / "tasks")
     assert main([*arguments(tmp_path / "run", corpus), *BENCHMARK, *task, "--max-steps", "5"]) == 0
     [event] = read_events(tmp_path / "run" / "metrics.jsonl")
     assert event["scores"]["was_or_saw"]["acc"] == 0.5
 
 
-def test_a_benchmark_that_fails_is_an_event_and_training_goes_on(plain, corpus, tmp_path, monkeypatch, capsys):
+def test_a_benchmark_that_fails_is_an_event_and_training_continues(plain, corpus, tmp_path, monkeypatch, capsys):
     def fail(*_):
         assert find_checkpoint(tmp_path / "run")[0].name == f"checkpoint-{failed_at.pop(0)}"
         torch.rand(3), random.random(), np.random.rand()
@@ -108,14 +107,14 @@ def test_a_benchmark_that_fails_is_an_event_and_training_goes_on(plain, corpus, 
     assert_same_run(tmp_path / "run", plain)
     events = read_events(tmp_path / "run" / "metrics.jsonl")
     assert [one["event"] for one in events] == ["benchmark failed"] * 3
-    assert events[0]["reason"] == "RuntimeError: no such disk" and "training goes on" in capsys.readouterr().out
+    assert events[0]["reason"] == "RuntimeError: no such disk" and "training continues" in capsys.readouterr().out
 
 
 def test_a_benchmark_that_kills_the_process_loses_nothing(plain, corpus, tmp_path, monkeypatch, capsys):
     program = """
         import os, signal, sys
-        from scratch_gpt.evaluation import harness
-        harness.run_tasks = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        from scratch_gpt.evaluation import lm_eval
+        lm_eval.run_tasks = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         from scratch_gpt.cli import main
         sys.exit(main(sys.argv[1:]))
     """
@@ -125,7 +124,7 @@ def test_a_benchmark_that_kills_the_process_loses_nothing(plain, corpus, tmp_pat
     monkeypatch.setattr("scratch_gpt.evaluation.lm_eval.run_tasks", lambda *_: [])
     assert main(run) == 0
     assert "resumed    checkpoint-5" in capsys.readouterr().out
-    # the deadly one is not tried again, for it would end each restart
+    # the benchmark that killed the process is not tried again: it would end each restart
     assert [event["step"] for event in read_events(tmp_path / "run" / "metrics.jsonl")] == [10, 12]
     assert_same_run(tmp_path / "run", plain)
 
@@ -138,26 +137,26 @@ def test_an_unknown_task_is_refused_at_once(corpus, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_benchmarks_of_shards_alone_need_a_name(corpus, tmp_path, capsys):
+def test_benchmarks_without_text_need_the_name_of_a_task(corpus, tmp_path, capsys):
     run = [*arguments(tmp_path / "run", corpus), *BENCHMARK, "--data-path", "x", "--tokenizer-path", "y"]
     assert main(run) == 2
     assert "name --training.benchmark_tasks" in capsys.readouterr().err
 
 
-def test_looking_leaves_mode_and_random_numbers_alone():
+def test_evaluation_mode_restores_mode_and_random_numbers():
     model = torch.nn.Dropout(0.5)
-    drawn = []
-    for look in (False, True):
+    numbers = []
+    for evaluate in (False, True):
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
-        if look:
+        if evaluate:
             with evaluation_mode(model):
                 assert not model.training and not torch.is_grad_enabled()
                 torch.manual_seed(7), random.seed(7), np.random.seed(7)
-        drawn.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
-    assert drawn[0] == drawn[1] and model.training and torch.is_grad_enabled()
+        numbers.append((torch.rand(2).tolist(), random.random(), np.random.rand()))
+    assert numbers[0] == numbers[1] and model.training and torch.is_grad_enabled()
 
 
-def test_the_profiler_sees_its_steps_and_no_others(plain, corpus, tmp_path, capsys):
+def test_the_profiler_records_its_steps_and_no_others(plain, corpus, tmp_path, capsys):
     assert main([*arguments(tmp_path / "run", corpus), "--training.profile_steps", "[4, 6]"]) == 0
     assert_same_run(tmp_path / "run", plain)
     trace = tmp_path / "run" / "profile" / "steps-4-6-process-0.json.gz"
@@ -181,16 +180,6 @@ def test_the_profiler_sees_its_steps_and_no_others(plain, corpus, tmp_path, caps
         (["--training.sample_every", "0"], "--training.sample_every is 0; it must be more than 0"),
     ],
 )
-def test_what_cannot_be_observed_is_refused(more, message, corpus, tmp_path, capsys):
+def test_monitoring_that_cannot_work_is_refused(more, message, corpus, tmp_path, capsys):
     assert main(arguments(tmp_path / "run", corpus, *more)) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_guards_events_are_summed_up():
-    events = [{"event": "skipped", "step": step} for step in range(1, 13)] + [{"event": "rolled back", "step": 1_000}]
-    events.append({"event": "benchmark", "step": 5})
-    assert (
-        summarize_events(events)
-        == "12 x skipped (steps 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...); 1 x rolled back (step 1,000)"
-    )
-    assert summarize_events([{"event": "benchmark", "step": 5}]) == ""

@@ -11,8 +11,7 @@ import pytest
 from scratch_gpt.cli import main
 from scratch_gpt.training import trackers
 from scratch_gpt.training.metrics import read_events, read_metrics
-from tests.training.test_engine import poison  # noqa: F401 (a fixture)
-from tests.training.test_runs import STEPS, arguments, losses
+from tests.training.runs import STEPS, arguments, losses
 
 SECRET = "hf_abcdefghijklmnop"
 
@@ -84,7 +83,7 @@ def test_a_tracker_gets_settings_but_no_paths_and_no_secrets(fake, corpus, tmp_p
     assert SECRET not in json.dumps(fake.calls) and str(tmp_path) not in json.dumps(fake.calls)
 
 
-def test_events_are_sent_too(fake, poison, corpus, tmp_path):  # noqa: F811 (the fixture)
+def test_events_are_sent_too(fake, poison, corpus, tmp_path):
     poison({5: math.nan})
     assert main(arguments(tmp_path / "run", corpus)) == 0
     events = [

@@ -1,9 +1,9 @@
-"""Direct preference optimisation: pairs of answers to a model that prefers the better ones.
+"""Direct preference optimization: train a model on preference pairs, without a reward model.
 
     scratch-gpt dpo --model runs/sft/final --data pairs.jsonl --run-dir runs/dpo
 
-Rafailov et al., 2023, arXiv:2305.18290, by TRL's DPOTrainer. The model it is measured against is the one it begins with, loaded
-a second time from disk; with adapters, the same model without them.
+Rafailov et al., 2023, arXiv:2305.18290, by TRL's DPOTrainer. The reference model is the initial model, loaded a second time
+from disk; with LoRA, it is the same model with its adapters disabled.
 """
 
 from pathlib import Path
@@ -12,22 +12,13 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from scratch_gpt.alignment.data.chat_template import encode_answer, stop_tokens
-from scratch_gpt.alignment.data.dataset import preference, prepare_dataset
-from scratch_gpt.alignment.models import context_of, load_for_training
+from scratch_gpt.alignment.data.chat_template import encode_prompt_completion, eos_token_ids
+from scratch_gpt.alignment.data.dataset import prepare_dataset
+from scratch_gpt.alignment.data.dataset_types import preference
+from scratch_gpt.alignment.models import load_for_training, load_reference, max_length_for
 from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe, training_arguments
 from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
 from scratch_gpt.config import DPOSettings
-from scratch_gpt.model.loading import load_model
-
-
-class ResumableDPOTrainer(ResumableTrainerMixin, DPOTrainer):
-    """DPOTrainer on rows that are tokens already, in which no text of a user has become a special one."""
-
-    own_order = True
-
-    def _prepare_dataset(self, dataset: Any, *arguments: Any, **keywords: Any) -> Any:
-        return dataset
 
 
 def dpo_command(settings: DPOSettings) -> None:
@@ -36,15 +27,14 @@ def dpo_command(settings: DPOSettings) -> None:
 
 
 def build(settings: DPOSettings, run_dir: Path) -> Recipe:
-    """Models, data and trainer put together."""
+    """Load the models and the data, and build the trainer."""
     model, tokenizer = load_for_training(settings)
-    reference = load_model(settings.model)[0].eval().requires_grad_(False) if settings.lora_rank is None else None
-    longest = min(settings.dpo.max_length or context_of(model), context_of(model))
-    data = prepare_dataset(settings, preference, lambda row: encode(tokenizer, row), longest)
-    model.generation_config.eos_token_id = stop_tokens(tokenizer, data.chat)
+    max_length = max_length_for(model, settings.dpo.max_length)
+    data = prepare_dataset(settings, preference, lambda row: encode(tokenizer, row), max_length)
+    model.generation_config.eos_token_id = eos_token_ids(tokenizer, data.is_chat)
     trainer = ResumableDPOTrainer(
         model,
-        reference,
+        load_reference(settings),
         DPOConfig(
             **training_arguments(settings, "dpo", run_dir),
             max_length=None,
@@ -62,16 +52,26 @@ def build(settings: DPOSettings, run_dir: Path) -> Recipe:
 
 
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Ids of the prompt and of both sides; and the tokens of the prompt with the longer one."""
-    (prompt, chosen), (_, rejected) = (encode_answer(tokenizer, row["prompt"], row[s]) for s in ("chosen", "rejected"))
-    ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-    return ids, len(prompt) + max(len(chosen), len(rejected))
+    """Return `prompt_ids`, `chosen_ids` and `rejected_ids`, and the length of the prompt with the longer completion."""
+    prompt, chosen = encode_prompt_completion(tokenizer, row["prompt"], row["chosen"])
+    _, rejected = encode_prompt_completion(tokenizer, row["prompt"], row["rejected"])
+    encoded = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    return encoded, len(prompt) + max(len(chosen), len(rejected))
 
 
 def describe(logs: dict[str, Any]) -> str:
-    """The margin is the difference of the implicit rewards of the two sides, beta log(policy / reference)."""
-    kind = "eval_" if "eval_loss" in logs else ""
+    """Format loss, accuracy, and margin: the mean difference of the implicit rewards beta log(policy / reference)."""
+    prefix = "eval_" if "eval_loss" in logs else ""
     return (
-        f"{'validation ' if kind else ''}loss {logs[f'{kind}loss']:.3f}, accuracy "
-        f"{logs[f'{kind}rewards/accuracies']:.1%}, margin {logs[f'{kind}rewards/margins']:.2f}"
+        f"{'validation ' if prefix else ''}loss {logs[f'{prefix}loss']:.3f}, accuracy "
+        f"{logs[f'{prefix}rewards/accuracies']:.1%}, margin {logs[f'{prefix}rewards/margins']:.2f}"
     )
+
+
+class ResumableDPOTrainer(ResumableTrainerMixin, DPOTrainer):
+    """DPOTrainer with exact resume, for a dataset that :func:`encode` has encoded."""
+
+    uses_resumable_sampler = True
+
+    def _prepare_dataset(self, dataset: Any, *arguments: Any, **keywords: Any) -> Any:
+        return dataset  # TRL would encode text again, and turn special tokens that a user typed into real ones

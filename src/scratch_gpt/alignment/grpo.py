@@ -3,9 +3,9 @@
     scratch-gpt grpo --model runs/sft/final --data prompts.jsonl --reward rewards:politeness --run-dir runs/grpo
     scratch-gpt rloo --model runs/sft/final --data prompts.jsonl --reward-model runs/reward/final --run-dir runs/rloo
 
-Several completions of the same prompt are drawn, scored, and each is made more or less likely by how much better than the
-others it is (Shao et al., 2024, arXiv:2402.03300; Ahmadian et al., 2024, arXiv:2402.14740), by TRL's trainers. There is no
-value function to learn, in contrast to PPO.
+The policy generates several completions of each prompt. Each becomes more likely if its score is above those of its group, and
+less likely if below (Shao et al., 2024, arXiv:2402.03300; Ahmadian et al., 2024, arXiv:2402.14740), by TRL's trainers. In
+contrast to PPO there is no value model.
 """
 
 import math
@@ -18,68 +18,28 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from scratch_gpt.alignment.data.chat_template import encode_prompt, stop_tokens
-from scratch_gpt.alignment.data.dataset import prepare_dataset, prompt_only
-from scratch_gpt.alignment.models import context_of, load_for_training, shard
+from scratch_gpt.alignment.data.chat_template import encode_prompt, eos_token_ids
+from scratch_gpt.alignment.data.dataset import prepare_dataset
+from scratch_gpt.alignment.data.dataset_types import prompt_only
+from scratch_gpt.alignment.models import context_length, load_for_training, shard
 from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe, training_arguments
 from scratch_gpt.alignment.rewards import (
     Completions,
     FunctionReward,
     RewardModel,
-    check_reward,
+    import_reward_function,
     load_rewards,
-    reward_function,
-    reward_of,
+    reward_name,
+    reward_problems,
     score,
 )
 from scratch_gpt.alignment.sampler import RepeatingSampler
-from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin, gather_full
+from scratch_gpt.alignment.trainer_checkpoints import ResumableTrainerMixin
+from scratch_gpt.alignment.trainer_parallel import gather_full
 from scratch_gpt.config import GroupTrainingSettings, GRPOSettings, OnlineSettings, RLOOSettings
 from scratch_gpt.console import print0
 from scratch_gpt.distributed.launch import data_parallel_size, requested_model_parallel_size
 from scratch_gpt.errors import UserError
-
-
-class EncodedPrompts(ResumableTrainerMixin):
-    """Of a trainer: prompts become tokens in our way, in which no text of a user becomes a special one, and follow each other
-    in an order in which a resumed run finds its place."""
-
-    args: Any
-    generates = True
-    num_generations: int
-    num_iterations: int
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
-
-    def _generate_single_turn(self, *arguments: Any) -> Any:
-        with self.generating():
-            return super()._generate_single_turn(*arguments)
-
-    def _generate(self, *arguments: Any) -> Any:
-        before = self.state.num_input_tokens_seen
-        generated = super()._generate(*arguments)
-        read = self.state.num_input_tokens_seen - before  # once for each process, TRL has it
-        self.state.num_input_tokens_seen = before + read // self.get_tp_size()
-        return generated
-
-    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
-        rows = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.generation_batch_size
-        return RepeatingSampler(super()._get_train_sampler(dataset), rows, self.args.seed)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # to Trainer the whole run is one pass
-        prompts = self.rows_per_step / self.num_generations / self.num_iterations
-        self.state.epoch = self.state.global_step * prompts / len(self.train_dataset)
-        super().log(logs, start_time)
-
-
-class ResumableGRPOTrainer(EncodedPrompts, GRPOTrainer):
-    """GRPOTrainer with :class:`EncodedPrompts`."""
-
-
-class ResumableRLOOTrainer(EncodedPrompts, RLOOTrainer):
-    """RLOOTrainer with :class:`EncodedPrompts`."""
 
 
 def grpo_command(settings: GRPOSettings) -> None:
@@ -92,89 +52,72 @@ def rloo_command(settings: RLOOSettings) -> None:
     run_recipe(settings, "rloo", build_rloo, lambda settings: check(settings, "rloo"))
 
 
-def check(settings: OnlineSettings, verb: str) -> None:
-    group: GroupTrainingSettings = getattr(settings, verb)
-    problems = check_reward(settings)
-    if group.batch_size % group.num_generations:
+def check(settings: OnlineSettings, command: str) -> None:
+    """Raise one UserError with all mistakes that can be found before models are loaded."""
+    training: GroupTrainingSettings = getattr(settings, command)
+    dp_size, model_parallel = data_parallel_size(), requested_model_parallel_size() > 1
+    problems = reward_problems(settings)
+    if training.batch_size % training.num_generations:
         problems.append(
-            f"--{verb}.batch_size is {group.batch_size} completions; it must be a multiple of {group.num_generations} "
-            "(num_generations)"
+            f"--{command}.batch_size is {training.batch_size} completions; it must be a multiple of "
+            f"{training.num_generations} (num_generations)"
         )
-    reading = data_parallel_size()
-    if requested_model_parallel_size() > 1 and group.batch_size % (group.num_generations * reading):
+    if model_parallel and training.batch_size % (training.num_generations * dp_size):
         problems.append(
-            f"--{verb}.batch_size is {group.batch_size} completions; where processes share rows it must be a multiple of "
-            f"{group.num_generations} (num_generations) x {reading} (processes that read rows of their own)"
+            f"--{command}.batch_size is {training.batch_size} completions; with tensor or context parallelism it must be a "
+            f"multiple of {training.num_generations} (num_generations) x {dp_size} (data-parallel ranks)"
         )
-    if requested_model_parallel_size() > 1 and getattr(group, "scale_rewards", "") == "batch":
+    if model_parallel and getattr(training, "scale_rewards", "") == "batch":
         problems.append(
-            f"--{verb}.scale_rewards batch: where processes share rows the deviation is that of a group: give group or none"
+            f"--{command}.scale_rewards batch: with tensor or context parallelism scores are scaled within a group: give "
+            "group or none"
         )
-    if settings.max_steps % group.num_iterations:
+    if settings.max_steps % training.num_iterations:
         problems.append(
-            f"--max-steps is {settings.max_steps}; give a multiple of {group.num_iterations} (num_iterations)"
+            f"--max-steps is {settings.max_steps}; give a multiple of {training.num_iterations} (num_iterations)"
         )
     if problems:
         raise UserError("\n".join(problems))
 
 
 def build_grpo(settings: GRPOSettings, run_dir: Path) -> Recipe:
-    """Models, data and trainer put together."""
-    own = {"loss_type": settings.grpo.loss_type, "scale_rewards": settings.grpo.scale_rewards}
-    return _build(settings, "grpo", run_dir, ResumableGRPOTrainer, GRPOConfig, own)
+    """Load the models and the data, and build the trainer of GRPO."""
+    options = {"loss_type": settings.grpo.loss_type, "scale_rewards": settings.grpo.scale_rewards}
+    return _build(settings, "grpo", run_dir, ResumableGRPOTrainer, GRPOConfig, options)
 
 
 def build_rloo(settings: RLOOSettings, run_dir: Path) -> Recipe:
-    """Models, data and trainer put together."""
+    """Load the models and the data, and build the trainer of RLOO."""
     return _build(settings, "rloo", run_dir, ResumableRLOOTrainer, RLOOConfig, {})
 
 
 def _build(
-    settings: OnlineSettings, verb: str, run_dir: Path, trainer_class: Any, config_class: Any, own: dict[str, Any]
+    settings: OnlineSettings,
+    command: str,
+    run_dir: Path,
+    trainer_class: Any,
+    config_class: Any,
+    algorithm_options: dict[str, Any],
 ) -> Recipe:
-    group: GroupTrainingSettings = getattr(settings, verb)
+    training: GroupTrainingSettings = getattr(settings, command)
     model, tokenizer = load_for_training(settings)
-    longest = context_of(model) - group.max_completion_length
-    if longest < 1:
+    context = context_length(model)
+    max_prompt_length = context - training.max_completion_length
+    if max_prompt_length < 1:
         raise UserError(
-            f"--{verb}.max_completion_length is {group.max_completion_length}, the model's whole context "
-            f"{context_of(model)} tokens"
+            f"--{command}.max_completion_length is {training.max_completion_length}, which leaves no tokens for the prompt in "
+            f"the model's context of {context}: lower it"
         )
-    data = prepare_dataset(
-        settings, prompt_only, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest
-    )
-    data.facts["reward"] = f"`{reward_of(settings)}`"
-    stop_ids = stop_tokens(tokenizer, data.chat)
+    data = prepare_dataset(settings, prompt_only, lambda row: encode(tokenizer, row), max_prompt_length)
+    data.facts["reward"] = f"`{reward_name(settings)}`"
+    stop_ids = eos_token_ids(tokenizer, data.is_chat)
     model.generation_config.eos_token_id = stop_ids
-    chosen = settings.reward_model or reward_function(reward_of(settings))
-    (reward,) = load_rewards(chosen, None, tokenizer, stop_ids)
-    given = training_arguments(settings, verb, run_dir)
-    # TRL wants whole groups in each batch of an evaluation, and we in each process where some share their rows.
-    rows = given["per_device_eval_batch_size"]
-    if rows * (data_parallel_size() if requested_model_parallel_size() == 1 else 1) % group.num_generations:
-        given["per_device_eval_batch_size"] = math.lcm(rows, group.num_generations)
-    arguments = config_class(
-        **given,
-        remove_unused_columns=False,
-        num_generations=group.num_generations,
-        num_iterations=group.num_iterations,
-        max_completion_length=group.max_completion_length,
-        temperature=group.temperature,
-        top_p=1.0,  # nothing may stand between the probabilities that are drawn from and those that are compared
-        top_k=0,
-        beta=group.beta,
-        epsilon=group.epsilon,
-        mask_truncated_completions=group.mask_truncated_completions,
-        disable_dropout=True,
-        **own,
-    )
-    arguments.generation_batch_size //= (
-        requested_model_parallel_size()
-    )  # TRL counts processes, and some may share their rows
+    source = settings.reward_model or import_reward_function(reward_name(settings))
+    (reward,) = load_rewards(source, None, tokenizer, stop_ids)
     trainer = trainer_class(
         model,
-        scorer(reward, tokenizer, lambda compute: trainer.broadcast_from_first_rank(compute)),
-        arguments,
+        trl_reward_function(reward, tokenizer, lambda compute: trainer.broadcast_from_first_rank(compute)),
+        _arguments(settings, command, run_dir, config_class, algorithm_options),
         train_dataset=Dataset.from_list(data.train),
         eval_dataset=Dataset.from_list(data.validation),
         processing_class=tokenizer,
@@ -186,37 +129,143 @@ def _build(
             shard(trainer.accelerator, reward.model)
         else:
             reward.model.to(trainer.args.device)
-            trainer.frozen = [reward.model]
+            trainer.frozen_models = [reward.model]
     describe_model(settings, trainer.model)
-    print0(f"reward     {reward_of(settings)}")
-    return Recipe(trainer, describe, steps_per_rollout=group.num_iterations, facts=data.facts)
+    print0(f"reward     {reward_name(settings)}")
+    return Recipe(trainer, describe, steps_per_rollout=training.num_iterations, facts=data.facts)
+
+
+def _arguments(
+    settings: OnlineSettings, command: str, run_dir: Path, config_class: Any, algorithm_options: dict[str, Any]
+) -> Any:
+    """Build GRPOConfig or RLOOConfig from the settings."""
+    training: GroupTrainingSettings = getattr(settings, command)
+    shared = training_arguments(settings, command, run_dir)
+    # TRL needs full groups in an evaluation batch of all ranks; with model parallelism, also in the batch of each rank.
+    eval_batch_size = shared["per_device_eval_batch_size"]
+    ranks = data_parallel_size() if requested_model_parallel_size() == 1 else 1
+    if eval_batch_size * ranks % training.num_generations:
+        shared["per_device_eval_batch_size"] = math.lcm(eval_batch_size, training.num_generations)
+    arguments = config_class(
+        **shared,
+        remove_unused_columns=False,
+        num_generations=training.num_generations,
+        num_iterations=training.num_iterations,
+        max_completion_length=training.max_completion_length,
+        temperature=training.temperature,
+        top_p=1.0,  # the scored log-probabilities must be those that tokens are sampled from, so no truncated sampling
+        top_k=0,
+        beta=training.beta,
+        epsilon=training.epsilon,
+        mask_truncated_completions=training.mask_truncated_completions,
+        disable_dropout=True,
+        **algorithm_options,
+    )
+    # TRL multiplies by the world size, but ranks of a model-parallel group take the same sequences.
+    arguments.generation_batch_size //= requested_model_parallel_size()
+    return arguments
+
+
+def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return the row as it is, and the length of its prompt: the trainer encodes prompts when it generates."""
+    return row, len(encode_prompt(tokenizer, row["prompt"]))
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """Format the score with what it may have cost: KL divergence, length, and completions that do not end."""
+    prefix = "eval_" if "eval_loss" in logs else ""
+    if f"{prefix}reward" not in logs:  # TRL logs completions only in the step that generates them
+        return f"loss {logs['loss']:.3f}, on completions of an earlier step"
+    shown = [f"{'validation ' if prefix else ''}score {logs[f'{prefix}reward']:.3f}"]
+    if f"{prefix}kl" in logs:
+        shown.append(f"KL {logs[f'{prefix}kl']:.4f} nats per token")
+    shown.append(f"length {logs[f'{prefix}completions/mean_length']:.1f}")
+    shown.append(f"ended {1 - logs[f'{prefix}completions/clipped_ratio']:.0%}")
+    return ", ".join(shown)
+
+
+# ------------------------------------------------------------------------------------------------ trainers
+
+
+class GroupTrainerMixin(ResumableTrainerMixin):
+    """What GRPOTrainer and RLOOTrainer need for exact resume, for parallelism, and for prompts encoded by this package.
+
+    TRL has no public hooks for these; the overridden private methods are those of TRL 1.16.
+    """
+
+    args: Any
+    generates = True
+    num_generations: int
+    num_iterations: int
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """Encode prompts so that special tokens that a user typed stay text."""
+        return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
+
+    def _generate_single_turn(self, *arguments: Any) -> Any:
+        """Generate with the model's weights gathered."""
+        with self.generating():
+            return super()._generate_single_turn(*arguments)
+
+    def _generate(self, *arguments: Any) -> Any:
+        """Generate, and count the tokens once per model-parallel group: TRL counts them once per rank."""
+        tokens_before = self.state.num_input_tokens_seen
+        generated = super()._generate(*arguments)
+        new_tokens = self.state.num_input_tokens_seen - tokens_before
+        self.state.num_input_tokens_seen = tokens_before + new_tokens // self.get_tp_size()
+        return generated
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
+        """Repeat TRL's sampler of one epoch, in an order that a resumed run finds again."""
+        num_samples = self.args.max_steps * self.args.gradient_accumulation_steps * self.args.generation_batch_size
+        return RepeatingSampler(super()._get_train_sampler(dataset), num_samples, self.args.seed)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the number of epochs by the prompts read: Trainer takes the whole run for one epoch."""
+        prompts_per_step = self.samples_per_step / self.num_generations / self.num_iterations
+        self.state.epoch = self.state.global_step * prompts_per_step / len(self.train_dataset)
+        super().log(logs, start_time)
+
+
+class ResumableGRPOTrainer(GroupTrainerMixin, GRPOTrainer):
+    """GRPOTrainer with :class:`GroupTrainerMixin`."""
+
+
+class ResumableRLOOTrainer(GroupTrainerMixin, RLOOTrainer):
+    """RLOOTrainer with :class:`GroupTrainerMixin`."""
 
 
 def _check_reference(trainer: Any) -> None:
-    """TRL reads the reference from where the policy says that it came from: it must be what the policy begins as.
+    """Assert that the reference model, which TRL loads from the policy's ``name_or_path``, equals the initial policy.
 
-    Under FSDP2 the reference lies in parts then, the policy does not yet.
+    Under FSDP2 the reference is sharded at this point, and the policy is not.
     """
     if trainer.ref_model is None:
         return
     policy, reference = (trainer.accelerator.unwrap_model(m) for m in (trainer.model, trainer.ref_model))
-    theirs = dict(reference.named_parameters())
+    reference_parameters = dict(reference.named_parameters())
     for name, parameter in policy.named_parameters():
-        (whole_one,) = gather_full({name: theirs[name]}, True).values()
-        assert torch.equal(parameter.cpu(), whole_one), f"the reference has another {name}"
+        (full_parameter,) = gather_full({name: reference_parameters[name]}, True).values()
+        assert torch.equal(parameter.cpu(), full_parameter), f"{name} differs between policy and reference"
 
 
-def scorer(
+def trl_reward_function(
     reward: RewardModel | FunctionReward,
     tokenizer: Any,
     broadcast_from_first_rank: Callable[[Callable[[], Any]], Any],
 ) -> Callable[..., list[float]]:
-    """The reward as TRL calls it: what it gives is checked, and what it raises is told. ``broadcast_from_first_rank``: see ResumableTrainerMixin."""
+    """Return ``reward`` as a function that TRL calls; its scores are checked.
+
+    Args:
+        reward: A reward model or a function.
+        tokenizer: The policy's.
+        broadcast_from_first_rank: See :meth:`ParallelTrainerMixin.broadcast_from_first_rank`; used for functions.
+    """
 
     def scores(
         prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
     ) -> list[float]:
-        drawn = Completions(
+        batch = Completions(
             prompts=prompts,
             completions=completions,
             completion_ids=completion_ids,
@@ -227,22 +276,8 @@ def scorer(
             columns={name: value for name, value in columns.items() if isinstance(value, list)},
         )
         if isinstance(reward, FunctionReward):
-            return broadcast_from_first_rank(lambda: score(reward, drawn).tolist())
-        return score(reward, drawn).tolist()
+            return broadcast_from_first_rank(lambda: score(reward, batch).tolist())
+        return score(reward, batch).tolist()
 
     scores.__name__ = reward.name
     return scores
-
-
-def describe(logs: dict[str, Any]) -> str:
-    """Score beside what it may have cost: divergence, length, completions that do not end."""
-    kind = "eval_" if "eval_loss" in logs else ""
-    if (
-        f"{kind}reward" not in logs
-    ):  # TRL tells of completions in the step that draws them, not in those that use them again
-        return f"loss {logs['loss']:.3f}, on completions of an earlier step"
-    said = f"{'validation ' if kind else ''}score {logs[f'{kind}reward']:.3f}"
-    if f"{kind}kl" in logs:
-        said += f", KL {logs[f'{kind}kl']:.4f} nats per token"
-    ended = 1 - logs[f"{kind}completions/clipped_ratio"]
-    return f"{said}, length {logs[f'{kind}completions/mean_length']:.1f}, ended {ended:.0%}"

@@ -1,4 +1,4 @@
-"""What a completion is worth: a reward model of ours, any sequence classifier with one score, or a Python function."""
+"""Rewards of completions: a sequence classifier with one label (such as a reward model of this package), or a Python function."""
 
 import importlib
 import math
@@ -13,42 +13,44 @@ from typing import Any, TypeAlias
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from scratch_gpt.alignment.data import demo as bundled
+from scratch_gpt.alignment.data import demo
 from scratch_gpt.config import OnlineSettings
 from scratch_gpt.errors import UserError
 
 RewardFunction = Callable[..., Sequence[float]]
+"""A function of the user: `f(prompts, completions, completion_ids, **columns) -> scores`, as TRL's GRPOTrainer takes it."""
 Reward: TypeAlias = str | PreTrainedModel | RewardFunction
+"""A reward as the user gives it: the path of a classifier, a classifier, or a function."""
 
 
 class RewardError(ValueError):
-    """A reward that raised, or gave something else than one finite number per completion."""
+    """Raised if a reward fails, or does not return one finite number per completion."""
 
 
 @dataclass
 class Completions:
-    """What was asked and what was answered, one entry per row."""
+    """Prompts and their completions; every list has one entry per completion."""
 
     prompts: list[Any]
     """Text, or messages."""
     completions: list[Any]
-    """Text without special tokens or, where the prompt is messages, the assistant's message."""
+    """Text without special tokens; or, where prompts are messages, a list of the assistant's message."""
     completion_ids: list[list[int]]
-    """With the stop token, where there is one."""
+    """Token ids, including the stop token if there is one."""
     sequences: list[torch.Tensor]
-    """Prompt and completion ids, without padding."""
+    """Ids of prompt and completion, (seq,) each, without padding."""
     columns: dict[str, list[Any]]
-    """The other columns of the data set."""
+    """The other columns of the dataset."""
 
 
 class RewardModel:
-    """A sequence classifier with one label, in evaluation mode and frozen.
+    """A frozen sequence classifier with one label, in evaluation mode.
 
-    Of another tokenizer than the policy's, it reads the text, encoded anew, its end-of-sequence token after a completion
-    that ended by itself.
+    If its tokenizer differs from the policy's, the text is encoded again, with the tokenizer's end of sequence after a
+    completion that ended by itself.
 
     Raises:
-        ValueError: it has several labels, or its tokenizer is not known and cannot be the policy's.
+        ValueError: the classifier has several labels, or needs a tokenizer of its own that was not given.
     """
 
     def __init__(
@@ -59,84 +61,83 @@ class RewardModel:
         stop_ids: Sequence[int],
     ):
         if model.config.num_labels != 1:
-            raise ValueError(
-                f"a reward model gives one score, {type(model).__name__} has {model.config.num_labels} labels"
-            )
+            raise ValueError(f"a reward model has one label, {type(model).__name__} has {model.config.num_labels}")
         self.name = type(model).__name__
         self.model = model.eval().requires_grad_(False)
         self.policy_tokenizer, self.stop_ids = policy_tokenizer, set(stop_ids)
-        shared = tokenizer is None or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        self.tokenizer = None if shared else tokenizer
-        if shared and model.config.vocab_size < len(policy_tokenizer):
+        same_tokenizer = tokenizer is None or tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        self.tokenizer = None if same_tokenizer else tokenizer
+        if same_tokenizer and model.config.vocab_size < len(policy_tokenizer):
             raise ValueError(
                 f"the reward model knows {model.config.vocab_size} tokens, the policy's tokenizer has "
                 f"{len(policy_tokenizer)}: give the reward model's own tokenizer in reward_processing_classes"
             )
 
     @torch.no_grad()
-    def __call__(self, rollout: Completions) -> list[float]:
-        sequences = (
-            rollout.sequences
-            if self.tokenizer is None
-            else [self._translate(row, rollout) for row in range(len(rollout.sequences))]
-        )
+    def __call__(self, batch: Completions) -> list[float]:
+        sequences = batch.sequences
+        if self.tokenizer is not None:
+            sequences = [self._encode_again(batch, index) for index in range(len(sequences))]
         self._check_length(max(map(len, sequences)))
-        input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        # Classifiers that look for padding tokens instead of the mask would read past the end, or before it.
-        pad_token_id = self.model.config.get_text_config().pad_token_id
-        if pad_token_id is not None:
-            input_ids = input_ids.masked_fill(attention_mask == 0, pad_token_id)
-        device = self.model.device
-        outputs = self.model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
-        return outputs.logits[:, 0].float().tolist()
+        return score_sequences(self.model, sequences).tolist()
 
-    def _translate(self, row: int, rollout: Completions) -> torch.Tensor:
+    def _encode_again(self, batch: Completions, index: int) -> torch.Tensor:
+        """Encode prompt and completion ``index`` with the classifier's own tokenizer and chat template."""
         assert self.tokenizer is not None
-        ids = rollout.sequences[row].tolist()
-        ended = ids[-1] in self.stop_ids
-        if isinstance(rollout.prompts[row], list) and self.tokenizer.chat_template is not None:
-            text = self.tokenizer.apply_chat_template(rollout.prompts[row] + rollout.completions[row], tokenize=False)
-            translated = self.tokenizer(text, add_special_tokens=False).input_ids
-        else:
-            text = self.policy_tokenizer.decode(ids, skip_special_tokens=True)
-            translated = self.tokenizer(text).input_ids
-            eos = self.tokenizer.eos_token_id
-            if ended and eos is not None and (not translated or translated[-1] != eos):
-                translated = [*translated, eos]
-        return torch.tensor(translated)
+        ids = batch.sequences[index].tolist()
+        if isinstance(batch.prompts[index], list) and self.tokenizer.chat_template is not None:
+            messages = batch.prompts[index] + batch.completions[index]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids)
+        text = self.policy_tokenizer.decode(ids, skip_special_tokens=True)
+        own_ids = self.tokenizer(text).input_ids
+        eos, ended = self.tokenizer.eos_token_id, ids[-1] in self.stop_ids
+        if ended and eos is not None and (not own_ids or own_ids[-1] != eos):
+            own_ids = [*own_ids, eos]
+        return torch.tensor(own_ids)
 
     def _check_length(self, length: int) -> None:
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and length > longest:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and length > context:
             raise ValueError(
-                f"prompt and completion are {length} tokens of the reward model's, which reads {longest}: lower "
+                f"a prompt with its completion is {length} tokens long for the reward model, whose context is {context}: lower "
                 "max_prompt_length or max_completion_length"
             )
 
 
+def score_sequences(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.Tensor:
+    """Return the classifier's scores, (batch,) in float32 on the CPU, of sequences of ids of unequal length."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # (batch, seq)
+    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    # Some classifiers find the last token by the padding token, not by the mask.
+    pad_token_id = model.config.get_text_config().pad_token_id
+    if pad_token_id is not None:
+        input_ids = input_ids.masked_fill(attention_mask == 0, pad_token_id)
+    outputs = model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device))
+    return outputs.logits[:, 0].float().cpu()
+
+
 class FunctionReward:
-    """A Python function as TRL's GRPOTrainer takes it: `f(prompts, completions, completion_ids, **columns)`."""
+    """A :data:`RewardFunction` of the user; exceptions are raised again with the place where they occurred."""
 
     def __init__(self, function: RewardFunction):
         self.function = function
         self.name: str = getattr(function, "__name__", type(function).__name__)
 
-    def __call__(self, rollout: Completions) -> list[float]:
+    def __call__(self, batch: Completions) -> list[float]:
         try:
             scores = self.function(
-                prompts=rollout.prompts,
-                completions=rollout.completions,
-                completion_ids=rollout.completion_ids,
-                **rollout.columns,
+                prompts=batch.prompts,
+                completions=batch.completions,
+                completion_ids=batch.completion_ids,
+                **batch.columns,
             )
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
                 f"the reward function {self.name} raised {type(error).__name__}: {error} ({where.filename}, line "
-                f"{where.lineno}). The first of its {len(rollout.completions)} completions was "
-                f"{rollout.completions[0]!r}"
+                f"{where.lineno}). The first of its {len(batch.completions)} completions was {batch.completions[0]!r}"
             ) from error
         return scores.tolist() if isinstance(scores, torch.Tensor) else list(scores)
 
@@ -147,13 +148,23 @@ def load_rewards(
     policy_tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
 ) -> list[RewardModel | FunctionReward]:
-    """The rewards ready to call; a path is loaded with its tokenizer."""
+    """Make rewards callable; a path is loaded, with its tokenizer.
+
+    Args:
+        rewards: One or several.
+        tokenizers: Of the classifiers among them. Default: that of the path, else the policy's.
+        policy_tokenizer: The tokenizer of the policy, whose completions are scored.
+        stop_ids: The ids that end a completion.
+
+    Raises:
+        TypeError, ValueError: a reward is of another type, or a classifier cannot be used.
+    """
     rewards = rewards if isinstance(rewards, list) else [rewards]
     tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(rewards)
     if not rewards:
         raise ValueError("reward_funcs is empty: give a reward model or a function")
     if len(tokenizers) != len(rewards):
-        raise ValueError(f"there are {len(rewards)} rewards and {len(tokenizers)} reward_processing_classes")
+        raise ValueError(f"there are {len(rewards)} rewards, but {len(tokenizers)} reward_processing_classes")
     loaded: list[RewardModel | FunctionReward] = []
     for reward, tokenizer in zip(rewards, tokenizers, strict=True):
         if isinstance(reward, str):
@@ -168,11 +179,11 @@ def load_rewards(
     return loaded
 
 
-def reward_function(name: str) -> RewardFunction:
-    """The function `module:function`, its module looked for in the current folder, too.
+def import_reward_function(name: str) -> RewardFunction:
+    """Import the function `module:function`; the module may be a file in the current folder.
 
     Raises:
-        UserError: there is none.
+        UserError: it does not exist.
     """
     module_name, _, function_name = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
@@ -184,40 +195,45 @@ def reward_function(name: str) -> RewardFunction:
         sys.path.pop(0)
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"--reward {name}: give MODULE:FUNCTION, such as rewards:politeness of a rewards.py here")
+        raise UserError(
+            f"--reward {name}: give MODULE:FUNCTION, such as rewards:politeness for a function in ./rewards.py"
+        )
     return function
 
 
-def reward_of(settings: OnlineSettings) -> str:
-    """The folder or function that the settings name; for the bundled data there is one."""
-    if settings.reward_model is None and settings.reward is None and settings.data == bundled.NAME:
-        return f"{bundled.__name__}:{bundled.whole_sentence.__name__}"
+def reward_name(settings: OnlineSettings) -> str:
+    """Return the folder of the reward model, or the reward function's `module:function`; "" if neither is given.
+
+    Default: for the demonstration data, its own reward function.
+    """
+    if settings.reward_model is None and settings.reward is None and settings.data == demo.NAME:
+        return f"{demo.__name__}:{demo.complete_sentence.__name__}"
     return settings.reward_model or settings.reward or ""
 
 
-def check_reward(settings: OnlineSettings) -> list[str]:
-    """What is wrong with a choice of reward, as far as it can be known before it is loaded."""
-    if not reward_of(settings) or (settings.reward_model is not None and settings.reward is not None):
-        return ["give one of --reward-model FOLDER and --reward MODULE:FUNCTION"]
+def reward_problems(settings: OnlineSettings) -> list[str]:
+    """Return the mistakes in the choice of the reward that can be found before it is loaded."""
+    if not reward_name(settings) or (settings.reward_model is not None and settings.reward is not None):
+        return ["give either --reward-model FOLDER or --reward MODULE:FUNCTION"]
     if settings.reward_model is not None and not (Path(settings.reward_model) / "config.json").is_file():
         return [f"--reward-model: {settings.reward_model} holds no model (no config.json)"]
     return []
 
 
-def score(reward: RewardModel | FunctionReward, rollout: Completions) -> torch.Tensor:
-    """One finite number per completion (rows,).
+def score(reward: RewardModel | FunctionReward, batch: Completions) -> torch.Tensor:
+    """Return one finite score per completion, (batch,).
 
     Raises:
-        RewardError: the reward raised, gave another number of scores, or one that is not a finite number.
+        RewardError: the reward failed, or returned another number of scores, or one that is not a finite number.
     """
-    scores = reward(rollout)
-    expected = len(rollout.completions)
+    scores = reward(batch)
+    expected = len(batch.completions)
     if len(scores) != expected:
-        raise RewardError(f"the reward {reward.name} gave {len(scores)} scores for {expected} completions")
-    for row, value in enumerate(scores):
+        raise RewardError(f"the reward {reward.name} returned {len(scores)} scores for {expected} completions")
+    for index, value in enumerate(scores):
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise RewardError(
-                f"the reward {reward.name} gave {value!r} for the completion {rollout.completions[row]!r} of the prompt "
-                f"{rollout.prompts[row]!r}; a score is a finite number"
+                f"the reward {reward.name} returned {value!r}, not a finite number, for the completion "
+                f"{batch.completions[index]!r} of the prompt {batch.prompts[index]!r}"
             )
     return torch.tensor([float(value) for value in scores])

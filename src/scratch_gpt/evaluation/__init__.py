@@ -1,1 +1,1 @@
-"""Measuring a saved model: bits per byte and benchmarks through the lm-eval harness."""
+"""Measure a model, saved or in training: bits per byte, and benchmarks through the lm-eval harness."""

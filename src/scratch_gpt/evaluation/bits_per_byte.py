@@ -12,27 +12,31 @@ from torch import nn
 from scratch_gpt.data.batches import IGNORE_INDEX, Batch, evaluation_batches
 from scratch_gpt.data.shards import TokenStream
 
-LOGITS_PER_BATCH = 2**26
-"""Bound on batch * seq * vocabulary, to keep the logits of a validation batch to a few hundred MB."""
+MAX_LOGITS_PER_BATCH = 2**26
+"""Limit on batch * seq * vocabulary, which keeps the logits of a batch to a few hundred MB."""
 
 
 @dataclass(frozen=True)
-class Validation:
+class TextScore:
+    """How well a model predicts a text."""
+
     loss: float
     """Mean cross-entropy per token, in nats."""
     bits_per_byte: float
-    """Cross-entropy of the whole text in bits over its UTF-8 bytes: comparable between tokenizers."""
+    """Cross-entropy of the full text in bits, divided by its UTF-8 bytes: comparable between tokenizers."""
 
 
-def as_validation(total_nats: float, targets: float, num_bytes: int) -> Validation:
-    return Validation(loss=total_nats / targets, bits_per_byte=total_nats / math.log(2) / num_bytes)
+def to_text_score(total_nats: float, num_targets: float, num_bytes: int) -> TextScore:
+    """The means of a summed cross-entropy over ``num_targets`` tokens of a text of ``num_bytes`` bytes."""
+    return TextScore(loss=total_nats / num_targets, bits_per_byte=total_nats / math.log(2) / num_bytes)
 
 
-Score = Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
+BatchScorer = Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
+"""(model, batch) to the summed cross-entropy in nats and the number of targets."""
 
 
 def score_batch(model: nn.Module, batch: Batch, attention_mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the cross-entropies of a batch in nats, and the number of its targets. Takes any causal language model."""
+    """Summed cross-entropy of a batch in nats, and its number of targets, under any causal language model."""
     logits = model(
         batch.input_ids, attention_mask=attention_mask, position_ids=batch.position_ids, use_cache=False
     ).logits
@@ -52,17 +56,20 @@ def score_stream(
     rank: int = 0,
     world_size: int = 1,
     document_mask: bool = False,
-    score: Score = score_batch,
+    score: BatchScorer = score_batch,
 ) -> torch.Tensor:
-    """Sum of the cross-entropies in nats and number of targets (2,), float64, over every ``world_size``-th batch.
+    """Score every ``world_size``-th batch of ``stream``, starting with batch ``rank``.
 
-    Where a model is sharded, all ranks must call it equally often: a rank without a batch left computes that of the first
-    rank once more, and does not count it.
+    The collectives of a sharded model need all ranks to call it equally often: a rank that has no batch left computes the
+    first rank's batch again, without counting it.
+
+    Returns:
+        (2,) float64: the summed cross-entropy in nats, and the number of targets.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    batch_size = max(1, min(32, LOGITS_PER_BATCH // (context_length * vocab_size)))
+    batch_size = max(1, min(32, MAX_LOGITS_PER_BATCH // (context_length * vocab_size)))
     sums = torch.zeros(2, dtype=torch.float64)
     batches = evaluation_batches(stream, context_length, batch_size, document_mask)
     for group in iter(lambda: list(itertools.islice(batches, world_size)), []):

@@ -1,4 +1,4 @@
-"""Everything measured of a saved model on one text: `scratch-gpt evaluate`."""
+"""Score a model on one text: `scratch-gpt evaluate`."""
 
 import dataclasses
 import tempfile
@@ -11,12 +11,14 @@ from scratch_gpt.config import EvaluateSettings
 from scratch_gpt.console import print0
 from scratch_gpt.data.sources import bundled_corpus, find_files, read_documents
 from scratch_gpt.errors import UserError
-from scratch_gpt.evaluation.builtin_tasks import questions_for
+from scratch_gpt.evaluation.builtin_tasks import make_questions_for
 from scratch_gpt.evaluation.lm_eval import Score, run_tasks
 from scratch_gpt.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_CONTEXT_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -29,45 +31,6 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def evaluate(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    documents: Iterable[str],
-    *,
-    task_folder: Path,
-    limit: int,
-    seed: int,
-) -> Evaluation:
-    """Bits per byte of ``documents``, and the sentence benchmarks made from them.
-
-    Raises:
-        UserError: no text.
-    """
-    from scratch_gpt.data.encoding import encode
-    from scratch_gpt.data.shards import TokenStream
-    from scratch_gpt.evaluation.bits_per_byte import as_validation, score_stream
-
-    texts = list(documents)
-    if not texts:
-        raise UserError("there is no text to evaluate on")
-    backend = tokenizer.backend_tokenizer
-    stream = TokenStream.of_documents(encode(texts, backend), tokenizer.eos_token_id)
-    backend.encode_special_tokens = False
-    context_length = min(1024, model.config.max_position_embeddings)
-    nats, targets = score_stream(model, stream, context_length, model.config.vocab_size).tolist()
-    result = as_validation(nats, targets, stream.num_bytes)
-    tasks = questions_for(model, tokenizer, texts, limit, seed)
-    scores = run_tasks(model, tokenizer, tasks, task_folder) if tasks else []
-    return Evaluation(bits_per_byte=result.bits_per_byte, loss=result.loss, scores=scores)
-
-
-def describe(score: Score) -> str:
-    return (
-        f"{score.task} {score.value:.1%} ± {score.stderr:.1%} ({score.metric}, chance {score.chance:.0%}, "
-        f"{score.questions} questions)"
-    )
 
 
 def evaluate_command(settings: EvaluateSettings) -> None:
@@ -88,3 +51,47 @@ def evaluate_command(settings: EvaluateSettings) -> None:
         print0("the text is too short to make questions from")
     if settings.output is not None:
         write_json(Path(settings.output), {"model": settings.model, **evaluation.as_dict()})
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Iterable[str],
+    *,
+    task_folder: Path,
+    limit: int,
+    seed: int,
+) -> Evaluation:
+    """Compute bits per byte of ``documents``, and run the sentence benchmarks made from them.
+
+    Args:
+        task_folder: where the benchmarks are written, as task files for the lm-eval harness.
+        limit: questions per benchmark.
+        seed: decides the questions.
+
+    Raises:
+        UserError: there is no text.
+    """
+    from scratch_gpt.data.encoding import encode
+    from scratch_gpt.data.shards import TokenStream
+    from scratch_gpt.evaluation.bits_per_byte import score_stream, to_text_score
+
+    texts = list(documents)
+    if not texts:
+        raise UserError("there is no text to evaluate on")
+    backend = tokenizer.backend_tokenizer
+    stream = TokenStream.of_documents(encode(texts, backend), tokenizer.eos_token_id)
+    backend.encode_special_tokens = False
+    context_length = min(MAX_CONTEXT_LENGTH, model.config.max_position_embeddings)
+    nats, num_targets = score_stream(model, stream, context_length, model.config.vocab_size).tolist()
+    result = to_text_score(nats, num_targets, stream.num_bytes)
+    tasks = make_questions_for(model, tokenizer, texts, limit, seed)
+    scores = run_tasks(model, tokenizer, tasks, task_folder) if tasks else []
+    return Evaluation(bits_per_byte=result.bits_per_byte, loss=result.loss, scores=scores)
+
+
+def describe(score: Score) -> str:
+    return (
+        f"{score.task} {score.value:.1%} ± {score.stderr:.1%} ({score.metric}, chance {score.chance:.0%}, "
+        f"{score.questions} questions)"
+    )

@@ -1,7 +1,7 @@
-"""The lm-eval harness (github.com/EleutherAI/lm-evaluation-harness), in process and without internet.
+"""Run tasks of the lm-eval harness (github.com/EleutherAI/lm-evaluation-harness) in process, without internet.
 
-Tasks are ordinary harness tasks on disk (a YAML and a JSON Lines file each), so the same benchmark runs from the
-harness's own command line as well.
+Our own tasks are written as ordinary harness tasks (a YAML and a JSON Lines file each), so that the same benchmark also
+runs from the harness's command line.
 """
 
 import dataclasses
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# acc compares summed log-probabilities; acc_norm divides them by the length of the choice, which matters where the
-# choices differ in length.
-METRIC = {"next_sentence": "acc_norm", "word_order": "acc"}
+# acc compares summed log-probabilities; acc_norm divides them by the length of the choice, for choices of different
+# lengths.
+METRICS = {"next_sentence": "acc_norm", "word_order": "acc"}
 
 
 @dataclass(frozen=True)
 class Score:
+    """Result of one multiple-choice task."""
+
     task: str
     metric: str
     value: float
@@ -36,15 +38,16 @@ class Score:
     chance: float
     """Accuracy of guessing."""
     questions: int
+    """Number of questions."""
 
 
 def write_tasks(tasks: dict[str, list[Question]], folder: Path) -> None:
-    """One YAML and one JSON Lines file per task, for ``--include_path folder``."""
+    """Write one YAML and one JSON Lines file per task, which the harness finds with ``--include_path folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, asked in tasks.items():
+    for name, questions in tasks.items():
         data = folder / f"{name}.jsonl"
         data.write_text(
-            "".join(json.dumps(dataclasses.asdict(question)) + "\n" for question in asked), encoding="utf-8"
+            "".join(json.dumps(dataclasses.asdict(question)) + "\n" for question in questions), encoding="utf-8"
         )
         task = {
             "task": name,
@@ -55,7 +58,7 @@ def write_tasks(tasks: dict[str, list[Question]], folder: Path) -> None:
             "doc_to_text": "{{context}}",
             "doc_to_choice": "{{choices}}",
             "doc_to_target": "{{answer}}",
-            "metric_list": [{"metric": METRIC[name], "aggregation": "mean", "higher_is_better": True}],
+            "metric_list": [{"metric": METRICS[name], "aggregation": "mean", "higher_is_better": True}],
             "metadata": {"version": 1.0},
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
@@ -72,13 +75,13 @@ def run_tasks(
     return [
         Score(
             task=name,
-            metric=METRIC[name],
-            value=results[name][f"{METRIC[name]},none"],
-            stderr=results[name][f"{METRIC[name]}_stderr,none"],
-            chance=1 / len(asked[0].choices),
-            questions=len(asked),
+            metric=METRICS[name],
+            value=results[name][f"{METRICS[name]},none"],
+            stderr=results[name][f"{METRICS[name]}_stderr,none"],
+            chance=1 / len(questions[0].choices),
+            questions=len(questions),
         )
-        for name, asked in tasks.items()
+        for name, questions in tasks.items()
         if name in results
     ]
 
@@ -90,34 +93,44 @@ def run_named_tasks(
     include_path: str | None,
     limit: int,
 ) -> dict[str, dict[str, float]]:
-    """Every number that the harness gives for each task (and each member of a group), by the name of its metric."""
+    """Score ``model`` on tasks of the harness.
+
+    Args:
+        names: names of tasks or groups of tasks.
+        include_path: folder of further task files.
+        limit: questions per task.
+
+    Returns:
+        For each task, and each member of a group, every number that the harness reports, by the name of its metric.
+    """
     results = _evaluate(model, tokenizer, list(names), find_tasks(names, include_path), limit)
     return {
-        task: {name.removesuffix(",none"): value for name, value in found.items() if isinstance(value, float)}
-        for task, found in results.items()
+        task: {name.removesuffix(",none"): value for name, value in result.items() if isinstance(value, float)}
+        for task, result in results.items()
     }
 
 
 @functools.cache
 def find_tasks(names: tuple[str, ...], include_path: str | None) -> "TaskManager":
-    """Where the harness finds ``names``: in the files of ``include_path``, or among its own, which take seconds to list.
+    """A task manager that knows ``names``: from the files of ``include_path`` alone if they suffice, since listing the
+    harness's own tasks takes seconds.
 
     Raises:
-        UserError: a name is in neither.
+        UserError: a task is in neither.
     """
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
         if not Path(include_path).is_dir():
             raise UserError(f"--training.benchmark_path: there is no folder {include_path}")
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if all(own.match_tasks([name]) for name in names):
-            return own
-    everything = TaskManager(include_path=include_path)
-    if missing := [name for name in names if not everything.match_tasks([name])]:
+        from_folder = TaskManager(include_path=include_path, include_defaults=False)
+        if all(from_folder.match_tasks([name]) for name in names):
+            return from_folder
+    all_tasks = TaskManager(include_path=include_path)
+    if missing := [name for name in names if not all_tasks.match_tasks([name])]:
         where = f" or in {include_path}" if include_path else "; --training.benchmark_path names a folder of task files"
         raise UserError(f"--training.benchmark_tasks: there is no task {', '.join(missing)} in the harness{where}")
-    return everything
+    return all_tasks
 
 
 def _evaluate(
@@ -127,9 +140,9 @@ def _evaluate(
     task_manager: "TaskManager",
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The harness's results by task; nothing on the processes of a machine after the first, to which it gives none."""
-    for noisy in ("lm_eval", "lm-eval", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    """Results by task; empty on all but the first process of a machine, where the harness returns none."""
+    for logger_name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(logger_name).setLevel(logging.ERROR)
     import datasets
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -142,9 +155,9 @@ def _evaluate(
         batch_size=16,
         max_length=model.config.max_position_embeddings,
     )
-    # Its own progress bars would tear ours apart.
+    # The harness's progress bars would break up ours.
     language_model.loglikelihood = functools.partial(language_model.loglikelihood, disable_tqdm=True)
-    found = lm_eval.simple_evaluate(
+    evaluation = lm_eval.simple_evaluate(
         model=language_model,
         tasks=names,
         task_manager=task_manager,
@@ -152,4 +165,4 @@ def _evaluate(
         bootstrap_iters=100,
         log_samples=False,
     )
-    return found["results"] if found is not None else {}
+    return evaluation["results"] if evaluation is not None else {}

@@ -1,1 +1,1 @@
-"""Using a saved model: generating text."""
+"""Use a saved model: generate text."""

@@ -1,4 +1,7 @@
-"""Which precision, and whether compiled blocks, train fastest on this machine: measured before the run starts."""
+"""Choose the precision, and whether blocks are compiled, by what trains fastest on this machine.
+
+Measured before the run starts, on the model and the micro-batch that it will train on.
+"""
 
 import shutil
 import statistics
@@ -12,68 +15,77 @@ from scratch_gpt.config import TrainingSettings
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.model import ScratchGPTForCausalLM
 
-COMPILE_WORTH_TRYING_SECONDS = 240.0
-"""Eager duration of a run from which on compiling is tried: below, the time to compile is not earned back."""
+MIN_SECONDS_TO_TRY_COMPILING = 240.0
+"""A run that takes less than this eagerly would not earn back the time to compile."""
+MAX_COMPILED_TIME_RATIO = 0.95
+"""Compiled blocks are kept if they take less than this times the eager time."""
 
 
 @dataclass
 class PrecisionChoice:
+    """What a run computes in, and why."""
+
     precision: str
-    """fp32, or under autocast bf16, fp16 (with a loss scale) or fp8 (in the blocks, the rest in bf16)."""
+    """fp32, or under autocast bf16, fp16 (with loss scaling) or fp8 (in the blocks; the rest in bf16)."""
     compiled: bool
+    """Whether the blocks are compiled."""
     seconds_per_step: float
-    """Measured forward + backward of one process's share of an optimizer step."""
+    """Measured forward and backward time of one process in an optimizer step; 0 where nothing was measured."""
     reason: str
+    """For the console."""
 
 
 def autotune(
     model: ScratchGPTForCausalLM,
     batch: Batch,
     micro_batches: int,
-    settings: TrainingSettings,
+    training: TrainingSettings,
     max_steps: int | None,
     budget_seconds: float | None = None,
 ) -> PrecisionChoice:
-    """Measure forward + backward on ``batch`` and leave ``model`` as it was, compiled if that is the choice.
+    """Measure forward and backward on ``batch`` for every candidate; leave ``model`` compiled if that is the choice.
 
-    For fp8 the model must have its layers already.
-    The length of the run, which decides whether compiling is tried, is ``max_steps``, else ``budget_seconds``.
+    Args:
+        model: for fp8, already with its float8 layers.
+        batch: one micro-batch, on the device of the model.
+        micro_batches: micro-batches per optimizer step and process.
+        max_steps: steps of the run. Its duration decides whether compiling is tried.
+        budget_seconds: duration of the run, where ``max_steps`` is not known yet.
     """
-    rng = torch.get_rng_state()
-    seconds: dict[str, float] = {}
-    candidates = [settings.precision] if settings.precision != "auto" else _candidates(batch.input_ids.device)
-    for precision in candidates:
-        seconds[precision] = measure(model, batch, precision)
+    device, rng_state = batch.input_ids.device, torch.get_rng_state()
+    candidates = [training.precision] if training.precision != "auto" else candidate_precisions(device)
+    seconds = {precision: measure_forward_backward(model, batch, precision) for precision in candidates}
     precision = min(seconds, key=seconds.__getitem__)
-    reason = "as asked" if settings.precision != "auto" else "the only choice"
-    if settings.precision == "auto" and not has_bf16(batch.input_ids.device):
-        reason = "bf16 is emulated here"
-        if batch.input_ids.is_cuda:
-            reason += "; --training.precision fp16 would be faster"
-    if len(seconds) > 1:
-        slower = max(seconds, key=seconds.__getitem__)
-        reason = f"{seconds[slower] / seconds[precision]:.1f}x the speed of {slower} here"
+    reason = _explain(training.precision, seconds, device)
 
-    compiled = settings.compile == "on"
-    eager_seconds = seconds[precision] * micro_batches
-    run_seconds = eager_seconds * max_steps if max_steps is not None else budget_seconds or 0.0
-    worth_trying = run_seconds > COMPILE_WORTH_TRYING_SECONDS and _has_compiler()
-    if compiled or (settings.compile == "auto" and worth_trying):
+    compiled = False
+    eager_seconds = seconds[precision]
+    seconds_per_step = eager_seconds * micro_batches
+    run_seconds = seconds_per_step * max_steps if max_steps is not None else budget_seconds or 0.0
+    worth_trying = run_seconds > MIN_SECONDS_TO_TRY_COMPILING and _has_compiler()
+    if training.compile == "on" or (training.compile == "auto" and worth_trying):
         compile_blocks(model)
-        seconds["compiled"] = measure(model, batch, precision)
-        compiled = settings.compile == "on" or seconds["compiled"] < 0.95 * seconds[precision]
+        compiled_seconds = measure_forward_backward(model, batch, precision)
+        compiled = training.compile == "on" or compiled_seconds < MAX_COMPILED_TIME_RATIO * eager_seconds
         if compiled:
-            reason += f"; compiled blocks, {seconds[precision] / seconds['compiled']:.2f}x eager"
-            eager_seconds = seconds["compiled"] * micro_batches
+            reason += f"; compiled blocks, {eager_seconds / compiled_seconds:.2f}x eager"
+            seconds_per_step = compiled_seconds * micro_batches
         else:
             uncompile_blocks(model)
     model.zero_grad(set_to_none=True)
-    torch.set_rng_state(rng)
-    return PrecisionChoice(precision, compiled, eager_seconds, reason)
+    torch.set_rng_state(rng_state)
+    return PrecisionChoice(precision, compiled, seconds_per_step, reason)
 
 
-def measure(model: ScratchGPTForCausalLM, batch: Batch, precision: str, repeats: int = 5) -> float:
-    """Median seconds of one forward + backward, after a first one that is not counted."""
+def candidate_precisions(device: torch.device) -> list[str]:
+    """The precisions that are worth measuring on ``device``."""
+    if device.type not in ("cpu", "cuda") or not has_bf16(device):
+        return ["fp32"]
+    return ["bf16", "fp32"] if device.type == "cpu" else ["bf16"]
+
+
+def measure_forward_backward(model: ScratchGPTForCausalLM, batch: Batch, precision: str, repeats: int = 5) -> float:
+    """Median seconds of one forward and backward pass, after one to warm up."""
     seconds = [_timed(lambda: _forward_backward(model, batch, precision)) for _ in range(repeats + 1)]
     return statistics.median(seconds[1:])
 
@@ -90,10 +102,16 @@ def _forward_backward(model: ScratchGPTForCausalLM, batch: Batch, precision: str
         torch.cuda.synchronize()
 
 
-def _candidates(device: torch.device) -> list[str]:
-    if device.type not in ("cpu", "cuda") or not has_bf16(device):
-        return ["fp32"]
-    return ["bf16", "fp32"] if device.type == "cpu" else ["bf16"]
+def _explain(requested: str, seconds: dict[str, float], device: torch.device) -> str:
+    if requested != "auto":
+        return "as requested"
+    if not has_bf16(device):
+        advice = "; --training.precision fp16 would be faster" if device.type == "cuda" else ""
+        return f"bf16 is emulated here{advice}"
+    if len(seconds) == 1:
+        return "the only choice"
+    fastest, slowest = min(seconds.values()), max(seconds, key=seconds.__getitem__)
+    return f"{seconds[slowest] / fastest:.1f}x the speed of {slowest} here"
 
 
 def _has_compiler() -> bool:

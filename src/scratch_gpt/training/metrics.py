@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per logged step, exact across interruptions."""
+"""metrics.jsonl: one JSON object per logged step or event, exact across interruptions."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,12 @@ from scratch_gpt.files import disk_errors, flush, write_text
 class MetricsFile:
     """Appends records of steps, and of events between them (such as a skipped step).
 
-    ``written`` is told of each, where this process ``write``s. At the start of a resumed run, drops what will be done again: steps after ``step``, and events from ``row`` on.
+    Opening the file of a resumed run drops the records of what will be repeated: steps after ``step``, and events after
+    data row ``row``.
+
+    Args:
+        write: whether this process writes; the others only keep count.
+        on_write: called with each record that is written.
     """
 
     def __init__(
@@ -20,21 +25,16 @@ class MetricsFile:
         step: int,
         row: int,
         write: bool = True,
-        written: Callable[[dict[str, Any]], None] = lambda record: None,
+        on_write: Callable[[dict[str, Any]], None] = lambda record: None,
     ):
-        self.path, self.writes, self.written = path, write, written
+        self.path, self.writes, self.on_write = path, write, on_write
+        self.last_step: int
+        """Step of the last record."""
         self._keep(lambda record: record["row"] <= row if "event" in record else record["step"] <= step)
 
     def roll_back(self, step: int) -> None:
-        """Drop the steps after ``step``; events stay."""
+        """Drop the records of steps after ``step``; keep all events."""
         self._keep(lambda record: "event" in record or record["step"] <= step)
-
-    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        records = [record for record in _read(self.path) if wanted(record)]
-        if self.writes:
-            with disk_errors(f"{self.path} (the checkpoints are untouched)"):
-                write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
-        self.last_step: int = max((record["step"] for record in records if "event" not in record), default=0)
 
     def write(self, record: dict[str, Any]) -> None:
         if self.writes:
@@ -43,29 +43,36 @@ class MetricsFile:
                 self.path.open("a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(record) + "\n")
-            self.written(record)
+            self.on_write(record)
         if "event" not in record:
             self.last_step = record["step"]
 
     def flush(self) -> None:
-        """Ask the operating system to put what was written on disk."""
+        """Flush what was written to the disk."""
         if self.writes:
             flush(self.path)
 
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        records = [record for record in _read(self.path) if wanted(record)]
+        if self.writes:
+            with disk_errors(f"{self.path} (the checkpoints are untouched)"):
+                write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
+        self.last_step = max((record["step"] for record in records if "event" not in record), default=0)
 
-def speed(record: dict[str, Any]) -> str:
-    """Of a step, for the console."""
+
+def format_speed(record: dict[str, Any]) -> str:
+    """Tokens per second and MFU of a step's record, for the console."""
     mfu = "" if record.get("mfu") is None else f"  MFU {record['mfu']:.0%}"
     return f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of all steps; a last line that a crash cut short is left out."""
+    """The records of all steps, without a last line that a crash cut short."""
     return [record for record in _read(path) if "event" not in record]
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """What happened between the steps: skipped ones, rollbacks."""
+    """The records of what happened between steps: skipped steps, rollbacks, benchmarks."""
     return [record for record in _read(path) if "event" in record]
 
 

@@ -1,13 +1,13 @@
-"""The training loop: read, forward and backward, judge, step, record, save, validate.
+"""The training loop: read, forward and backward, check, optimizer step, record, save, validate.
 
-The `Strategy` says how model and data are spread over the processes. The loop owns the data order, the schedule and the
-checkpoints, because each of them must follow from a few integers, the step and the rows consumed: then the same command
-after a crash writes the same losses, on any number of processes.
+The `Strategy` knows how model and data are distributed over the ranks. The trainer owns the data order, the schedules and
+the checkpoints, each of which follows from a few integers (the step, and how much data was consumed): so the same command
+after a crash gives the same losses, on any number of ranks.
 """
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from scratch_gpt.compute.mfu import MFUMeter
-from scratch_gpt.config import PretrainSettings
+from scratch_gpt.config import PretrainSettings, TrainingSettings
 from scratch_gpt.console import format_duration, print0, progress_bar
 from scratch_gpt.data.loader import Prefetcher, StepData, TrainingData
 from scratch_gpt.data.shards import TokenStream
@@ -33,71 +33,113 @@ from scratch_gpt.training.checkpoint import (
 )
 from scratch_gpt.training.loss_scaler import LossScaler
 from scratch_gpt.training.lr_schedule import batch_size_at, learning_rate
-from scratch_gpt.training.metrics import MetricsFile, speed
-from scratch_gpt.training.monitor import Looks, Monitor
+from scratch_gpt.training.metrics import MetricsFile, format_speed
+from scratch_gpt.training.monitor import Monitor
 from scratch_gpt.training.spike_guard import SpikeGuard
 from scratch_gpt.training.stop import StopRequest
 from scratch_gpt.training.validation import validate
 
 
+@dataclass
+class TrainUnit:
+    """What an optimizer step updates, and how it is distributed over the ranks."""
+
+    strategy: Strategy
+    model: Any
+    """As the strategy parallelized and wrapped it."""
+    optimizer: Optimizers
+    tokenizer: Any
+    """Saved with the model."""
+
+
 @dataclass(frozen=True)
 class BatchSizes:
-    """How the rows of an optimizer step are spread."""
+    """Sequences of an optimizer step, and how they are divided."""
 
-    rows: int
-    """Rows of a whole step, over all processes."""
+    sequences: int
+    """Per optimizer step, over all ranks."""
     device_batch_size: int
-    """Rows of one forward pass of one process."""
-    parts: int
-    """Into how many parts the layout divides them."""
+    """Per forward pass of one rank."""
+    dp_size: int
+    """Data-parallel ranks that share a step's sequences."""
 
-    def at(self, step: int, settings: PretrainSettings) -> tuple[int, int]:
-        """(rows over all processes, forward passes per process) of ``step``, which may belong to the warm-up."""
-        smallest = self.device_batch_size * self.parts
-        rows = batch_size_at(step, self.rows, smallest, settings.training)
-        return rows, rows // smallest
+    def at(self, step: int, training: TrainingSettings) -> tuple[int, int]:
+        """(sequences over all ranks, forward passes per rank) of ``step``, which may be part of the batch warm-up."""
+        micro_batch_size = self.device_batch_size * self.dp_size
+        sequences = batch_size_at(step, self.sequences, micro_batch_size, training)
+        return sequences, sequences // micro_batch_size
+
+
+@dataclass
+class RunData:
+    """What a run reads."""
+
+    train: TrainingData
+    validation: Mapping[str, TokenStream]
+    """The held-out text of each source."""
+    batch_sizes: BatchSizes
+
+
+class TrainerCallback:
+    """Hooks into the training loop, on every rank. Override any of them, and pass instances to `pretrain`.
+
+    A hook may change what it is given: the trainer's attributes, the batches, the gradients.
+    """
+
+    def on_train_begin(self, trainer: "Trainer") -> None:
+        """Before the first step."""
+
+    def on_step_begin(self, trainer: "Trainer", data: StepData) -> None:
+        """The step's data was read; the forward pass is next."""
+
+    def on_loss(self, trainer: "Trainer", data: StepData, loss: torch.Tensor) -> torch.Tensor:
+        """After the backward pass: this rank's share of the loss, in nats per target of the step; return what to use."""
+        return loss
+
+    def on_step_end(self, trainer: "Trainer", record: dict[str, Any]) -> None:
+        """After a step that was neither skipped nor rolled back: it is counted, saved if due, and recorded."""
 
 
 class Trainer:
-    """A run from ``state`` to its last step. All processes call it with the same arguments."""
+    """Trains from ``state`` to the last step. All ranks call it with the same arguments."""
 
     def __init__(
         self,
         settings: PretrainSettings,
         run_dir: Path,
-        strategy: Strategy,
-        model: Any,
-        tokenizer: Any,
-        optimizer: Optimizers,
-        data: TrainingData,
-        validation_streams: Mapping[str, TokenStream],
-        shape: BatchSizes,
+        unit: TrainUnit,
+        data: RunData,
         state: TrainingState,
-        looks: Looks | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ):
         self.settings, self.training, self.run_dir = settings, settings.training, run_dir
-        self.strategy, self.model, self.optimizer = strategy, model, optimizer
-        self.data, self.validation_streams, self.shape, self.state = data, validation_streams, shape, state
+        self.strategy, self.model, self.optimizer = unit.strategy, unit.model, unit.optimizer
+        self.data, self.state, self.callbacks = data, state, callbacks
         self.guard = SpikeGuard(settings.guard, **state.guard)
         self.loss_scaler = LossScaler(state.precision == "fp16", **state.loss_scale)
-        self.monitor = Monitor(settings, run_dir, strategy, model, tokenizer, state, looks)
+        self.monitor = Monitor(settings, run_dir, self.strategy, self.model, unit.tokenizer, state)
         self.metrics = MetricsFile(
             run_dir / "metrics.jsonl",
             state.step,
-            state.cursor.row,
-            write=strategy.is_main_process,
-            written=self.monitor.written,
+            state.data_position.row,
+            write=self.strategy.is_main_process,
+            on_write=self.monitor.log,
         )
-        self.checkpointer = Checkpointer(strategy, run_dir, model, tokenizer, settings.training)
-        self.watchdog = Watchdog(settings.parallel.timeout, strategy.rank, strategy.world_size)
-        self.clock = Clock()
-        self.flops = MFUMeter(strategy.accelerator, strategy.unwrap(model).config, data.context_length, state.precision)
+        self.checkpointer = Checkpointer(self.strategy, run_dir, self.model, unit.tokenizer, self.training)
+        self.watchdog = Watchdog(settings.parallel.timeout, self.strategy.rank, self.strategy.world_size)
+        self.step_timer = StepTimer()
+        self.mfu_meter = MFUMeter(
+            self.strategy.accelerator,
+            self.strategy.unwrap(self.model).config,
+            data.train.context_length,
+            state.precision,
+        )
 
     def run(self) -> None:
-        """Train to the last step; inside of :attr:`watch`.
+        """Train to the last step; call it within :attr:`watchdog`.
 
         Raises:
-            StoppedOnRequest: a signal came, or the time is over; a checkpoint was saved.
+            StoppedOnRequest: a signal came, or the time is up; a checkpoint was saved.
             UserError: a checkpoint could not be written (the previous one stays valid), or the run diverged.
         """
         state, max_steps = self.state, self.settings.max_steps
@@ -107,175 +149,198 @@ class Trainer:
             progress_bar("pretraining", max_steps, state.step) as bar,
             self.checkpointer,
         ):
-            if state.record and self.metrics.last_step < state.step:  # killed between its checkpoint and its line
-                self._finish_record(left="?")
+            for callback in self.callbacks:
+                callback.on_train_begin(self)
+            if state.record and self.metrics.last_step < state.step:  # killed after its checkpoint, before its record
+                self._record_step(time_left="?")
             while state.step < max_steps:
-                with Prefetcher(self._read_steps()) as reader:  # anew after a step that was not taken
-                    while state.step < max_steps and self._train_step(reader, stop):
+                # Skipping a step or rolling back changes what comes next, so reading starts again from there.
+                with Prefetcher(self.read_steps()) as steps:
+                    while state.step < max_steps and self.train_step(steps, stop):
                         status = f"step {state.step:>5,}/{max_steps:,}  loss {state.record['loss']:.3f}"
-                        bar.update(state.step, f"{status}  {speed(state.record)}")
+                        bar.update(state.step, f"{status}  {format_speed(state.record)}")
 
-    def _train_step(self, reader: Prefetcher[StepData], stop: StopRequest) -> bool:
-        """One optimizer step; False if it was not taken, or undone by a rollback."""
+    def read_steps(self) -> Iterator[StepData]:
+        """Read this rank's data of every remaining step."""
+        order, max_steps = self.data.train.order, self.settings.max_steps
+        position = self.state.data_position
+        for step in range(self.state.step, max_steps):
+            position = order.at_step(position, step, max_steps)
+            sequences, micro_batches = self.data.batch_sizes.at(step, self.training)
+            data = self.data.train.read_step(
+                position, sequences, micro_batches, self.strategy.dp_rank, self.strategy.dp_size
+            )
+            if self.strategy.device.type == "cuda":
+                data = replace(data, batches=[batch.pin_memory() for batch in data.batches])
+            yield data
+            position = data.cursor
+
+    def train_step(self, steps: Iterator[StepData], stop: StopRequest) -> bool:
+        """Take one optimizer step; False if it was skipped, or undone by a rollback."""
         state, max_steps = self.state, self.settings.max_steps
-        rate = learning_rate(state.step, max_steps, self.training) * state.learning_rate_scale
+        lr = learning_rate(state.step, max_steps, self.training) * state.learning_rate_scale
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
 
         self.monitor.profiler.before_step(state.step + 1)
-        self.watchdog.heartbeat(f"reading the rows of step {state.step + 1:,}")
-        asked = time.perf_counter()
-        data = next(reader)
-        data_seconds = time.perf_counter() - asked
+        self.watchdog.heartbeat(f"reading the data of step {state.step + 1:,}")
+        start = time.perf_counter()
+        data = next(steps)
+        data_seconds = time.perf_counter() - start
+
         self.watchdog.heartbeat(f"in step {state.step + 1:,}")
-        loss = self.forward_backward(data)
+        for callback in self.callbacks:
+            callback.on_step_begin(self, data)
+        local_loss = self.forward_backward(data)
+        for callback in self.callbacks:
+            local_loss = callback.on_loss(self, data, local_loss)
         self.loss_scaler.unscale(self.model.parameters())
         grad_norm = self.strategy.clip_grad_norm(self.model.parameters(), self.training.max_grad_norm)
         must_stop = stop.requested or self.checkpointer.failed
-        shared = torch.stack([loss, torch.tensor(float(must_stop), device=loss.device)])
-        step_loss, stop_votes = self.strategy.all_reduce_sum(shared).tolist()
+        # one all-reduce for both: the loss of the step, and whether any rank must stop
+        sums = torch.stack([local_loss, torch.tensor(float(must_stop), device=local_loss.device)])
+        loss, stop_votes = self.strategy.all_reduce_sum(sums).tolist()
 
-        state.cursor = data.cursor
+        state.data_position = data.cursor
         state.tokens += data.num_targets
-        overflow = self.loss_scaler.overflow(step_loss, grad_norm)
-        problem = overflow or self.guard.problem(step_loss, grad_norm)
+        overflow = self.loss_scaler.overflow(loss, grad_norm)
+        problem = overflow or self.guard.problem(loss, grad_norm)
         if problem is None:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.monitor.profiler.after_step(state.step + 1)
-        if overflow is not None:  # says nothing of the data: the next rows are tried with a smaller scale
-            self._event("overflow", overflow)
+        if overflow is not None:  # not the data's fault: retry with the next data and a smaller loss scale
+            self._write_event("overflow", overflow)
             return False
         if problem is not None:
-            self._do_not_take(problem, finite=math.isfinite(step_loss) and math.isfinite(grad_norm))
+            self._skip_step(problem, finite=math.isfinite(loss) and math.isfinite(grad_norm))
             return False
+
         state.step += 1
         state.guard, state.loss_scale = self.guard.state(), self.loss_scaler.state()
-
-        tokens_per_second = data.num_targets / self.clock.tick()
-        order = self.data.order
+        tokens_per_second = data.num_targets / self.step_timer.stop()
+        epochs = self.data.train.order.epochs(data.cursor)
         state.record = {
             "step": state.step,
-            "loss": step_loss,
-            "learning_rate": rate,
+            "loss": loss,
+            "learning_rate": lr,
             "grad_norm": grad_norm,
             "tokens": state.tokens,
             "tokens_per_second": round(tokens_per_second, 1),
-            "mfu": self.flops.mfu(tokens_per_second),
+            "mfu": self.mfu_meter.mfu(tokens_per_second),
             "data_seconds": round(data_seconds, 6),
             "phase": data.cursor.phase,
-            "epochs": {name: round(epochs, 4) for name, epochs in order.epochs(data.cursor).items()},
+            "epochs": {source: round(count, 4) for source, count in epochs.items()},
             "time": round(time.time(), 3),
         }
-        last = state.step == max_steps
+
+        is_last = state.step == max_steps
         self.watchdog.heartbeat(f"recording step {state.step:,}")
-        if state.step % self.training.save_every == 0 or last or stop_votes or self.monitor.due():
-            self.metrics.flush()  # a checkpoint may not know of steps whose lines a power failure takes
+        if state.step % self.training.save_every == 0 or is_last or stop_votes or self.monitor.evaluation_due:
+            self.metrics.flush()  # no checkpoint may be ahead of its metrics, even after a power failure
             self.checkpointer.save(self.optimizer, state)
-        self._finish_record(left=format_duration((max_steps - state.step) * self.clock.mean))
-        if self.monitor.due() and not stop_votes:
-            self.checkpointer.wait()  # a look may end the process
-            self.monitor.look(self.metrics)
-        self.clock.skip()
-        if stop_votes and not last:
-            self.checkpointer.wait()
+        self._record_step(time_left=format_duration((max_steps - state.step) * self.step_timer.mean))
+        for callback in self.callbacks:
+            callback.on_step_end(self, state.record)
+        if self.monitor.evaluation_due and not stop_votes:
+            self.checkpointer.wait_until_written()  # an evaluation may end the process
+            self.monitor.evaluate(self.metrics)
+        self.step_timer.start()
+        if stop_votes and not is_last:
+            self.checkpointer.wait_until_written()
             raise StoppedOnRequest(
                 f"stopped after step {state.step:,} of {max_steps:,}, saved in "
-                f"{self.run_dir}/checkpoint-{state.step}. The same command goes on from there."
+                f"{self.run_dir}/checkpoint-{state.step}. The same command resumes from there."
             )
         return True
 
     def forward_backward(self, data: StepData) -> torch.Tensor:
-        """Accumulate the gradients of a step; returns this rank's part of its loss, in nats per target of the whole step."""
+        """Accumulate the gradients of a step; returns this rank's share of its loss, in nats per target of the step."""
         return self.strategy.forward_backward(
             self.model, data.batches, data.num_targets, self.state.precision, self.loss_scaler.scale
         )
 
-    def _do_not_take(self, problem: str, finite: bool) -> None:
-        """Pass over the data of a bad step; after several in a row, go back to where the weights were good."""
+    def _skip_step(self, problem: str, finite: bool) -> None:
+        """Skip a bad step's data. After several in a row, roll back; if that does not help, accept them or give up."""
         state = self.state
-        self._event("skipped", problem)
+        self._write_event("skipped", problem)
         if not self.guard.must_roll_back:
             return
-        self.checkpointer.wait()
+        self.checkpointer.wait_until_written()
         checkpoint = newest_checkpoint(self.run_dir)
-        if checkpoint is None or self.guard.must_give_up:
-            if not finite:
-                raise UserError(
-                    f"step {state.step + 1:,}: {problem}; the step was not taken, nor were the {self.guard.skipped - 1} "
-                    f"tries before it. Lower --training.learning_rate (now {self.training.learning_rate}) and start over "
-                    "with --fresh."
-                )
+        if checkpoint is not None and not self.guard.must_give_up:
+            self._roll_back(checkpoint)
+        elif finite:
             self.guard.accept()
-            self._event("accepted", "this is the new normal, or a run in trouble: the guard begins anew")
-            return
-        before = read_state(checkpoint)
-        self.guard.rolled_back(before.guard)
+            self._write_event("accepted", "the loss stays high: the guard takes it for normal and starts anew")
+        else:
+            raise UserError(
+                f"step {state.step + 1:,}: {problem}; the step was skipped, like the {self.guard.skipped - 1} "
+                f"attempts before it. Lower --training.learning_rate (now {self.training.learning_rate}) and start over "
+                "with --fresh."
+            )
+
+    def _roll_back(self, checkpoint: Path) -> None:
+        """Restore weights and optimizer of ``checkpoint``, and continue with the data that follows."""
+        state, saved = self.state, read_state(checkpoint)
+        self.guard.rolled_back(saved.guard)
         self.strategy.load_weights(self.model, saved_weights(checkpoint))
         load_checkpoint(self.strategy, checkpoint, self.optimizer)
-        state.step, state.record = before.step, before.record
+        state.step, state.record = saved.step, saved.record
         state.learning_rate_scale *= self.settings.guard.rollback_lr_factor
         self.metrics.roll_back(state.step)
-        self._event("rolled back", f"to {checkpoint.name}, learning rate x {state.learning_rate_scale:g}")
+        self._write_event("rolled back", f"to {checkpoint.name}, learning rate x {state.learning_rate_scale:g}")
 
-    def _event(self, event: str, reason: str) -> None:
+    def _write_event(self, event: str, reason: str) -> None:
         state = self.state
         print0(f"  step {state.step + 1:>5,}  {event}: {reason}")
-        self.metrics.write({"event": event, "step": state.step + 1, "row": state.cursor.row, "reason": reason})
+        self.metrics.write({"event": event, "step": state.step + 1, "row": state.data_position.row, "reason": reason})
 
-    def _finish_record(self, left: str) -> None:
-        """Validate if that is due, then write the step's line."""
+    def _record_step(self, time_left: str) -> None:
+        """Validate if due, then write the record of the last step if due."""
         record = self.state.record
         step = record["step"]
         if step % self.training.eval_every == 0 or step == self.settings.max_steps:
-            result, by_source = validate(
-                self.strategy,
-                self.model,
-                self.validation_streams,
-                self.data.context_length,
-                self.state.precision,
-                self.training.document_mask,
-            )
-            record |= {"validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte}
-            if len(by_source) > 1:
-                record["validation"] = {name: vars(one) for name, one in by_source.items()}
-            self.checkpointer.record_best(step, result.bits_per_byte)
-            print0(
-                f"  step {step:>5,}  loss {record['loss']:.3f}  validation {result.bits_per_byte:.3f} bits per byte  "
-                f"{speed(record)}  {left} left"
-            )
+            self._validate(record, time_left)
         if step % self.training.log_every == 0 or "validation_loss" in record:
             self.metrics.write(record)
 
-    def _read_steps(self) -> Iterator[StepData]:
-        """The data of every step that is left, for this process."""
-        order, max_steps = self.data.order, self.settings.max_steps
-        cursor = self.state.cursor
-        for step in range(self.state.step, max_steps):
-            cursor = order.at_step(cursor, step, max_steps)
-            rows, micro_batches = self.shape.at(step, self.settings)
-            data = self.data.read_step(cursor, rows, micro_batches, self.strategy.dp_rank, self.strategy.dp_size)
-            if self.strategy.device.type == "cuda":
-                data = replace(data, batches=[batch.pin_memory() for batch in data.batches])
-            yield data
-            cursor = data.cursor
+    def _validate(self, record: dict[str, Any], time_left: str) -> None:
+        """Add the validation scores to ``record``."""
+        score, by_source = validate(
+            self.strategy,
+            self.model,
+            self.data.validation,
+            self.data.train.context_length,
+            self.state.precision,
+            self.training.document_mask,
+        )
+        record |= {"validation_loss": score.loss, "validation_bits_per_byte": score.bits_per_byte}
+        if len(by_source) > 1:
+            record["validation"] = {source: vars(its_score) for source, its_score in by_source.items()}
+        self.checkpointer.record_best(record["step"], score.bits_per_byte)
+        print0(
+            f"  step {record['step']:>5,}  loss {record['loss']:.3f}  validation {score.bits_per_byte:.3f} bits per byte  "
+            f"{format_speed(record)}  {time_left} left"
+        )
 
 
-class Clock:
-    """Seconds per step, without what happens between steps."""
+class StepTimer:
+    """Seconds per step, without what happens between steps (saving, validation)."""
 
     def __init__(self) -> None:
-        self.total, self.steps = 0.0, 0
-        self.start = time.perf_counter()
+        self.total_seconds, self.num_steps = 0.0, 0
+        self.start()
 
-    def tick(self) -> float:
-        seconds = time.perf_counter() - self.start
-        self.total, self.steps = self.total + seconds, self.steps + 1
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds since the start; also counts a step."""
+        seconds = time.perf_counter() - self.started
+        self.total_seconds, self.num_steps = self.total_seconds + seconds, self.num_steps + 1
         return seconds
-
-    def skip(self) -> None:
-        self.start = time.perf_counter()
 
     @property
     def mean(self) -> float:
-        return self.total / self.steps
+        return self.total_seconds / self.num_steps

@@ -8,7 +8,7 @@ from torch import nn
 from scratch_gpt.compute.precision import autocast
 from scratch_gpt.data.shards import TokenStream
 from scratch_gpt.distributed.strategy import Strategy
-from scratch_gpt.evaluation.bits_per_byte import Validation, as_validation, score_stream
+from scratch_gpt.evaluation.bits_per_byte import TextScore, score_stream, to_text_score
 
 
 def validate(
@@ -18,14 +18,20 @@ def validate(
     context_length: int,
     precision: str,
     document_mask: bool = False,
-) -> tuple[Validation, dict[str, Validation]]:
-    """Score the text of all sources and of each, with all processes of a run, in the run's precision.
+) -> tuple[TextScore, dict[str, TextScore]]:
+    """Score the held-out text on all ranks together, each taking every ``dp_size``-th batch.
 
-    Each process takes a share of the batches. ``document_mask``: as the model was trained.
+    Args:
+        streams: the held-out text of each source.
+        precision: precision of the run.
+        document_mask: whether documents are masked from one another, as in training.
+
+    Returns:
+        The score over all sources, and the score of each.
     """
     vocab_size = strategy.unwrap(model).config.vocab_size
     with autocast(strategy.device.type, precision):
-        nats = [
+        sums_by_source = [
             score_stream(
                 model,
                 stream,
@@ -39,10 +45,10 @@ def validate(
             for stream in streams.values()
         ]
     strategy.release_gathered_weights(model)
-    sums = strategy.all_reduce_sum(torch.stack(nats).to(strategy.device))  # (sources, 2)
+    sums = strategy.all_reduce_sum(torch.stack(sums_by_source).to(strategy.device))  # (sources, 2)
     by_source = {
-        name: as_validation(total, targets, stream.num_bytes)
-        for (name, stream), (total, targets) in zip(streams.items(), sums.tolist(), strict=True)
+        name: to_text_score(nats, num_targets, stream.num_bytes)
+        for (name, stream), (nats, num_targets) in zip(streams.items(), sums.tolist(), strict=True)
     }
-    total, targets = sums.sum(0).tolist()
-    return as_validation(total, targets, sum(stream.num_bytes for stream in streams.values())), by_source
+    nats, num_targets = sums.sum(0).tolist()
+    return to_text_score(nats, num_targets, sum(stream.num_bytes for stream in streams.values())), by_source

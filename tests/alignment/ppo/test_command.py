@@ -1,4 +1,4 @@
-"""`scratch-gpt ppo` as a user runs it."""
+"""`scratch-gpt ppo` on the command line."""
 
 import signal
 import subprocess
@@ -26,7 +26,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def learnt(folder):
+def training_records(folder):
     """The records of training."""
     return [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
 
@@ -38,7 +38,7 @@ def without_times(records):
     ]
 
 
-def test_run_saves_a_plain_model_and_knows_when_it_is_finished(material, capsys):
+def test_run_saves_a_plain_model_and_does_nothing_when_repeated(material, capsys):
     validation = ["--ppo.eval_every", "16"]
     assert main(arguments(*validation)) == 0
     final = material / "run" / "final"
@@ -53,7 +53,7 @@ def test_run_saves_a_plain_model_and_knows_when_it_is_finished(material, capsys)
                            weights(material / "base")["transformer.wte.weight"])  # fmt: skip
     AutoModelForCausalLM.from_pretrained(final)
     card = (final / "README.md").read_text()
-    records = learnt(material / "run")
+    records = training_records(material / "run")
     assert [record["step"] for record in records] == [8, 16, 24, 32]
     assert f"| {records[0]['objective/scores']:.3f} | {records[-1]['objective/scores']:.3f} |" in card
     output = capsys.readouterr().out
@@ -66,11 +66,11 @@ def test_run_saves_a_plain_model_and_knows_when_it_is_finished(material, capsys)
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_was_ended_goes_on_to_the_same_weights(material, end, capsys):
-    """SIGTERM saves and exits with 75; after SIGKILL the last checkpoint stands."""
-    assert main(arguments(run_dir="whole", steps=48)) == 0
+def test_resume_after_a_signal_equals_the_uninterrupted_run(material, end, capsys):
+    """SIGTERM saves and exits with 75; after SIGKILL the last checkpoint is used."""
+    assert main(arguments(run_dir="full", steps=48)) == 0
     command = [sys.executable, "-m", "scratch_gpt"]
-    every = 1000 if end == signal.SIGTERM else 8  # asked to stop, it saves though no checkpoint is due
+    every = 1000 if end == signal.SIGTERM else 8  # with SIGTERM it saves although no checkpoint is due
     slow = arguments("--ppo.save_every", every, run_dir="ended", steps=48, reward="rewards_of_test:slow")
     process = subprocess.Popen([*command, *slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(read_metrics(material / "ended" / "metrics.jsonl")) < 3:
@@ -79,19 +79,19 @@ def test_a_run_that_was_ended_goes_on_to_the_same_weights(material, end, capsys)
     process.send_signal(end)
     _, errors = process.communicate()
     if end == signal.SIGTERM:
-        assert process.returncode == 75 and "The same command goes on" in errors
+        assert process.returncode == 75 and "Run the same command again" in errors
     assert len(read_metrics(material / "ended" / "metrics.jsonl")) < 6 and not (material / "ended" / "final").exists()
     capsys.readouterr()
     assert main(slow) == 0
     assert "of 48 steps are done" in capsys.readouterr().out
-    ended, whole = (weights(material / name / "final") for name in ("ended", "whole"))
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in ended.items())
-    ended, whole = (without_times(read_metrics(material / name / "metrics.jsonl")) for name in ("ended", "whole"))
-    assert ended == whole
+    ended, full = (weights(material / name / "final") for name in ("ended", "full"))
+    assert all(torch.equal(tensor, full[name]) for name, tensor in ended.items())
+    ended, full = (without_times(read_metrics(material / name / "metrics.jsonl")) for name in ("ended", "full"))
+    assert ended == full
 
 
-def test_a_checkpoint_that_was_not_finished_is_left_out(material, capsys):
-    assert main(arguments(run_dir="whole", steps=32)) == 0
+def test_a_damaged_checkpoint_is_skipped(material, capsys):
+    assert main(arguments(run_dir="full", steps=32)) == 0
     assert main(arguments(run_dir="cut", steps=16)) == 0
     state = material / "cut" / "checkpoint-16" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
@@ -100,11 +100,11 @@ def test_a_checkpoint_that_was_not_finished_is_left_out(material, capsys):
     output = capsys.readouterr().out
     assert "checkpoint-16 is not used: trainer_state.json is damaged" in output
     assert "checkpoint-8: 8 of 32 steps are done" in output
-    assert [record["step"] for record in learnt(material / "cut")] == [8, 16, 24, 32]
+    assert [record["step"] for record in training_records(material / "cut")] == [8, 16, 24, 32]
 
 
-def test_a_reward_model_of_ours_and_merged_adapters(material):
-    """The directory is a model like any other, and its weights are the base's and the adapters' together."""
+def test_reward_model_and_merged_adapters(material):
+    """final/ is a plain model; only weights with adapters differ from the base model's."""
     run = arguments("--reward-model", "judge", "--lora-rank", 2, reward=None, steps=16)
     assert main(run) == 0
     before, after = weights(material / "base"), weights(material / "run" / "final")
@@ -116,7 +116,7 @@ def test_a_reward_model_of_ours_and_merged_adapters(material):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"reward": None}, "give one of --reward-model FOLDER and --reward MODULE:FUNCTION"),
+        ({"reward": None}, "give either --reward-model FOLDER or --reward MODULE:FUNCTION"),
         (
             {"steps": 30},
             "a rollout takes 8 steps (ppo.num_ppo_epochs x ppo.num_mini_batches), so give a multiple of that, such as 32",
@@ -124,16 +124,16 @@ def test_a_reward_model_of_ours_and_merged_adapters(material):
         ({"reward": "rewards_of_test:nothing"}, "give MODULE:FUNCTION"),
         ({"reward": "no_such_module:f"}, "cannot import no_such_module here"),
         ({"reward": "rewards_of_test:broken"}, "broken raised IndexError: string index out of range"),
-        (["--ppo.device_batch_size", 3], "it must be a multiple of 3 (device_batch_size) x 1 (processes that read"),
+        (["--ppo.device_batch_size", 3], "it must be a multiple of 3 (device_batch_size) x 1 (data-parallel ranks)"),
         (["--data", "none.jsonl"], "there is no file none.jsonl"),
-        (["--data", "bad.jsonl"], "bad.jsonl, row 2: its columns are text, but this stage takes prompt; instruction"),
+        (["--data", "bad.jsonl"], "bad.jsonl, row 2: its columns are text, but this command takes prompt; instruction"),
         (["--data", "mixed.jsonl"], "mixed.jsonl: plain texts and messages are mixed"),
         (["--ppo.max_completion_length", 64], "the model's whole context 64 tokens"),
         (["--ppo.temperature", 0], "temperature is 0"),
         (["--model", "nothing"], "there is no model nothing"),
     ],
 )
-def test_mistakes_are_told_in_one_message(material, capsys, more, message):
+def test_mistakes_exit_with_one_message(material, capsys, more, message):
     (material / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (material / "mixed.jsonl").write_text('{"prompt": "a"}\n{"prompt": [{"role": "user", "content": "b"}]}\n')
     words = arguments(**more) if isinstance(more, dict) else arguments(*more)
@@ -141,8 +141,8 @@ def test_mistakes_are_told_in_one_message(material, capsys, more, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_run_of_another_verb_is_left_alone(material, capsys):
+def test_the_run_of_another_command_is_not_touched(material, capsys):
     (material / "run").mkdir()
     (material / "run" / "config.yaml").write_text("training: {learning_rate: 0.1}\n")
     assert main(arguments("--fresh")) == 2
-    assert "holds a run of another verb" in capsys.readouterr().err
+    assert "holds a run of another command" in capsys.readouterr().err

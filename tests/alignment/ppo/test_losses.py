@@ -1,4 +1,4 @@
-"""Each formula against plain NumPy, written from its definition, on rows of different lengths."""
+"""Each formula against plain NumPy, written from its definition, on completions of different lengths."""
 
 import math
 
@@ -22,7 +22,7 @@ LENGTHS = [1, 3, 7, 5]
 
 @pytest.fixture
 def numbers():
-    """Four tables (rows, 7) of random numbers, and the mask of the lengths."""
+    """Four random tensors (sequences, 7), and the mask of LENGTHS."""
     generator = torch.Generator().manual_seed(0)
     tables = [torch.randn(len(LENGTHS), max(LENGTHS), generator=generator, dtype=torch.float64) for _ in range(4)]
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
@@ -32,7 +32,7 @@ def numbers():
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 0.0)])
 def test_advantages_are_the_discounted_sum_of_temporal_differences(numbers, gamma, lam):
     rewards, values, _, _, mask = numbers
-    padded = values.masked_fill(mask == 0, math.nan)  # what the mask hides must not matter
+    padded = values.masked_fill(mask == 0, math.nan)  # masked values must not affect the result
     advantages, returns = generalized_advantages(rewards, padded, mask, gamma, lam)
     r, v = rewards.numpy(), values.numpy()
     for row, length in enumerate(LENGTHS):
@@ -42,11 +42,11 @@ def test_advantages_are_the_discounted_sum_of_temporal_differences(numbers, gamm
             assert float(advantages[row, t]) == pytest.approx(expected, abs=1e-12)
             assert float(returns[row, t]) == pytest.approx(expected + v[row, t], abs=1e-12)
         assert not advantages[row, length:].any() and not returns[row, length:].any()
-    if lam == 1.0:  # then the return is the discounted sum of the rewards, whatever the values are
+    if lam == 1.0:  # then the return is the discounted sum of the rewards, for any values
         assert float(returns[2, 0]) == pytest.approx(sum(gamma**t * r[2, t] for t in range(7)), abs=1e-12)
 
 
-def test_whitening_gives_mean_0_and_variance_1_of_what_the_mask_shows(numbers):
+def test_whitening_gives_mean_0_and_variance_1_under_the_mask(numbers):
     x, *_, mask = numbers
     shown = mask.numpy().astype(bool)
     expected = (x.numpy() - x.numpy()[shown].mean()) / x.numpy()[shown].std()
@@ -56,7 +56,7 @@ def test_whitening_gives_mean_0_and_variance_1_of_what_the_mask_shows(numbers):
     assert not whiten(torch.full_like(x, 3.0), mask).any()  # no variance: nothing to learn
 
 
-def test_whitening_of_two_processes_is_that_of_all_rows(numbers):
+def test_whitening_on_two_ranks_is_that_of_all_sequences(numbers):
     x, *_, mask = numbers
     sums = []
 
@@ -64,11 +64,11 @@ def test_whitening_of_two_processes_is_that_of_all_rows(numbers):
         sums.append(value)
         return value
 
-    # each process adds the other's sums to its own, in the order in which they are asked for
-    whole = whiten(x, mask, all_sum=record)
+    # a rank of two gets the sums over both, in the order of its all-reduces
+    full = whiten(x, mask, all_sum=record)
     totals = iter(sums)
-    part = whiten(x[:2], mask[:2], all_sum=lambda _: next(totals))
-    torch.testing.assert_close(part, whole[:2])
+    shard = whiten(x[:2], mask[:2], all_sum=lambda _: next(totals))
+    torch.testing.assert_close(shard, full[:2])
 
 
 def test_policy_loss_is_the_clipped_surrogate(numbers):
@@ -77,7 +77,7 @@ def test_policy_loss_is_the_clipped_surrogate(numbers):
     ratio = np.exp(logprobs.numpy() - old.numpy())
     surrogate = np.minimum(
         ratio * advantages.numpy(), np.clip(ratio, 0.8, 1.2) * advantages.numpy()
-    )  # eq. 7 of the paper, to be maximised
+    )  # eq. 7 of the paper, to be maximized
     np.testing.assert_allclose(losses.numpy(), -surrogate, rtol=1e-12)
     outside = ((ratio > 1.2) & (advantages.numpy() > 0)) | ((ratio < 0.8) & (advantages.numpy() < 0))
     assert (clipped.numpy() == outside).all() and outside.any()
@@ -97,7 +97,7 @@ def test_both_estimators_have_the_mean_of_the_kl_divergence():
     policy, reference = (torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2))
     exact = float((policy.exp() * (policy - reference)).sum())
     for estimator in ("k1", "k3"):
-        # the mean over every token, by its probability, instead of over a sample
+        # the exact expectation over all tokens
         estimates = kl_estimate(policy, reference, estimator)
         assert float((policy.exp() * estimates).sum()) == pytest.approx(exact, abs=1e-12)
     assert (kl_estimate(policy, reference, "k3") >= 0).all() and (kl_estimate(policy, reference, "k1") < 0).any()
@@ -113,9 +113,9 @@ def test_explained_variance(numbers):
     assert math.isnan(explained_variance(values, torch.ones_like(returns), mask))
 
 
-def test_kl_coefficient_follows_the_target_and_a_fixed_one_stays():
+def test_kl_coefficient_adapts_to_the_target_and_is_constant_without_one():
     controller = KLController(0.1, target=6.0, horizon=1000)
-    controller.update(kl=12.0, completions=100)  # error 1, which counts as 0.2
+    controller.update(kl=12.0, completions=100)  # error 1, clipped to 0.2
     assert controller.coefficient == pytest.approx(0.1 * 1.02)
     controller.update(kl=5.4, completions=100)
     assert controller.coefficient == pytest.approx(0.1 * 1.02 * 0.99)
@@ -124,7 +124,7 @@ def test_kl_coefficient_follows_the_target_and_a_fixed_one_stays():
     assert fixed.coefficient == 0.1
 
 
-def test_running_scores_are_normalised_by_all_seen_and_initial_ones_by_the_first():
+def test_scores_are_normalized_by_all_rollouts_or_by_the_first():
     scores = np.random.default_rng(0).normal(3.0, 2.0, size=(3, 20))
     running, initial = ScoreNormalizer(only_first=False), ScoreNormalizer(only_first=True)
     for batch in scores:

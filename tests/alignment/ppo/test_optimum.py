@@ -1,4 +1,4 @@
-"""Does PPO stop where the mathematics says? Every completion of a small language is listed, so the optimum is exact."""
+"""PPO converges to the closed-form optimum, which is exact here: all completions of a small language are enumerated."""
 
 import itertools
 
@@ -11,7 +11,7 @@ LENGTH = 3
 
 
 def every_completion(tokenizer, prompt):
-    """Sequences (completions, prompt + LENGTH), masks up to the stop token and rewards (completions,)."""
+    """Return sequences (completions, prompt + LENGTH), masks up to the stop token, and rewards (completions,)."""
     ids = torch.tensor(list(itertools.product(range(len(tokenizer)), repeat=LENGTH)))
     mask, _ = completion_mask(ids, [tokenizer.eos_token_id])
     ids = ids * mask + tokenizer.eos_token_id * (1 - mask)
@@ -29,13 +29,13 @@ def reward(text):
 
 @torch.no_grad()
 def log_distribution(model, sequences, mask):
-    """Log-probability of each completion (completions,)."""
+    """Return the log-probability of each completion, (completions,)."""
     logits = completion_logits(model.eval(), sequences, torch.ones_like(sequences), LENGTH, 1.0)
     return (token_logprobs(logits, sequences[:, -LENGTH:]).double() * mask).sum(1)
 
 
 @pytest.mark.parametrize(
-    ("kl_coef", "rows", "learning_rate"),
+    ("kl_coef", "rollout_size", "learning_rate"),
     [
         (0.15, 128, 3e-3),
         pytest.param(0.08, 256, 1e-3, marks=pytest.mark.slow),
@@ -44,7 +44,9 @@ def log_distribution(model, sequences, mask):
         pytest.param(1.0, 256, 5e-4, marks=pytest.mark.slow),
     ],
 )
-def test_ppo_stops_at_the_optimum_of_the_kl_regularised_objective(words, policy, trainer, kl_coef, rows, learning_rate):
+def test_ppo_converges_to_the_optimum_of_the_kl_regularized_objective(
+    words, policy, trainer, kl_coef, rollout_size, learning_rate
+):
     """The optimum is policy(y) ~ reference(y) exp(reward(y) / kl_coef)."""
     tokenizer, prompt = words(6), "w0"
     model = policy(tokenizer, initializer_range=0.3)
@@ -53,17 +55,17 @@ def test_ppo_stops_at_the_optimum_of_the_kl_regularised_objective(words, policy,
     assert float(before.exp().sum()) == pytest.approx(1, abs=1e-5)
     optimum = (before + rewards / kl_coef).log_softmax(0)
 
-    def rewarded(completions, **_):
+    def reward_function(completions, **_):
         return [reward(completion) for completion in completions]
 
     trainer(
         model,
         tokenizer,
-        rewarded,
+        reward_function,
         dataset=[{"prompt": prompt}],
         max_completion_length=LENGTH,
         kl_coef=kl_coef,
-        per_device_train_batch_size=rows,
+        per_device_train_batch_size=rollout_size,
         num_ppo_epochs=2,
         max_steps=240,
         learning_rate=learning_rate,
@@ -84,6 +86,6 @@ def test_ppo_stops_at_the_optimum_of_the_kl_regularised_objective(words, policy,
         f"{mean_reward(optimum):.3f}), KL {divergence(after, before):.3f} (optimum {divergence(optimum, before):.3f})"
     )
     assert mean_reward(after) == pytest.approx(mean_reward(optimum), abs=0.015)
-    noise = 0.05 if rows > 128 else 0.1  # of 128 rows it ends 4% above or below, by the seed
+    noise = 0.05 if rollout_size > 128 else 0.1  # with 128 completions it ends 4% above or below, by the seed
     assert divergence(after, before) == pytest.approx(divergence(optimum, before), rel=noise, abs=0.003)
     assert divergence(after, optimum) < 0.03

@@ -1,4 +1,4 @@
-"""PPO on two processes under `accelerate launch`: minutes on a small machine."""
+"""PPO on two ranks under `accelerate launch`: takes minutes on a small machine."""
 
 import json
 import subprocess
@@ -18,30 +18,30 @@ PROGRAM = """
 import json, sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from scratch_gpt.alignment import ppo_trainer, rollout
+from scratch_gpt.alignment.ppo import actor_critic, rollout
 from scratch_gpt.alignment.ppo.config import PPOConfig
 from scratch_gpt.alignment.ppo.trainer import PPOTrainer
 from scratch_gpt.model.loading import load_model
 
-folder, rows, drawn = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+folder, device_batch_size, completions = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
-def written_down(model, prompt_ids, *, stop_ids, pad_id, **_):
-    # completions that follow from the prompt alone, so that it does not matter which process draws them
+def fixed_completions(model, prompt_ids, *, stop_ids, pad_id, **_):
+    # a function of the prompt alone, so that any rank gives the same
     completions = torch.tensor([[(7 * sum(ids) + 11 * t) % 300 + 4 if t < 2 + sum(ids) % 4 else stop_ids[0]
                                  for t in range(6)] for ids in prompt_ids])
-    width = max(map(len, prompt_ids))
-    prompts = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids])
-    real = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
+    length = max(map(len, prompt_ids))
+    prompts = torch.tensor([[pad_id] * (length - len(ids)) + ids for ids in prompt_ids])
+    real = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompt_ids])
     mask, ended = rollout.completion_mask(completions, stop_ids)
-    return rollout.Batch(torch.cat([prompts, completions], 1), torch.cat([real, mask], 1), mask, ended)
+    return rollout.RolloutBatch(torch.cat([prompts, completions], 1), torch.cat([real, mask], 1), mask, ended)
 
-if drawn == "written":
-    ppo_trainer.generate = written_down
+if completions == "fixed":
+    actor_critic.generate = fixed_completions
 model, tokenizer = load_model("base")
 prompts = [{"prompt": " ".join(["word"] * (1 + i % 5)) + " " + "abcdefgh"[i % 8]} for i in range(32)]
 trainer = PPOTrainer(
     model, lambda completions, **_: [len(text) / 20 for text in completions],
-    PPOConfig(output_dir=folder, per_device_train_batch_size=rows, max_steps=8, num_ppo_epochs=4, learning_rate=1e-3,
+    PPOConfig(output_dir=folder, per_device_train_batch_size=device_batch_size, max_steps=8, num_ppo_epochs=4, learning_rate=1e-3,
               max_completion_length=6, save_strategy="no", report_to=[], use_cpu=True, kl_coef=0.1, lam=0.9,
               score_normalization="running", adaptive_kl_target=0.1, adaptive_kl_horizon=100),
     train_dataset=prompts, eval_dataset=prompts[:5], processing_class=tokenizer,
@@ -57,9 +57,9 @@ open(f"{folder}-{rank}.json", "w").write(json.dumps(record))
 """
 
 
-def run(material, name, processes, drawn):
+def run(material, name, processes, completions):
     (material / "program.py").write_text(PROGRAM)
-    given = [name, str(16 // processes), drawn]
+    given = [name, str(16 // processes), completions]
     if processes == 1:
         done = subprocess.run([sys.executable, "program.py", *given], capture_output=True, text=True, check=False)
     else:
@@ -70,10 +70,10 @@ def run(material, name, processes, drawn):
     return weights, [json.loads((material / f"{name}-{rank}.json").read_text()) for rank in ranks]
 
 
-def test_two_processes_learn_what_one_learns_from_the_same_completions(material):
-    """Whitening, normalisation, the adapted coefficient and the mean over tokens are those of all rows together."""
-    one, (alone,) = run(material, "one", 1, "written")
-    two, both = run(material, "two", 2, "written")
+def test_two_ranks_equal_one_on_the_same_completions(material):
+    """Whitening, normalization, the adaptive coefficient and the mean over tokens are global."""
+    one, (alone,) = run(material, "one", 1, "fixed")
+    two, both = run(material, "two", 2, "fixed")
     assert [record["parallel"] for record in (alone, *both)] == [False, True, True]
     for name, tensor in one[0].items():
         torch.testing.assert_close(two[0][name], tensor, rtol=1e-4, atol=1e-5)
@@ -85,8 +85,8 @@ def test_two_processes_learn_what_one_learns_from_the_same_completions(material)
     assert alone["evaluated"] == pytest.approx(both[0]["evaluated"], rel=1e-3, abs=1e-5)
 
 
-def test_each_process_draws_completions_of_its_own(material):
-    weights, (first, second) = run(material, "drawn", 2, "drawn")
+def test_each_rank_samples_different_completions(material):
+    weights, (first, second) = run(material, "sampled", 2, "sampled")
     assert first["parallel"] and first["completions"] != second["completions"]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 

@@ -1,9 +1,9 @@
-"""PPO from the command line: a model, prompts and a reward to a policy.
+"""PPO from the command line: train a model to write completions that a reward scores highly.
 
     scratch-gpt ppo --model runs/sft/final --reward-model runs/reward/final --data prompts.jsonl --run-dir runs/ppo
     accelerate launch --num_processes 8 -m scratch_gpt ppo --config ppo.yaml
 
-The learning itself is in ``ppo_trainer.py``.
+The algorithm is in ``trainer.py``.
 """
 
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any
 from datasets import Dataset
 
 from scratch_gpt.alignment.data.chat_template import encode_prompt
-from scratch_gpt.alignment.data.dataset import prepare_dataset, prompt_only
-from scratch_gpt.alignment.models import context_of
+from scratch_gpt.alignment.data.dataset import prepare_dataset
+from scratch_gpt.alignment.data.dataset_types import prompt_only
+from scratch_gpt.alignment.models import context_length
 from scratch_gpt.alignment.ppo.config import PPOConfig
 from scratch_gpt.alignment.ppo.trainer import PPOTrainer
 from scratch_gpt.alignment.recipe import Recipe, describe_model, peft_config, run_recipe
-from scratch_gpt.alignment.rewards import check_reward, reward_function, reward_of
+from scratch_gpt.alignment.rewards import import_reward_function, reward_name, reward_problems
 from scratch_gpt.config import PPOSettings
 from scratch_gpt.console import print0
 from scratch_gpt.distributed.launch import data_parallel_size, launch_state
@@ -25,7 +26,7 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.model.loading import load_model
 from scratch_gpt.training.metrics import read_metrics
 
-PASSED_ON = (
+TRAINER_SETTINGS = (
     "learning_rate",
     "value_learning_rate",
     "warmup_steps",
@@ -50,7 +51,7 @@ PASSED_ON = (
     "missing_eos_penalty",
     "target_kl",
 )
-"""Settings that PPOConfig has by the same name."""
+"""Settings that PPOConfig has under the same name."""
 
 
 def ppo_command(settings: PPOSettings) -> None:
@@ -59,51 +60,53 @@ def ppo_command(settings: PPOSettings) -> None:
 
 
 def check(settings: PPOSettings) -> None:
-    """Raises one UserError with all that is wrong and can be known before models are loaded."""
-    problems = check_reward(settings)
-    per_rollout = settings.ppo.num_ppo_epochs * settings.ppo.num_mini_batches
-    if settings.max_steps % per_rollout:
-        nearest = max(1, round(settings.max_steps / per_rollout)) * per_rollout
+    """Raise one UserError with all mistakes that can be found before models are loaded."""
+    problems = reward_problems(settings)
+    ppo = settings.ppo
+    steps_per_rollout = ppo.num_ppo_epochs * ppo.num_mini_batches
+    if settings.max_steps % steps_per_rollout:
+        nearest = max(1, round(settings.max_steps / steps_per_rollout)) * steps_per_rollout
         problems.append(
-            f"--max-steps is {settings.max_steps}; a rollout takes {per_rollout} steps (ppo.num_ppo_epochs x ppo.num_mini_batches), so "
-            f"give a multiple of that, such as {nearest}"
+            f"--max-steps is {settings.max_steps}; a rollout takes {steps_per_rollout} steps (ppo.num_ppo_epochs x "
+            f"ppo.num_mini_batches), so give a multiple of that, such as {nearest}"
         )
-    world = data_parallel_size()
-    rows, remainder = divmod(settings.ppo.mini_batch_size, world * (settings.ppo.device_batch_size or 1))
-    if remainder or not rows:
+    dp_size = data_parallel_size()
+    quotient, remainder = divmod(ppo.mini_batch_size, dp_size * (ppo.device_batch_size or 1))
+    if remainder or not quotient:
         problems.append(
-            f"--ppo.mini_batch_size is {settings.ppo.mini_batch_size}; it must be a multiple of "
-            f"{settings.ppo.device_batch_size or 1} (device_batch_size) x {world} (processes that read rows of their own)"
+            f"--ppo.mini_batch_size is {ppo.mini_batch_size}; it must be a multiple of {ppo.device_batch_size or 1} "
+            f"(device_batch_size) x {dp_size} (data-parallel ranks)"
         )
     if settings.load_in_4bit:
-        problems.append("--load-in-4bit: PPO is trained in full precision; give --lora-rank alone")
+        problems.append("--load-in-4bit: PPO trains models in full precision; use --lora-rank alone")
     if problems:
         raise UserError("\n".join(problems))
 
 
 def build(settings: PPOSettings, run_dir: Path) -> Recipe:
-    """Models, data and trainer put together."""
+    """Load the models and the data, and build the trainer."""
     model, tokenizer = load_model(settings.model)
     ppo = settings.ppo
-    longest = context_of(model) - ppo.max_completion_length
+    longest = context_length(model) - ppo.max_completion_length
     if longest < 1:
         raise UserError(
-            f"--ppo.max_completion_length is {ppo.max_completion_length}, the model's whole context {context_of(model)} tokens"
+            f"--ppo.max_completion_length is {ppo.max_completion_length}, the model's whole context {context_length(model)} tokens: "
+            "lower it"
         )
     longest = min(ppo.max_prompt_length or longest, longest)
     data = prepare_dataset(
         settings, prompt_only, lambda row: (row, len(encode_prompt(tokenizer, row["prompt"]))), longest
     )
-    data.facts["reward"] = f"`{reward_of(settings)}`"
-    per_process = ppo.mini_batch_size // data_parallel_size()
-    device_batch_size = ppo.device_batch_size or per_process
+    data.facts["reward"] = f"`{reward_name(settings)}`"
+    per_rank = ppo.mini_batch_size // data_parallel_size()
+    device_batch_size = ppo.device_batch_size or per_rank
     trainer = PPOTrainer(
         model,
-        settings.reward_model or reward_function(reward_of(settings)),
+        settings.reward_model or import_reward_function(reward_name(settings)),
         PPOConfig(
             output_dir=str(run_dir),
             per_device_train_batch_size=device_batch_size,
-            gradient_accumulation_steps=per_process // device_batch_size,
+            gradient_accumulation_steps=per_rank // device_batch_size,
             num_mini_batches=ppo.num_mini_batches,
             num_ppo_epochs=ppo.num_ppo_epochs,
             max_steps=settings.max_steps,
@@ -116,7 +119,7 @@ def build(settings: PPOSettings, run_dir: Path) -> Recipe:
             report_to=settings.trackers,
             disable_tqdm=True,
             use_cpu=launch_state().device.type == "cpu",
-            **{name: getattr(ppo, name) for name in PASSED_ON},
+            **{name: getattr(ppo, name) for name in TRAINER_SETTINGS},
         ),
         train_dataset=Dataset.from_list(data.train),
         eval_dataset=Dataset.from_list(data.validation),
@@ -125,9 +128,10 @@ def build(settings: PPOSettings, run_dir: Path) -> Recipe:
     )
     trainer.model.policy.generation_config.eos_token_id = trainer.stop_ids
     describe_model(settings, trainer.model.policy)
-    print0(f"reward     {reward_of(settings)}")
-    rollout = ppo.mini_batch_size * ppo.num_mini_batches
-    print0(f"rollouts   {settings.max_steps // trainer.args.steps_per_rollout:,} of {rollout:,} completions")
+    print0(f"reward     {reward_name(settings)}")
+    num_rollouts = settings.max_steps // trainer.args.steps_per_rollout
+    rollout_size = ppo.mini_batch_size * ppo.num_mini_batches
+    print0(f"rollouts   {num_rollouts:,} of {rollout_size:,} completions")
     return Recipe(
         trainer,
         describe,
@@ -138,7 +142,7 @@ def build(settings: PPOSettings, run_dir: Path) -> Recipe:
 
 
 def describe(logs: dict[str, Any]) -> str:
-    """Score beside what it may have cost: divergence, length, completions that do not end."""
+    """Format the score next to the signs of reward hacking: KL divergence, length, completions that do not end."""
     kind = "eval_" if "eval_objective/scores" in logs else ""
     return (
         f"{'validation ' if kind else ''}score {logs[f'{kind}objective/scores']:.3f}  "
@@ -148,22 +152,22 @@ def describe(logs: dict[str, Any]) -> str:
 
 
 def to_markdown(records: list[dict[str, Any]]) -> str:
-    """For the card: the first and the last entry of the metrics."""
+    """Compare the first and the last training entry of the metrics, for the card."""
     training = [record for record in records if "loss" in record]
     lines = ["| | first rollouts | last rollouts |", "|---|---|---|"]
-    shown = {
+    rows = {
         "score": "objective/scores",
-        "KL divergence from the start (nats per completion)": "objective/kl",
+        "KL divergence from the reference (nats per completion)": "objective/kl",
         "length (tokens)": "completions/mean_length",
-        "share that ended by itself": "completions/eos_share",
+        "share that ended with a stop token": "completions/eos_share",
         "entropy (nats per token)": "policy/entropy",
     }
-    for title, name in shown.items():
+    for title, name in rows.items():
         lines.append(f"| {title} | {training[0][name]:.3f} | {training[-1][name]:.3f} |")
     return "\n".join(
         [
             *lines,
             "",
-            "The score is what was trained for: whether the texts are good by any other measure it does not show.",
+            "The model was trained for this score, so the score alone does not show that its texts are better.",
         ]
     )

@@ -8,36 +8,38 @@ from transformers import TrainingArguments
 
 @dataclass
 class PPOConfig(TrainingArguments):
-    """Everything of `transformers.TrainingArguments`, and what PPO adds.
+    """The settings of `transformers.TrainingArguments`, and those of PPO.
 
-    One optimizer step takes `per_device_train_batch_size` x `gradient_accumulation_steps` completions per process. A
-    rollout is `num_mini_batches` times as many, each learnt from `num_ppo_epochs` times: it lasts `num_ppo_epochs` x
-    `num_mini_batches` optimizer steps, and checkpoints are put off to its end, from where a resumed run is exact.
+    An optimizer step takes a mini-batch of `per_device_train_batch_size` x `gradient_accumulation_steps` completions per rank.
+    A rollout has `num_mini_batches` of them and is used for `num_ppo_epochs` epochs, so it lasts `num_ppo_epochs` x
+    `num_mini_batches` optimizer steps. Checkpoints wait for its end, from where resume is exact.
 
     Raises:
-        ValueError: numbers out of range, or settings that contradict each other; the message names all of them.
+        ValueError: values out of range, or settings that contradict each other; the message names all of them.
     """
 
-    # Defaults of TrainingArguments that the published implementations of PPO do otherwise.
+    # TrainingArguments has other defaults than the published implementations of PPO.
     learning_rate: float = field(default=3e-6, metadata={"help": "Initial learning rate of AdamW."})
     value_learning_rate: float | None = field(
-        default=None, metadata={"help": "Initial learning rate of the value model. Default: that of the policy."}
+        default=None, metadata={"help": "Initial learning rate of the value model. Default: learning_rate."}
     )
-    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW; that of OpenAI's implementation."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of AdamW, as in OpenAI's implementation."})
     logging_steps: float | None = field(
-        default=None, metadata={"help": "Optimizer steps between two log entries. Default: once per rollout."}
+        default=None, metadata={"help": "Optimizer steps between two log entries. Default: those of one rollout."}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Default: false, since a loss that is not finite is an error."}
+    )
 
     # Rollout
     max_prompt_length: int | None = field(
         default=None,
-        metadata={"help": "Longer prompts are left out, and counted. Default: what the model's context leaves."},
+        metadata={"help": "Skip longer prompts. Default: the model's context less max_completion_length."},
     )
-    max_completion_length: int = field(default=64, metadata={"help": "Tokens after which a completion is cut off."})
-    temperature: float = field(
-        default=1.0, metadata={"help": "Of sampling, and of every probability that is compared."}
+    max_completion_length: int = field(
+        default=64, metadata={"help": "Longest completion, in tokens; longer ones are cut off."}
     )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling and of all log-probabilities."})
     stop_tokens: list[str] | None = field(
         default=None,
         metadata={
@@ -47,58 +49,63 @@ class PPOConfig(TrainingArguments):
     )
     rollout_batch_size: int = field(
         default=64,
-        metadata={"help": "Completions generated and scored at a time, per process; matters for memory only."},
+        metadata={"help": "Completions generated and scored at a time, per rank; affects memory only."},
     )
 
     # Reward
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward where there are several. Default: 1 each."}
+        default=None, metadata={"help": "Weight of each reward. Default: 1 each."}
     )
     score_normalization: str = field(
         default="none",
         metadata={
-            "help": "Subtract the mean score and divide by the standard deviation: 'none'; 'initial', of the first "
-            "rollout; or 'running', of all rollouts, which changes the objective as it goes."
+            "help": "Normalize scores by mean and standard deviation: 'none'; 'initial', those of the first rollout; or "
+            "'running', those of all rollouts so far, which changes the objective during training."
         },
     )
-    score_clip: float | None = field(default=None, metadata={"help": "Scores are kept within plus and minus this."})
-    missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Subtracted from the score of a completion that was cut off."}
+    score_clip: float | None = field(
+        default=None, metadata={"help": "Clip scores to plus and minus this. Default: no clipping."}
     )
-    kl_coef: float = field(default=0.05, metadata={"help": "Coefficient of the KL penalty per token."})
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Subtract this from the score of a completion without a stop token. Default: nothing."},
+    )
+    kl_coef: float = field(
+        default=0.05, metadata={"help": "Coefficient of the KL penalty towards the reference model."}
+    )
     kl_estimator: str = field(
         default="k1",
-        metadata={"help": "Of the KL penalty: 'k1', unbiased, or 'k3', which varies less but has another optimum."},
+        metadata={"help": "Estimator of the KL penalty: 'k1', or 'k3', which has less variance but another optimum."},
     )
     adaptive_kl_target: float | None = field(
         default=None,
         metadata={
-            "help": "Steer the coefficient towards this KL divergence (nats per completion). Default: it is fixed."
+            "help": "Adapt kl_coef to reach this KL divergence (nats per completion). Default: kl_coef is constant."
         },
     )
     adaptive_kl_horizon: int = field(
-        default=10_000, metadata={"help": "Completions in which the coefficient may adapt."}
+        default=10_000, metadata={"help": "Completions over which kl_coef can change by a fifth."}
     )
 
     # Optimization
-    num_ppo_epochs: int = field(default=4, metadata={"help": "How often each rollout is learnt from."})
-    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps per pass over a rollout."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount per token."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
-    cliprange: float = field(default=0.2, metadata={"help": "How far the probability ratio may leave 1 with profit."})
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Epochs over each rollout."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps per PPO epoch."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor per token."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
+    cliprange: float = field(default=0.2, metadata={"help": "Clip range of the probability ratio."})
     cliprange_value: float = field(
-        default=0.2, metadata={"help": "How far a value may leave its old self with profit."}
+        default=0.2, metadata={"help": "Clip range of the value, around its value at the rollout."}
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Coefficient of the value loss."})
     whiten_advantages: bool = field(
-        default=True, metadata={"help": "Scale a rollout's advantages to mean 0, variance 1."}
+        default=True, metadata={"help": "Normalize a rollout's advantages to mean 0, variance 1."}
     )
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale a rollout's rewards per token to variance 1."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale a rollout's per-token rewards to variance 1."})
     target_kl: float | None = field(
         default=None,
         metadata={
-            "help": "Leave a rollout as soon as the policy is this far (nats per token) from the one that drew it. Its "
-            "remaining steps pass without an update."
+            "help": "Stop training on a rollout once the KL divergence from the policy that generated it exceeds this (nats "
+            "per token): its remaining steps change nothing. Default: no early stop."
         },
     )
 
@@ -112,18 +119,18 @@ class PPOConfig(TrainingArguments):
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps."""
+        """Optimizer steps on one rollout."""
         return self.num_ppo_epochs * self.num_mini_batches
 
     @property
-    def rows_per_mini_batch(self) -> int:
-        """Completions in an optimizer step of one process."""
+    def mini_batch_size(self) -> int:
+        """Completions in an optimizer step, per rank."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
-    def rows_per_rollout(self) -> int:
-        """Completions of one process."""
-        return self.rows_per_mini_batch * self.num_mini_batches
+    def rollout_size(self) -> int:
+        """Completions in a rollout, per rank."""
+        return self.mini_batch_size * self.num_mini_batches
 
     def _problems(self) -> list[str]:
         at_least_one = ["max_completion_length", "rollout_batch_size", "adaptive_kl_horizon", "num_ppo_epochs"]
@@ -151,7 +158,7 @@ class PPOConfig(TrainingArguments):
             if getattr(self, name) not in valid:
                 problems.append(f"{name} is {getattr(self, name)!r}; the choices are {', '.join(valid)}")
         if self.adaptive_kl_target is not None and self.kl_coef == 0:
-            problems.append("adaptive_kl_target multiplies kl_coef, which is 0: give the coefficient to begin with")
+            problems.append("adaptive_kl_target scales kl_coef, which is 0: set kl_coef to its initial value")
         if self.target_kl is not None and self.fp16:
-            problems.append("target_kl leaves steps out, which loss scaling cannot: take bf16 instead of fp16")
+            problems.append("target_kl skips steps, which fp16 loss scaling does not support: use bf16")
         return problems

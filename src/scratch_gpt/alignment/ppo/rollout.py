@@ -1,8 +1,8 @@
-"""Completions drawn from a policy, and the probabilities of their tokens: one rule for both.
+"""Completions of a policy, and the log-probabilities of their tokens.
 
-Nothing but the temperature stands between a model's logits and what is drawn, and the same temperature is in every
-log-probability: a constraint on one side only (top-k, a minimum length, ...) would make the KL penalty negative, and the
-policy would farm it.
+The temperature is all that changes a model's logits before sampling, and the same temperature is in every log-probability. A
+constraint on sampling alone (top-k, a minimum length, ...) would make the KL estimate negative, and the policy would learn to
+exploit that.
 """
 
 import inspect
@@ -20,35 +20,72 @@ from scratch_gpt.alignment.models import unwrap_peft
 
 @dataclass
 class RolloutBatch:
-    """Prompts padded on the left, completions on the right: every completion begins at the same column."""
+    """Prompts, padded on the left, and completions, padded on the right: all completions begin at the same position."""
 
     input_ids: torch.Tensor
-    """(rows, prompt + completion)."""
+    """(sequences, prompt + completion)."""
     attention_mask: torch.Tensor
-    """(rows, prompt + completion)."""
+    """(sequences, prompt + completion)."""
     completion_mask: torch.Tensor
-    """(rows, completion): 1 up to the stop token, which counts, or to the end."""
+    """(sequences, completion): 1 up to and including the stop token, or to the end."""
     ended: torch.Tensor
-    """(rows,): whether there is a stop token."""
+    """(sequences,): whether the completion has a stop token."""
 
     @property
     def completion_ids(self) -> torch.Tensor:
+        """(sequences, completion)."""
         return self.input_ids[:, -self.completion_mask.shape[1] :]
 
     def first(self, count: int) -> "RolloutBatch":
-        """The batch without the rows behind."""
-        return RolloutBatch(*(getattr(self, part.name)[:count] for part in fields(self)))
+        """Return the first ``count`` sequences."""
+        return RolloutBatch(*(getattr(self, field.name)[:count] for field in fields(self)))
 
     def sequences(self) -> list[torch.Tensor]:
-        """Prompt and completion of each row, without padding, on the CPU."""
-        rows = zip(self.input_ids.cpu(), self.attention_mask.cpu(), strict=True)
-        return [ids[mask.bool()] for ids, mask in rows]
+        """Return the ids of each prompt and its completion, without padding, on the CPU."""
+        padded = zip(self.input_ids.cpu(), self.attention_mask.cpu(), strict=True)
+        return [ids[mask.bool()] for ids, mask in padded]
+
+
+@dataclass
+class ScoredBatch:
+    """Completions and what the models say of them; unless noted, tensors are (sequences, completion)."""
+
+    batch: RolloutBatch
+    logprobs: torch.Tensor
+    """Under the policy that generated them."""
+    ref_logprobs: torch.Tensor
+    """Under the reference model."""
+    entropies: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    """(sequences, rewards): before normalization, without the KL penalty."""
+
+    def first(self, count: int) -> "ScoredBatch":
+        """Return the first ``count`` sequences."""
+        tensors = (self.logprobs, self.ref_logprobs, self.entropies, self.values, self.scores)
+        return ScoredBatch(self.batch.first(count), *(tensor[:count] for tensor in tensors))
+
+
+@dataclass
+class Rollout:
+    """Completions of one rank, and the targets that are learned from them; tensors are (sequences, completion)."""
+
+    batch: RolloutBatch
+    logprobs: torch.Tensor
+    """Under the policy that generated them."""
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    order: torch.Tensor
+    """(PPO epochs, sequences): the order in which each epoch takes the sequences."""
+    num_tokens: torch.Tensor
+    """(PPO epochs, mini-batches): completion tokens in each mini-batch, over all ranks."""
 
 
 def completion_mask(completion_ids: torch.Tensor, stop_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens up to the first stop token, itself included (rows, seq), and whether there is one (rows,).
+    """Mask the tokens up to and including the first stop token, (sequences, completion); and say if there is one.
 
-    Found by position, not by the id of the padding, which may be a stop token or drawn like any other.
+    Padding is found by its position, not by its id, which may be a stop token or sampled like any other.
     """
     is_stop = torch.isin(completion_ids, torch.tensor(list(stop_ids), device=completion_ids.device))
     stops_before = is_stop.cumsum(1) - is_stop.long()
@@ -65,12 +102,14 @@ def generate(
     stop_ids: Sequence[int],
     pad_id: int,
 ) -> RolloutBatch:
-    """Draw one completion per prompt, with the key/value cache. `generate` sees that a model is sharded, and goes on in all processes
-    until the last is done."""
+    """Sample one completion per prompt, with the key/value cache.
+
+    For a sharded model, transformers keeps generating on all ranks until the last one has finished.
+    """
     base = unwrap_peft(model)
-    width = max(map(len, prompt_ids))
-    padded = [[pad_id] * (width - len(ids)) + ids for ids in prompt_ids]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
+    prompt_length = max(map(len, prompt_ids))
+    padded = [[pad_id] * (prompt_length - len(ids)) + ids for ids in prompt_ids]
+    mask = [[0] * (prompt_length - len(ids)) + [1] * len(ids) for ids in prompt_ids]
     input_ids = torch.tensor(padded, device=base.device)
     attention_mask = torch.tensor(mask, device=base.device)
     config = GenerationConfig(
@@ -83,15 +122,15 @@ def generate(
         pad_token_id=pad_id,
         use_cache=True,
     )
-    with _only(base, config):
+    with _generation_config(base, config):
         sequences = base.generate(input_ids=input_ids, attention_mask=attention_mask)
-    completions, ended = completion_mask(sequences[:, width:], stop_ids)
+    completions, ended = completion_mask(sequences[:, prompt_length:], stop_ids)
     return RolloutBatch(sequences, torch.cat([attention_mask, completions], 1), completions, ended)
 
 
 @contextmanager
-def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Generate by ``config`` alone: `generate` would fill what it leaves open from the model's own configuration."""
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Replace the model's own configuration, from which `generate` would fill in what ``config`` leaves unset."""
     own = model.generation_config
     model.generation_config = config
     try:
@@ -101,17 +140,17 @@ def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
 
 
 def concatenate(batches: list[RolloutBatch], pad_id: int) -> RolloutBatch:
-    """Batches of different prompt and completion lengths as one."""
+    """Join batches of different prompt and completion lengths into one."""
     prompt = max(batch.input_ids.shape[1] - batch.completion_mask.shape[1] for batch in batches)
     completion = max(batch.completion_mask.shape[1] for batch in batches)
 
-    def widen(tensor: torch.Tensor, batch: RolloutBatch, value: int) -> torch.Tensor:
+    def pad(tensor: torch.Tensor, batch: RolloutBatch, value: int) -> torch.Tensor:
         right = completion - batch.completion_mask.shape[1]
         return F.pad(tensor, (prompt + completion - tensor.shape[1] - right, right), value=value)
 
     return RolloutBatch(
-        torch.cat([widen(batch.input_ids, batch, pad_id) for batch in batches]),
-        torch.cat([widen(batch.attention_mask, batch, 0) for batch in batches]),
+        torch.cat([pad(batch.input_ids, batch, pad_id) for batch in batches]),
+        torch.cat([pad(batch.attention_mask, batch, 0) for batch in batches]),
         torch.cat(
             [F.pad(batch.completion_mask, (0, completion - batch.completion_mask.shape[1])) for batch in batches]
         ),
@@ -120,7 +159,7 @@ def concatenate(batches: list[RolloutBatch], pad_id: int) -> RolloutBatch:
 
 
 def position_arguments(model: PreTrainedModel, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Position of each token in its own row, whatever the padding before it, as `generate` counts; where models ask."""
+    """Count positions from each sequence's first token, as `generate` does; for models that take `position_ids`."""
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return {}
     return {"position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)}
@@ -129,7 +168,10 @@ def position_arguments(model: PreTrainedModel, attention_mask: torch.Tensor) -> 
 def completion_logits(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int, temperature: float
 ) -> torch.Tensor:
-    """The logits, by temperature, that each completion token was drawn from (rows, completion, vocabulary), in float32."""
+    """Return the logits that each completion token is sampled from, over the temperature, in float32.
+
+    (sequences, completion_length, vocabulary).
+    """
     base = unwrap_peft(model)
     arguments: dict[str, Any] = position_arguments(base, attention_mask)
     if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
@@ -139,11 +181,11 @@ def completion_logits(
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each token (rows, seq) under its logits (rows, seq, vocabulary)."""
+    """Return the log-probability of each token (sequences, seq) under its logits (sequences, seq, vocabulary)."""
     return -F.cross_entropy(logits.flatten(0, 1), token_ids.flatten(), reduction="none").view(token_ids.shape)
 
 
 @torch.no_grad()
 def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Of the distribution at each position, in nats (rows, seq)."""
+    """Return the entropy of the distribution at each position, in nats (sequences, seq)."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)

@@ -1,52 +1,24 @@
-"""Whole runs of `scratch-gpt pretrain`: what they write, how they stop and go on, what they refuse."""
+"""Runs of `scratch-gpt pretrain`: what they write, how they stop and resume, what they refuse."""
 
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scratch_gpt.cli import main
 from scratch_gpt.training.checkpoint import find_checkpoint
 from scratch_gpt.training.metrics import read_metrics
-from tests.conftest import TINY_RUN
-
-STEPS = 12
-
-
-def arguments(run_dir, corpus, *more):
-    cadence = ["--training.eval_every", "6", "--training.save_every", "4", "--training.keep_last", "2"]
-    run = ["pretrain", "--run-dir", str(run_dir), "--corpus", str(corpus), "--max-steps", str(STEPS)]
-    return [*run, *TINY_RUN, *cadence, "--model.overrides.hidden_dropout", "0.1", *more]
-
-
-def losses(run_dir):
-    return {record["step"]: record["loss"] for record in read_metrics(run_dir / "metrics.jsonl")}
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_run(one, other):
-    assert losses(one) == losses(other)
-    first, second = weights(one / "final"), weights(other / "final")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+from tests.training.runs import STEPS, arguments, assert_same_run, losses, start, wait_for_step
 
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
-    """A run that was never interrupted."""
+    """An uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
     assert main(arguments(run_dir, corpus)) == 0
     return run_dir
@@ -77,36 +49,21 @@ def test_every_checkpoint_is_a_hugging_face_model(finished, name):
     assert not [file for file in files if file.endswith((".bin", ".pt", ".pth", ".pkl"))]
 
 
-def test_the_same_command_again_says_that_it_is_finished(finished, corpus, capsys):
+def test_the_same_command_again_tells_that_it_is_finished(finished, corpus, capsys):
     before = (finished / "final" / "model.safetensors").stat().st_mtime_ns
     assert main(arguments(finished, corpus)) == 0
     assert "is finished" in capsys.readouterr().out
     assert (finished / "final" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def start(run_dir, corpus, *more):
-    return subprocess.Popen(
-        [sys.executable, "-m", "scratch_gpt", *arguments(run_dir, corpus, *more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for_step(process, run_dir, step):
-    while len(read_metrics(run_dir / "metrics.jsonl")) < step:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_saves_exits_with_75_and_goes_on_bit_for_bit(number, finished, corpus, tmp_path, capsys):
+def test_a_stopped_run_saves_exits_with_75_and_resumes_bit_for_bit(number, finished, corpus, tmp_path, capsys):
     process = start(tmp_path / "run", corpus)
     wait_for_step(process, tmp_path / "run", 2)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
-    assert "The same command goes on" in output
+    assert "The same command resumes" in output
     assert "Traceback" not in output
     assert not (tmp_path / "run" / "final").exists()
     assert main(arguments(tmp_path / "run", corpus)) == 0
@@ -115,7 +72,7 @@ def test_a_stopped_run_saves_exits_with_75_and_goes_on_bit_for_bit(number, finis
 
 
 @pytest.mark.parametrize("step", [1, 5, 9])
-def test_a_killed_run_goes_on_bit_for_bit(step, finished, corpus, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(step, finished, corpus, tmp_path):
     process = start(tmp_path / "run", corpus)
     wait_for_step(process, tmp_path / "run", step)
     os.kill(process.pid, signal.SIGKILL)
@@ -124,7 +81,7 @@ def test_a_killed_run_goes_on_bit_for_bit(step, finished, corpus, tmp_path):
     assert_same_run(tmp_path / "run", finished)
 
 
-def damage(file):
+def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -133,8 +90,11 @@ def damage(file):
 @pytest.mark.parametrize(
     ("mishap", "message"),
     [
-        (lambda folder: damage(folder / "model.safetensors"), "model.safetensors is damaged"),
-        (lambda folder: damage(folder / "trainer_state" / "optimizer.safetensors"), "optimizer.safetensors is damaged"),
+        (lambda folder: flip_a_bit(folder / "model.safetensors"), "model.safetensors is damaged"),
+        (
+            lambda folder: flip_a_bit(folder / "trainer_state" / "optimizer.safetensors"),
+            "optimizer.safetensors is damaged",
+        ),
         (lambda folder: os.truncate(folder / "model.safetensors", 1000), "model.safetensors is damaged"),
         (lambda folder: (folder / "trainer_state" / "complete.json").unlink(), "was not finished"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -153,7 +113,7 @@ def test_an_invalid_checkpoint_is_named_and_the_one_before_is_used(mishap, messa
     assert find_checkpoint(run_dir)[0].name == "checkpoint-12"
 
 
-def test_a_line_lost_between_checkpoint_and_metrics_is_written_on_resume(finished, corpus, tmp_path):
+def test_a_record_lost_between_checkpoint_and_metrics_is_written_on_resume(finished, corpus, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     shutil.rmtree(run_dir / "final")
@@ -165,12 +125,12 @@ def test_a_line_lost_between_checkpoint_and_metrics_is_written_on_resume(finishe
         assert last[key] == expected[key]
 
 
-def test_a_longer_run_goes_on_from_the_last_step(finished, corpus, tmp_path, capsys, monkeypatch):
+def test_a_longer_run_resumes_from_the_last_step(finished, corpus, tmp_path, capsys, monkeypatch):
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     longer = [*arguments(run_dir, corpus), "--max-steps", "14"]
-    # killed before the longer run could write its model: the shorter run's must not pass for it
-    monkeypatch.setattr("scratch_gpt.training.pretrain.Pretraining._save_final", lambda *_: os.abort)
+    # ended before the longer run could write its model: the shorter run's must not count as it
+    monkeypatch.setattr("scratch_gpt.training.pretrain.save_final_model", lambda *_: None)
     assert main(longer) == 0
     assert "resumed    checkpoint-12" in capsys.readouterr().out
     assert not (run_dir / "final").exists()
@@ -181,17 +141,17 @@ def test_a_longer_run_goes_on_from_the_last_step(finished, corpus, tmp_path, cap
     assert (run_dir / "final" / "model.safetensors").is_file()
 
 
-def test_a_run_that_diverges_stops_before_it_harms_the_weights(corpus, tmp_path, capsys):
+def test_a_run_that_diverges_stops_with_its_weights_intact(corpus, tmp_path, capsys):
     run_dir = tmp_path / "run"
     wild = ["--training.learning_rate", "1e30", "--training.save_every", "1", "--training.warmup_steps", "0"]
     assert main([*arguments(run_dir, corpus, *wild), "--model.overrides.qk_norm", "false"]) == 2
     error = capsys.readouterr().err
     assert re.search(
-        r"step \d+: the (loss|gradient norm) is .*; the step was not taken.* Lower --training.learning_rate", error
+        r"step \d+: the (loss|gradient norm) is .*; the step was skipped.* Lower --training.learning_rate", error
     )
 
 
-def test_shards_that_changed_since_are_refused(corpus, tokenizer_folder, tmp_path, capsys):
+def test_changed_shards_are_refused_on_resume(corpus, tokenizer_folder, tmp_path, capsys):
     data, other = tmp_path / "data", tmp_path / "other.txt"
     other.write_text(corpus.read_text()[:50_000])
     run = arguments(tmp_path / "run", corpus, "--tokenizer-path", str(tokenizer_folder), "--data-path", str(data))
@@ -204,12 +164,12 @@ def test_shards_that_changed_since_are_refused(corpus, tokenizer_folder, tmp_pat
 
 
 def test_gradient_accumulation_gives_the_same_losses(corpus, tmp_path):
-    for name, more in (("whole", []), ("parts", ["--training.device_batch_size", "2"])):
+    for name, more in (("one_pass", []), ("accumulated", ["--training.device_batch_size", "2"])):
         run = [*arguments(tmp_path / name, corpus, *more), "--model.overrides.hidden_dropout", "0.0"]
         assert main(run) == 0
-    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
-    assert list(whole.values()) == pytest.approx(list(parts.values()), rel=1e-5)
-    assert whole != {}
+    one_pass, accumulated = losses(tmp_path / "one_pass"), losses(tmp_path / "accumulated")
+    assert list(one_pass.values()) == pytest.approx(list(accumulated.values()), rel=1e-5)
+    assert one_pass != {}
 
 
 def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(corpus, tmp_path, monkeypatch, capsys):
@@ -240,7 +200,7 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(corpus, tmp_pat
         (["--model.preset", "gpt3"], "no preset 'gpt3'"),
         (["--model.overrides.norm_typ", "layernorm"], "no field norm_typ"),
         (["--training.total_batch_size", "100"], "must be a multiple of 32"),
-        (["--training.device_batch_size", "3"], "must divide the 8 rows"),
+        (["--training.device_batch_size", "3"], "must divide the 8 sequences"),
         (["--training.context_length", "100000", "--training.total_batch_size", "100000"], "has only .* tokens"),
         (["--tokenizer.vocab_size", "90000"], "the corpus supports only"),
         (["--data-path", "absent", "--tokenizer-path", "TOKENIZER"], "holds no manifest.json"),
@@ -253,11 +213,11 @@ def test_bad_settings_are_refused_with_one_message(more, message, corpus, tokeni
     assert main(arguments(tmp_path / "run", corpus, *more)) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
-    # nothing was learnt, so the mended command may go on in the same directory
+    # nothing was trained, so the corrected command may use the same directory
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_a_mended_command_goes_on_in_the_same_directory(corpus, tmp_path, capsys):
+def test_a_corrected_command_may_use_the_same_directory(corpus, tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert main(arguments(run_dir, corpus, "--training.total_batch_size", "100")) == 2
     assert main([*arguments(run_dir, corpus), "--max-steps", "2"]) == 0
@@ -267,7 +227,7 @@ def test_a_mended_command_goes_on_in_the_same_directory(corpus, tmp_path, capsys
     ("text", "message"),
     [
         ("word " * 3, "no text is left for the validation split"),
-        ("some words that differ. " * 20, "the training text has only .* tokens, one row takes 33"),
+        ("some words that differ. " * 20, "the training text has only .* tokens, one sequence takes 33"),
         ("", "empty, there is no text"),
         ("   \n \n", "no text is left for the train split"),
     ],

@@ -1,4 +1,4 @@
-"""What a run reads: packing, masks, mixtures and phases through `scratch-gpt pretrain`, and what it says of them."""
+"""What a run reads: packing, masks, mixtures and phases through `scratch-gpt pretrain`, and what it prints of them."""
 
 import json
 import os
@@ -25,13 +25,13 @@ STEPS = 12
 
 
 def write_source(folder, name, seed, tokenizer_folder, largest=300):
-    """Random documents as the only source of ``folder``."""
-    random = np.random.default_rng(seed)
+    """Write random documents as the only source of ``folder``."""
+    rng = np.random.default_rng(seed)
     tokenizer = load_tokenizer(tokenizer_folder)
 
     def documents(number):
         for _ in range(number):
-            ids = random.integers(4, largest, random.integers(3, 60)).tolist()
+            ids = rng.integers(4, largest, rng.integers(3, 60)).tolist()
             yield ids, 2 * len(ids)
 
     return write_shards(
@@ -78,14 +78,14 @@ def test_phases_with_packing_and_mask_are_the_same_run_after_a_kill(arguments, t
     config = tmp_path / "phases.yaml"
     config.write_text(yaml.safe_dump({"training": {"phases": PHASES, "packing": "best_fit", "document_mask": True}}))
     more = ["--config", str(config), "--model.overrides.hidden_dropout", "0.1"]
-    assert main(arguments("whole", *more)) == 0
+    assert main(arguments("uninterrupted", *more)) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"packing    stories: \d+ rows an epoch, \d\.\d\d% padding", printed)
+    assert re.search(r"packing    stories: \d+ rows per epoch, \d\.\d\d% padding", printed)
     assert "mixture    pretrain (75% of the steps): stories 2" in printed
     assert "mixture    mid-training (25% of the steps): stories 100.0% of the rows" in printed
     assert re.search(r"data read  stories \d\.\d\d times, tales \d\.\d\d times", printed)
 
-    records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    records = read_metrics(tmp_path / "uninterrupted" / "metrics.jsonl")
     assert [record["phase"] for record in records] == ["pretrain"] * 9 + ["mid-training"] * 3
     epochs = [record["epochs"] for record in records]
     assert 0 < epochs[8]["stories"] < epochs[11]["stories"]
@@ -104,7 +104,7 @@ def test_phases_with_packing_and_mask_are_the_same_run_after_a_kill(arguments, t
     again = read_metrics(tmp_path / "killed" / "metrics.jsonl")
     for key in ("loss", "tokens", "phase", "epochs"):
         assert [record[key] for record in again] == [record[key] for record in records]
-    first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "killed"))
+    first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("uninterrupted", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -122,8 +122,8 @@ def test_validation_of_all_text_is_the_mean_over_its_sources(arguments, shards, 
     assert record["validation_bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes)
 
 
-def test_another_batch_size_goes_on_with_the_next_row(arguments, tmp_path, monkeypatch):
-    """Runs of 8 rows a step, and of 8 then 4, read the same rows in the same order."""
+def test_another_batch_size_continues_with_the_next_row(arguments, tmp_path, monkeypatch):
+    """Runs of 8 rows per step, and of 8 then 4, read the same rows in the same order."""
     from scratch_gpt.data import loader
 
     rows = []
@@ -135,16 +135,18 @@ def test_another_batch_size_goes_on_with_the_next_row(arguments, tmp_path, monke
     def read(name, *more):
         rows.clear()
         assert main(arguments(name, *more)) == 0
-        return rows[8:]  # the first batch is read once more, to measure the arithmetic
+        return rows[8:]  # the first batch is read once more, to choose the precision
 
-    whole = read("whole", "--max-steps", "6")
+    uninterrupted = read("uninterrupted", "--max-steps", "6")
     before = read("changed", "--max-steps", "3")
     half = [*arguments("changed", "--max-steps", "9"), "--training.total_batch_size", "128"]
     rows.clear()
     assert main(half) == 0
-    assert before + rows == whole
-    assert read_state(tmp_path / "changed" / "checkpoint-9").cursor.row == 3 * 8 + 6 * 4
-    assert read_metrics(tmp_path / "changed" / "metrics.jsonl")[-1]["tokens"] == sum(c for r in whole for _, c in r)
+    assert before + rows == uninterrupted
+    assert read_state(tmp_path / "changed" / "checkpoint-9").data_position.row == 3 * 8 + 6 * 4
+    assert read_metrics(tmp_path / "changed" / "metrics.jsonl")[-1]["tokens"] == sum(
+        c for r in uninterrupted for _, c in r
+    )
 
 
 def test_another_mixture_is_another_run(arguments, capsys):
@@ -162,13 +164,13 @@ def test_another_mixture_is_another_run(arguments, capsys):
         (["--training.packing", "worst_fit"], "worst_fit"),
     ],
 )
-def test_mixtures_that_make_no_sense_are_refused(more, message, arguments, tmp_path, capsys):
+def test_invalid_mixtures_are_refused(more, message, arguments, tmp_path, capsys):
     assert main(arguments("run", *more)) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_tokens_that_the_model_does_not_know_are_refused_before_training(arguments, tokenizer_folder, tmp_path, capsys):
+def test_token_ids_outside_of_the_vocabulary_are_refused_before_training(arguments, tokenizer_folder, tmp_path, capsys):
     def attempt(folder, name):
         run = arguments(name)
         run[run.index("--data-path") + 1] = str(folder)
