@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from scratch_gpt.compute.compile import compile_blocks, uncompile_blocks
-from scratch_gpt.compute.precision import autocast, has_bf16
+from scratch_gpt.compute.precision import autocast, has_bf16, measure_seconds
 from scratch_gpt.config import TrainingSettings
 from scratch_gpt.data.batches import Batch
 from scratch_gpt.model import ScratchGPTForCausalLM
