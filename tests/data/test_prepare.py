@@ -259,7 +259,7 @@ def test_ctrl_c_ends_the_processes_too_and_the_same_command_goes_on(corpus, toke
     process.send_signal(signal.SIGCONT)
     printed = process.communicate(timeout=30)[0]
     assert process.returncode == 75, printed
-    assert "the same command goes on" in printed
+    assert "run the same command again to resume" in printed
     assert "Traceback" not in printed
     latest = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() for child in children.split()):
