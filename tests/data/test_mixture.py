@@ -29,7 +29,7 @@ def test_every_source_is_within_a_row_of_its_share_after_any_number_of_rows(valu
         for source, count in counts.items():
             assert abs(count - row * mixture.proportions[source]) <= tolerance
             if len(values) <= 4:  # the share rounded down or up
-                assert count in (int(row * mixture.proportions[source]), -int(-row * mixture.shares[source] // 1))
+                assert count in (int(row * mixture.proportions[source]), -int(-row * mixture.proportions[source] // 1))
         source, index = mixture.locate(row)
         assert index == counts[source]  # no row of a source is skipped or repeated
         counts[source] += 1

@@ -39,8 +39,8 @@ def test_two_processes_give_the_run_of_one_and_each_resumes_from_the_other(corpu
     two, one = tmp_path / "two", tmp_path / "one"
     done = launch(arguments(two, corpus, 10), ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "256 tokens a step on 2 process(es)" in done.stdout
-    assert done.stdout.count("arithmetic") == 1  # only the main process prints
+    assert "256 tokens per step on 2 process(es)" in done.stdout
+    assert done.stdout.count("precision  ") == 1  # only the main process prints
     assert main(arguments(one, corpus, 10)) == 0
 
     def compare(steps):

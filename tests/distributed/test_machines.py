@@ -91,10 +91,10 @@ def test_doctor_reports_what_each_process_of_a_launch_runs(tmp_path):
 
 def test_every_configuration_is_tested_and_documented():
     tests = "".join(path.read_text() for path in (ROOT / "tests" / "distributed").glob("test_*.py"))
-    readme = (ROOT / "README.md").read_text()
+    documentation = (ROOT / "docs" / "distributed.md").read_text()
     for path in (ROOT / "configs" / "accelerate").glob("*.yaml"):
         assert f'"{path.stem}"' in tests or f'"{path.name}"' in tests, path
-        assert f"`{path.name}`" in readme, path
+        assert f"`{path.name}`" in documentation, path
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("single_gpu", marks=pytest.mark.slow)])

@@ -80,9 +80,9 @@ def test_phases_with_packing_and_mask_are_the_same_run_after_a_kill(arguments, t
     more = ["--config", str(config), "--model.overrides.hidden_dropout", "0.1"]
     assert main(arguments("uninterrupted", *more)) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"packing    stories: \d+ rows per epoch, \d\.\d\d% padding", printed)
+    assert re.search(r"packing    stories: \d+ sequences per epoch, \d\.\d\d% padding", printed)
     assert "mixture    pretrain (75% of the steps): stories 2" in printed
-    assert "mixture    mid-training (25% of the steps): stories 100.0% of the rows" in printed
+    assert "mixture    mid-training (25% of the steps): stories 100.0% of the sequences" in printed
     assert re.search(r"data read  stories \d\.\d\d times, tales \d\.\d\d times", printed)
 
     records = read_metrics(tmp_path / "uninterrupted" / "metrics.jsonl")

@@ -198,7 +198,7 @@ def build_train_data(settings: PretrainSettings, shards: Shards, context_length:
     if len(packings) > 1:
         for phase in order.phases:
             shares = (f"{name} {float(share):.1%}" for name, share in order.mixtures[phase.name].proportions.items())
-            print0(f"mixture    {phase.name} ({phase.share:.0%} of the steps): {', '.join(shares)} of the rows")
+            print0(f"mixture    {phase.name} ({phase.share:.0%} of the steps): {', '.join(shares)} of the sequences")
     return TrainingData(shards.train, order, context_length, training.document_mask, vocab_size)
 
 
