@@ -18,7 +18,7 @@ from scratch_gpt.errors import UserError
 
 @dataclass(frozen=True)
 class DataPosition:
-    """Position of a run in its data; saved in checkpoints."""
+    """Position of a run in its data. The field names are keys in checkpoints."""
 
     row: int = 0
     """Sequences consumed by all ranks since the start of the run."""
