@@ -1,3 +1,5 @@
+"""Deduplication and decontamination, against direct comparisons."""
+
 import json
 
 import numpy as np

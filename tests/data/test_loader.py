@@ -1,3 +1,5 @@
+"""Prefetching: order, limits, exceptions and the end of the thread."""
+
 import threading
 import time
 

@@ -1,3 +1,5 @@
+"""Mixtures and phases: proportions, resume, and invalid settings."""
+
 import math
 from fractions import Fraction
 

@@ -1,3 +1,5 @@
+"""Packing by best fit, against a textbook implementation."""
+
 from itertools import pairwise
 
 import numpy as np

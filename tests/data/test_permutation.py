@@ -1,3 +1,5 @@
+"""The computed shuffle is a bijection and statistically uniform."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,3 +1,5 @@
+"""Token shards on disk: content, damage, and the commands that write and show them."""
+
 import json
 
 import numpy as np

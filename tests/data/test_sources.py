@@ -1,3 +1,5 @@
+"""Finding text, reading documents, and splitting off held-out text."""
+
 import pytest
 
 from scratch_gpt.config import TextSettings

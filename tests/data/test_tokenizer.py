@@ -1,3 +1,5 @@
+"""Training, saving, completing and comparing tokenizers."""
+
 import json
 import shutil
 
