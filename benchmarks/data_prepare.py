@@ -1,19 +1,20 @@
-"""Text to token files: scratch-gpt, `datasets.map` and nanoGPT's prepare side by side, on one core and on all.
+"""Compare tokenization speed: scratch-gpt, `datasets.map` and nanoGPT's prepare.py, on one core and on all.
 
     pip install tiktoken
     python benchmarks/data_prepare.py --text stories.txt --tokenizer gpt2/
 
-``--text`` has documents that end at a line ``<|endoftext|>``; ``--tokenizer`` is a folder with GPT-2's tokenizer.json,
-vocab.json and merges.txt. Each contestant runs in a process of its own, in turn, ``--repeats`` times; medians count.
+``--text`` holds documents that end at a line ``<|endoftext|>``; ``--tokenizer`` is a folder with GPT-2's tokenizer.json,
+vocab.json and merges.txt. The methods run alternately, each in its own process, ``--repeats`` times; the median and the
+range are reported.
 
-- scratch-gpt: `data prepare`, from the text file to shards with checksums, flushed to disk, the start of its processes
-  included.
-- datasets.map: the same tokenizer, batched, on a dataset that is loaded already; its Arrow file is the result.
-- nanoGPT: as its data/openwebtext/prepare.py does, tiktoken's encode_ordinary on each document of a dataset that is
-  loaded already, then the ids written to one file by numpy's memmap.
+- scratch-gpt: `data prepare`, from the text file to shards with checksums, flushed to disk, including the start of its
+  worker processes.
+- datasets.map: the same tokenizer, batched, on a loaded dataset; the result is an Arrow file.
+- nanoGPT: as in its data/openwebtext/prepare.py, tiktoken's encode_ordinary on each document of a loaded dataset; then
+  the ids are written to one file through numpy's memmap.
 
-Imports are not counted. The second table is scratch-gpt's peak memory, of its largest process, on 30 MB and 300 MB of
-text (the text over and over, each copy's documents with a number of their own).
+Imports are not timed. The second table reports scratch-gpt's peak memory (of its largest process) on 30 MB and 300 MB of
+text: copies of the text, with a number before each document that differs between copies.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def scratch_gpt(text: Path, tokenizer: Path, work: Path, workers: int) -> dict[s
     from scratch_gpt.data.shards import totals
     from scratch_gpt.data.tokenizer import load_tokenizer
 
-    load_tokenizer(tokenizer)  # its imports
+    load_tokenizer(tokenizer)  # imports transformers before timing
     begin = time.perf_counter()
     manifest = prepare(TextSettings(corpus=str(text)), tokenizer, work / "data", workers=workers)
     seconds = time.perf_counter() - begin
@@ -89,12 +90,12 @@ def nanogpt(text: Path, tokenizer: Path, work: Path, workers: int) -> dict[str, 
     mapped = dataset.map(process, remove_columns=["text"], num_proc=workers if workers > 1 else None)
     total = int(np.sum(mapped["len"], dtype=np.uint64))
     written = np.memmap(work / "train.bin", dtype=np.uint16, mode="w+", shape=(total,))
-    at, batches = 0, min(1024, len(mapped))
+    position, batches = 0, min(1024, len(mapped))
     for index in range(batches):
         batch = mapped.shard(num_shards=batches, index=index, contiguous=True).with_format("numpy")
         ids = np.concatenate(batch["ids"])
-        written[at : at + len(ids)] = ids
-        at += len(ids)
+        written[position : position + len(ids)] = ids
+        position += len(ids)
     written.flush()
     return {"seconds": time.perf_counter() - begin, "tokens": total}
 
@@ -103,7 +104,7 @@ _TIKTOKEN: dict[Path, tuple] = {}
 
 
 def tiktoken_of(folder: Path) -> tuple:
-    """tiktoken's GPT-2 from the two files of the tokenizer, since its own download needs the network."""
+    """Build tiktoken's GPT-2 encoding from vocab.json: (encode function, end-of-text id). Needs no network."""
     if folder not in _TIKTOKEN:
         import tiktoken
 
@@ -120,11 +121,11 @@ def tiktoken_of(folder: Path) -> tuple:
     return _TIKTOKEN[folder]
 
 
-CONTESTANTS = {"scratch-gpt": scratch_gpt, "datasets.map": datasets_map, "nanoGPT": nanogpt}
+METHODS = {"scratch-gpt": scratch_gpt, "datasets.map": datasets_map, "nanoGPT": nanogpt}
 
 
 def run(name: str, text: Path, tokenizer: Path, workers: int) -> dict[str, float]:
-    """One contestant in a process of its own."""
+    """Run one method in its own process: {"seconds", "tokens", "megabytes"}."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     command = [sys.executable, __file__, "--text", str(text), "--tokenizer", str(tokenizer), "--one", name]
@@ -136,16 +137,18 @@ def run(name: str, text: Path, tokenizer: Path, workers: int) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the GPT-2 tokenizer")
+    parser.add_argument("--repeats", type=int, default=3, help="runs per method (default: 3)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes (default: all cores)"
+    )
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         name, workers = arguments.one
         with tempfile.TemporaryDirectory() as work:
-            result = CONTESTANTS[name](arguments.text, arguments.tokenizer, Path(work), int(workers))
+            result = METHODS[name](arguments.text, arguments.tokenizer, Path(work), int(workers))
         peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         print(json.dumps({**result, "megabytes": max(peaks) / 1000}))
         return
@@ -153,16 +156,17 @@ def main() -> None:
     print(f"{arguments.text.stat().st_size / 1e6:.1f} MB of text, median of {arguments.repeats} (range)\n")
     print("| | processes | seconds | tokens/s | tokens/s per core |\n|---|---:|---:|---:|---:|")
     for workers in sorted({1, arguments.workers}):
-        results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
         for _ in range(arguments.repeats):
-            for name in CONTESTANTS:
+            for name in METHODS:
                 results[name].append(run(name, arguments.text, arguments.tokenizer, workers))
-        assert len({one["tokens"] for some in results.values() for one in some}) == 1, "not the same tokens"
-        for name, some in results.items():
-            seconds = [one["seconds"] for one in some]
-            rate = some[0]["tokens"] / statistics.median(seconds)
-            spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})"
-            print(f"| {name} | {workers} | {spread} | {rate:,.0f} | {rate / workers:,.0f} |", flush=True)
+        counts = {result["tokens"] for of_method in results.values() for result in of_method}
+        assert len(counts) == 1, f"the methods disagree on the number of tokens: {counts}"
+        for name, of_method in results.items():
+            seconds = [result["seconds"] for result in of_method]
+            rate = of_method[0]["tokens"] / statistics.median(seconds)
+            timing = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})"
+            print(f"| {name} | {workers} | {timing} | {rate:,.0f} | {rate / workers:,.0f} |", flush=True)
 
     print("\n| text | processes | peak memory of the largest process |\n|---:|---:|---:|")
     documents = documents_of(arguments.text)

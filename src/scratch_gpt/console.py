@@ -1,4 +1,4 @@
-"""What a person sees: summary lines that stay, and a progress bar that goes."""
+"""Console output: summary lines and a progress bar, printed by the main process only."""
 
 import os
 import time
@@ -10,21 +10,23 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 console = Console(highlight=False, soft_wrap=True)
 LINE_SECONDS = 60.0
+"""Interval between progress lines if the output is not a terminal."""
 
 
 def print0(text: str = "") -> None:
-    """One line, on the main process of a launch only, shown as it is (brackets are no markup)."""
+    """Print a line on the main process only, without interpreting brackets as markup."""
     if on_main_process():
         console.print(text, markup=False)
 
 
 def on_main_process() -> bool:
+    """Return whether this process has rank 0, by the launcher's environment variable."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def progress_bar(description: str, total: int, done: int = 0) -> Iterator["ProgressLine"]:
-    """A bar with the time left; where no terminal shows it, a line every :data:`LINE_SECONDS`."""
+    """Show a progress bar with the remaining time; not on a terminal, print a line every :data:`LINE_SECONDS`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,11 +39,14 @@ def progress_bar(description: str, total: int, done: int = 0) -> Iterator["Progr
 
 
 class ProgressLine:
+    """A progress bar, or lines at intervals if the bar is disabled."""
+
     def __init__(self, progress: Progress, task: TaskID):
         self.progress, self.task = progress, task
         self.last_line = time.monotonic()
 
     def update(self, completed: int, status: str = "") -> None:
+        """Set the progress and the text that follows the bar."""
         self.progress.update(self.task, completed=completed, status=status)
         if self.progress.disable and time.monotonic() - self.last_line >= LINE_SECONDS:
             left = self.progress.tasks[self.task].time_remaining
@@ -50,12 +55,12 @@ class ProgressLine:
 
 
 def printable(text: str) -> str:
-    """On one line, with what no terminal can show replaced."""
+    """Join ``text`` to one line and replace unprintable characters with U+FFFD."""
     return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
 
 
 def format_duration(seconds: float) -> str:
-    """75 -> 1:15, 4000 -> 1:06:40."""
+    """Format seconds as [h:]mm:ss: 75 -> 1:15, 4000 -> 1:06:40."""
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"

@@ -1,4 +1,4 @@
-"""Writing files so that a crash at any moment leaves either the old state or the new one."""
+"""Crash-safe file operations: a crash at any moment leaves either the old state or the new one."""
 
 import fcntl
 import hashlib
@@ -15,7 +15,7 @@ from scratch_gpt.errors import UserError
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling to fill; flushed to disk and renamed to ``target`` when the block ends well, else removed."""
+    """Yield a temporary sibling folder; on success flush it and rename it to ``target``, otherwise delete it."""
     temporary = _partial(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -32,17 +32,17 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete ``folder``, if it is there, so that at no moment a part of it goes by its name."""
+    """Delete ``folder`` if it exists; renamed first, so that a crash leaves no half-deleted folder of that name."""
     if folder.is_dir():
-        doomed = _partial(folder.with_name(f"{folder.name}.old"))
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
+        renamed = _partial(folder.with_name(f"{folder.name}.old"))
+        shutil.rmtree(renamed, ignore_errors=True)
+        folder.rename(renamed)
         flush(folder.parent)
-        shutil.rmtree(doomed)
+        shutil.rmtree(renamed)
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted in ``folder``."""
+    """Delete half-written and half-deleted files that a killed process left in ``folder``."""
     for path in filter(is_partial, folder.iterdir()):
         if path.is_dir():
             shutil.rmtree(path)
@@ -51,6 +51,7 @@ def remove_partial(folder: Path) -> None:
 
 
 def is_partial(path: Path) -> bool:
+    """Return whether ``path`` has the name of a half-written or half-deleted file."""
     return path.name.startswith(".") and path.name.endswith(".partial")
 
 
@@ -59,7 +60,7 @@ def _partial(target: Path) -> Path:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Replace ``target`` in one step."""
+    """Replace the content of ``target`` atomically."""
     temporary = _partial(target)
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -72,11 +73,12 @@ def write_text(target: Path, text: str) -> None:
 
 
 def write_json(target: Path, value: Any) -> None:
+    """Replace the content of ``target`` with ``value`` as JSON, atomically."""
     write_text(target, json.dumps(value, indent=2) + "\n")
 
 
 def flush(path: Path) -> None:
-    """Ask the operating system to put a file or folder entry on disk."""
+    """Flush a file or folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,10 +88,12 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file ``path`` for this process alone; the kernel frees it however the process ends.
+    """Lock the file ``path`` exclusively; the kernel releases the lock however the process ends.
+
+    ``what``: what the lock protects, for the message.
 
     Raises:
-        UserError: another process holds it; ``what`` is what that process is writing.
+        UserError: another process holds the lock.
     """
     with path.open("w") as lock:
         try:
@@ -100,19 +104,20 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one message; ``what`` is what was being written and what is safe."""
+    """Turn a full disk or a missing permission into a :class:`UserError` that says that ``what`` was not written."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors reports operating-system errors as text
+        # safetensors reports errors of the operating system as text
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if isinstance(error, OSError) or "Os {" in reason or "os error" in reason.lower():
             raise UserError(f"could not write {what}: {reason}. Free some space or choose another folder.") from error

@@ -336,7 +336,7 @@ def test_grpo_and_rloo_raise_the_score_and_log_the_kl_divergence(pairs):
         ),
         ("sft", ["--sft.max_length", 4], "no row is left of 8, all are longer than 4 tokens"),
         ("sft", ["--load-in-4bit"], "needs adapters to train: give --lora-rank"),
-        ("sft", ["--trackers", "[nobody]"], "there is no tracker 'nobody'"),
+        ("sft", ["--trackers", "[nobody]"], "unknown tracker 'nobody'"),
         ("sft", ["--model", "no_template"], "the tokenizer has no chat template"),
         ("reward", ["--model", "nothing"], "cannot be loaded as a reward model"),
         ("dpo", ["--dpo.loss_type", "magic"], "magic"),

@@ -1,3 +1,5 @@
+"""Deduplication and decontamination, against direct comparisons."""
+
 import json
 
 import numpy as np
@@ -11,7 +13,7 @@ LINE = "It is a truth universally acknowledged, that a single man in possession 
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=5), min_size=1, max_size=4))
-def test_exactly_the_first_of_each_is_kept(lists):
+def test_exactly_the_first_occurrence_of_each_digest_is_kept(lists):
     keep = first_occurrences([np.array(one, dtype=np.uint64) for one in lists])
     seen, expected = set(), []
     for one in lists:
@@ -30,12 +32,12 @@ def test_exactly_the_first_of_each_is_kept(lists):
         ("", False),
     ],
 )
-def test_thirteen_words_in_a_row_are_evaluation_text(document, found):
+def test_thirteen_consecutive_shared_words_are_contamination(document, found):
     assert Contamination([LINE, "too short to matter"]).found_in(document) is found
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=40), st.lists(st.sampled_from("abc"), max_size=60))
-def test_found_is_what_a_comparison_of_all_ngrams_finds(evaluation, document):
+def test_contamination_equals_a_comparison_of_all_ngrams(evaluation, document):
     def ngrams(words):
         return {tuple(words[i : i + 13]) for i in range(len(words) - 12)}
 
@@ -43,7 +45,7 @@ def test_found_is_what_a_comparison_of_all_ngrams_finds(evaluation, document):
     assert Contamination([" ".join(evaluation)]).found_in(" ".join(document)) == expected
 
 
-def test_strings_anywhere_in_a_record_are_evaluation_text(tmp_path):
+def test_every_string_of_a_record_is_evaluation_text(tmp_path):
     record = {"query": "a", "choices": ["b", {"text": "c"}], "gold": 1}
     (tmp_path / "eval.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "eval.txt").write_text("d\n<|endoftext|>\ne")

@@ -1,4 +1,4 @@
-"""The fast way to tokenize gives the ids of ``tokenizers``."""
+"""The fast encoder gives the same ids as `tokenizers`."""
 
 import json
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from scratch_gpt.data.encoding import (
 )
 from scratch_gpt.data.tokenizer_report import measure
 
-NASTY = [
+DIFFICULT = [
     "",
     " ",
     "  two  spaces , and\ta tab ",
@@ -57,9 +57,9 @@ def encoders(request, tokenizer_folder):
     return fast, BackendEncoder(tokenizer, "<u2")
 
 
-def test_nasty_text_gets_the_same_ids(encoders):
+def test_difficult_texts_get_the_same_ids(encoders):
     fast, backend = encoders
-    for text in [*NASTY, "".join(NASTY), " ".join(reversed(NASTY))]:
+    for text in [*DIFFICULT, "".join(DIFFICULT), " ".join(reversed(DIFFICULT))]:
         assert fast.encode(text) == backend.encode(text), text
 
 
@@ -76,28 +76,28 @@ def test_any_text_gets_the_same_ids(encoders, text):
 @given(text=st.text(st.sampled_from("  \n\r\t'srela1.é👩"), max_size=40), window=st.integers(1, 12))
 @example(text="\n\n  \nx", window=4)
 @example(text="a'rex", window=3)
-def test_a_long_document_is_cut_where_the_words_end(encoders, text, window):
+def test_a_long_document_is_split_into_windows_at_word_boundaries(encoders, text, window):
     fast, _ = encoders
-    whole = [word for some in fast.words(text) for word in some]
+    expected = [word for window_words in fast.words(text) for word in window_words]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "WINDOW", window)
-        assert [word for some in fast.words(text) for word in some] == whole
+        assert [word for window_words in fast.words(text) for word in window_words] == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", sorted(KNOWN_PATTERNS))
-def test_every_character_is_taken_as_tokenizers_takes_it(pattern, tokenizer_folder):
+def test_every_unicode_character_is_split_as_tokenizers_splits_it(pattern, tokenizer_folder):
     fast = WordEncoder(Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json")), "<u2", pattern)
-    cutter = pre_tokenizers.Split(Regex(pattern), "isolated")
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
     characters = [chr(code) for code in [*range(0xD800), *range(0xE000, 0x110000)]]
     for form in ("{0}", "a{0}b", "1{0}2", "'{0}", "'l{0}x", " {0}{0} ", " {0}a", "\n{0}\n", "!{0}!\n"):
         for start in range(0, len(characters), 4096):
             text = "".join("\u4e00 . " + form.format(character) for character in characters[start : start + 4096])
-            words = [word for some in fast.words(text) for word in some]
-            assert words == [word for word, _ in cutter.pre_tokenize_str(text)]
+            words = [word for window_words in fast.words(text) for word in window_words]
+            assert words == [word for word, _ in split.pre_tokenize_str(text)]
 
 
-def test_a_word_without_an_end_is_bounded(encoders, monkeypatch):
+def test_a_very_long_word_is_merged_in_chunks(encoders, monkeypatch):
     fast, backend = encoders
     text = "a" * 5000 + " b"
     monkeypatch.setattr(encoding, "WINDOW", 100)
@@ -108,7 +108,7 @@ def test_a_word_without_an_end_is_bounded(encoders, monkeypatch):
     assert tokenizer.decode(np.frombuffer(fast.encode(text), dtype="<u2").tolist()) == text
 
 
-def test_the_dictionary_of_words_is_bounded(tokenizer_folder, monkeypatch):
+def test_the_word_cache_is_bounded(tokenizer_folder, monkeypatch):
     monkeypatch.setattr(encoding, "CACHED_WORDS", 10)
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     fast, backend = make_encoder(tokenizer, "<u4"), BackendEncoder(tokenizer, "<u4")
@@ -118,7 +118,7 @@ def test_the_dictionary_of_words_is_bounded(tokenizer_folder, monkeypatch):
 
 
 def change(path, value):
-    """A tokenizer.json in which one thing is not as the fast way knows it."""
+    """Return a function that sets one value of a parsed tokenizer.json."""
 
     def changed(rules):
         *parents, last = path
@@ -141,7 +141,7 @@ def change(path, value):
         change(["model", "dropout"], 0.1),
     ],
 )
-def test_any_other_tokenizer_is_left_to_tokenizers(changed, tokenizer_folder):
+def test_an_unknown_bpe_variant_is_encoded_by_tokenizers(changed, tokenizer_folder):
     rules = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     assert known_pattern(Tokenizer.from_str(json.dumps(rules))) == word_pattern("gpt4", 3)
     changed(rules)
@@ -150,7 +150,7 @@ def test_any_other_tokenizer_is_left_to_tokenizers(changed, tokenizer_folder):
     assert isinstance(make_encoder(tokenizer, "<u2"), BackendEncoder)
 
 
-def test_a_tokenizer_of_another_kind_is_left_to_tokenizers():
+def test_a_word_level_tokenizer_is_encoded_by_tokenizers():
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
     assert np.frombuffer(make_encoder(tokenizer, "<u2").encode("b a c"), dtype="<u2").tolist() == [1, 0, 2]

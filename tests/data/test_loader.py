@@ -1,3 +1,5 @@
+"""Prefetching: order, limits, exceptions and the end of the thread."""
+
 import threading
 import time
 
@@ -6,11 +8,11 @@ import pytest
 from scratch_gpt.data.loader import Prefetcher
 
 
-def readers():
+def prefetch_threads():
     return [thread for thread in threading.enumerate() if thread.name == "prefetcher"]
 
 
-def test_items_come_in_order_and_are_read_before_they_are_asked_for():
+def test_items_are_prefetched_in_order_up_to_the_limit():
     begun = []
 
     def items():
@@ -18,36 +20,36 @@ def test_items_come_in_order_and_are_read_before_they_are_asked_for():
             begun.append(number)
             yield number
 
-    with Prefetcher(items(), ahead=3) as reader:
+    with Prefetcher(items(), ahead=3) as prefetcher:
         deadline = time.monotonic() + 10
         while len(begun) < 3 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.02)
-        assert begun == [0, 1, 2]  # so far and no farther
-        assert list(reader) == list(range(50))
-    assert readers() == []
+        assert begun == [0, 1, 2]
+        assert list(prefetcher) == list(range(50))
+    assert prefetch_threads() == []
 
 
-def test_an_exception_in_the_thread_reaches_the_reader_after_the_items_before_it():
+def test_an_exception_in_the_thread_is_raised_after_the_items_before_it():
     def items():
         yield 1
         raise OSError("the disk is gone")
 
-    with Prefetcher(items()) as reader:
-        assert next(reader) == 1
+    with Prefetcher(items()) as prefetcher:
+        assert next(prefetcher) == 1
         for _ in range(2):
             with pytest.raises(OSError, match="the disk is gone"):
-                next(reader)
-    assert readers() == []
+                next(prefetcher)
+    assert prefetch_threads() == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
-def test_the_thread_ends_with_the_block_however_that_ends(error):
+def test_the_thread_ends_with_the_block_after_any_exception(error):
     def endless():
         while True:
             yield bytes(10)
 
-    with pytest.raises(error), Prefetcher(endless()) as reader:
-        next(reader)
+    with pytest.raises(error), Prefetcher(endless()) as prefetcher:
+        next(prefetcher)
         raise error
-    assert readers() == []
+    assert prefetch_threads() == []

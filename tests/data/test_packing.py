@@ -1,3 +1,5 @@
+"""Packing by best fit, against a textbook implementation."""
+
 from itertools import pairwise
 
 import numpy as np
@@ -12,23 +14,23 @@ from scratch_gpt.data.tokenizer import load_tokenizer
 
 
 def best_fit_one_by_one(lengths, capacity):
-    """Best-fit decreasing as the textbook has it; the space left in each row."""
+    """Textbook best-fit decreasing, one segment at a time; returns the space left in each sequence."""
     spaces = []
     for length in sorted(lengths, reverse=True):
-        fitting = [(space, row) for row, space in enumerate(spaces) if space >= length]
-        row = min(fitting)[1] if fitting else len(spaces)
+        fitting = [(space, index) for index, space in enumerate(spaces) if space >= length]
+        index = min(fitting)[1] if fitting else len(spaces)
         if not fitting:
             spaces.append(capacity)
-        spaces[row] -= length
+        spaces[index] -= length
     return spaces
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), capacity=st.integers(1, 40))
-def test_pieces_placed_by_length_fill_rows_as_pieces_placed_one_by_one(data, capacity):
+def test_assigning_segments_by_length_fills_sequences_as_one_by_one_does(data, capacity):
     lengths = data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=80))
-    rows = best_fit(np.array(lengths), capacity)
-    left = capacity - np.bincount(rows, weights=lengths)
+    sequences = best_fit(np.array(lengths), capacity)
+    left = capacity - np.bincount(sequences, weights=lengths)
     assert sorted(left) == sorted(best_fit_one_by_one(lengths, capacity))
 
 
@@ -38,7 +40,7 @@ def test_pieces_placed_by_length_fill_rows_as_pieces_placed_one_by_one(data, cap
     context=st.integers(1, 40),
     window=st.sampled_from([1, 7, 1000]),
 )
-def test_documents_stay_whole_where_they_fit_and_no_token_is_lost(lengths, context, window):
+def test_documents_that_fit_are_not_split_and_no_token_is_lost(lengths, context, window):
     starts = np.cumsum([0, *lengths])
     firsts, counts, sequence_starts = best_fit_sequences(starts[:-1], int(starts[-1]), context, window)
     tokens = [token for first, count in zip(firsts, counts, strict=True) for token in range(first, first + count)]
@@ -48,18 +50,18 @@ def test_documents_stay_whole_where_they_fit_and_no_token_is_lost(lengths, conte
     assert filled.min() > 0
     expected = sorted(-(-length // context) for length in lengths)
     owners = np.searchsorted(starts, firsts, side="right") - 1
-    assert sorted(np.bincount(owners)) == expected  # a document is cut only as often as it must be
+    assert sorted(np.bincount(owners)) == expected  # no document is split more often than necessary
     for begin, end in pairwise(sequence_starts):
         assert (np.diff(firsts[begin:end]) > 0).all()
 
 
-def test_more_rows_than_needed_are_never_opened():
-    """Best-fit decreasing opens at most 11/9 of the best number of rows, and a row more (Johnson, 1973)."""
-    lengths = np.array([6, 4, 5, 5, 7, 3, 8, 2, 9, 1] * 30)  # pairs that fill 150 rows of 10
+def test_the_number_of_sequences_is_minimal_for_pairs_that_fit():
+    """In general best-fit decreasing uses at most 11/9 of the optimum plus a constant (Johnson, 1973)."""
+    lengths = np.array([6, 4, 5, 5, 7, 3, 8, 2, 9, 1] * 30)  # pairs that fill 150 sequences of 10
     assert best_fit(lengths, 10).max() + 1 == 150
 
 
-def test_packing_is_fast_and_wastes_little():
+def test_packing_many_documents_wastes_less_than_0_2_percent():
     random = np.random.default_rng(0)
     lengths = np.maximum(1, random.lognormal(5.5, 1.0, 20_000)).astype(int)
     starts = np.cumsum([0, *lengths])
@@ -68,14 +70,14 @@ def test_packing_is_fast_and_wastes_little():
     assert waste < 0.002
 
 
-def test_real_stories_waste_little(shared_data, tokenizer_folder):
+def test_packing_stories_wastes_less_than_5_percent(shared_data, tokenizer_folder):
     path = shared_data / "corpora" / "tinystories-sample" / "stories.txt"
     if not path.is_file():
         pytest.skip(f"{path} is absent")
     backend = load_tokenizer(tokenizer_folder).backend_tokenizer
     stream = TokenStream.of_documents([(backend.encode(text).ids, 1) for text in read_documents([path])], 0)
     packing = BestFit(stream, 1024, 0)
-    assert 0 <= packing.waste < 0.05  # stories of about half a row
+    assert 0 <= packing.waste < 0.05  # stories of about half a sequence
     assert sum(count for index in range(packing.sequences_per_epoch) for _, count in packing.sequence(index)) == len(
         stream
     )

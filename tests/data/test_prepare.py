@@ -1,4 +1,4 @@
-"""`data prepare`: any number of processes, any number of interruptions, the same bytes."""
+"""`data prepare` writes identical shards for any number of processes and any number of interruptions."""
 
 import fcntl
 import gzip
@@ -32,11 +32,11 @@ from scratch_gpt.data.tokenizer import load_tokenizer
 from scratch_gpt.errors import UserError
 
 SMALL = 10_000
-"""Bytes of a unit, so that a small corpus has many."""
+"""Bytes per work unit, so that a small corpus has many units."""
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file under ``folder`` with its checksum."""
+    """Return every file under ``folder`` with its checksum."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -59,7 +59,7 @@ def texts(corpus, tmp_path_factory):
     return TextSettings(sources=sources, validation_fraction=0.2)
 
 
-def test_several_sources_keep_their_documents_apart(texts, corpus, tokenizer_folder, tmp_path):
+def test_each_source_holds_exactly_its_own_documents(texts, corpus, tokenizer_folder, tmp_path):
     manifest = prepare(texts, tokenizer_folder, tmp_path / "data", workers=1)
     assert list(manifest["sources"]) == ["zipped", "lines", "table"]
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -68,20 +68,20 @@ def test_several_sources_keep_their_documents_apart(texts, corpus, tokenizer_fol
         found = []
         for split in ("train", "validation"):
             stream = TokenStream.open(tmp_path / "data", split, manifest, source=name)
-            rows = np.split(stream.read(0, len(stream)), stream.document_starts()[1:])
-            assert all(row[-1] == manifest["end_of_text"] for row in rows)
-            found += [tokenizer.decode(row[:-1]) for row in rows]
+            encoded = np.split(stream.read(0, len(stream)), stream.document_starts()[1:])
+            assert all(ids[-1] == manifest["end_of_text"] for ids in encoded)
+            found += [tokenizer.decode(ids[:-1]) for ids in encoded]
         assert sorted(found) == sorted(f"{i}: {d}" if prefix else d for i, d in enumerate(documents))
-    whole = TokenStream.open(tmp_path / "data", "train", manifest)
-    assert len(whole) == totals(manifest, "train")["tokens"]
-    assert all(whole.read(int(start) - 1, 1) == [manifest["end_of_text"]] for start in whole.document_starts())
+    train = TokenStream.open(tmp_path / "data", "train", manifest)
+    assert len(train) == totals(manifest, "train")["tokens"]
+    assert all(train.read(int(start) - 1, 1) == [manifest["end_of_text"]] for start in train.document_starts())
     texts_of = [text for documents in split_documents(texts)[:2] for text in documents]
     assert sum(totals(manifest, split)["bytes"] for split in ("train", "validation")) == sum(
         len(text.encode()) for text in texts_of
     )
 
 
-def test_the_ids_are_those_of_tokenizers(texts, tokenizer_folder, tmp_path):
+def test_token_ids_equal_those_of_the_tokenizers_library(texts, tokenizer_folder, tmp_path):
     manifest = prepare(texts, tokenizer_folder, tmp_path / "data", workers=1, unit_bytes=SMALL)
     stream = TokenStream.open(tmp_path / "data", "train", manifest)
     expected = TokenStream.of_documents(
@@ -112,7 +112,7 @@ class Interruption(Exception):
 
 
 def interrupt_after(units, monkeypatch, exception):
-    """Let ``units`` units be finished, and the next one fail in the middle."""
+    """Raise ``exception`` in the middle of the unit after the first ``units`` units."""
     add, finish = workers_module.ShardWriter.add, workers_module.write_json
     done = []
 
@@ -130,53 +130,59 @@ def interrupt_after(units, monkeypatch, exception):
 
 
 @pytest.fixture(scope="module")
-def whole(texts, tokenizer_folder, tmp_path_factory):
-    """What an undisturbed preparation writes."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(texts, tokenizer_folder, tmp_path_factory):
+    """The files that an uninterrupted preparation writes."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     prepare(texts, tokenizer_folder, folder, workers=1, unit_bytes=SMALL)
     return content(folder)
 
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt(), OSError(28, "No space left on device"), Interruption()])
 @pytest.mark.parametrize("units", [0, 3])
-def test_an_interrupted_preparation_goes_on(exception, units, whole, texts, tokenizer_folder, tmp_path, monkeypatch):
+def test_the_same_command_resumes_after_an_interruption(
+    exception, units, uninterrupted, texts, tokenizer_folder, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         interrupt_after(units, patch, exception)
         with pytest.raises(UserError if isinstance(exception, OSError) else type(exception)):
             prepare(texts, tokenizer_folder, tmp_path / "data", workers=1, unit_bytes=SMALL)
         assert not list((tmp_path / "data").rglob("partial/*"))
     if units or not isinstance(exception, OSError):
-        with pytest.raises(UserError, match="is not finished: the same `scratch-gpt data prepare` command resumes"):
+        with pytest.raises(
+            UserError, match="is not finished: resume it with the same `scratch-gpt data prepare` command"
+        ):
             read_manifest(tmp_path / "data")
     finished = {file: file.stat().st_mtime_ns for file in (tmp_path / "data").glob("*/*.bin")}
     assert bool(finished) == bool(units)
     prepare(texts, tokenizer_folder, tmp_path / "data", workers=1, unit_bytes=SMALL)
-    assert content(tmp_path / "data") == whole
+    assert content(tmp_path / "data") == uninterrupted
     assert all(file.stat().st_mtime_ns == when for file, when in finished.items())
 
 
-def test_a_finished_unit_whose_file_is_gone_is_made_again(whole, texts, tokenizer_folder, tmp_path, monkeypatch):
+def test_a_finished_unit_with_a_truncated_file_is_redone(uninterrupted, texts, tokenizer_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_after(3, patch, Interruption())
         with pytest.raises(Interruption):
             prepare(texts, tokenizer_folder, tmp_path / "data", workers=1, unit_bytes=SMALL)
     os.truncate(next((tmp_path / "data").glob("*/*.bin")), 10)
     prepare(texts, tokenizer_folder, tmp_path / "data", workers=1, unit_bytes=SMALL)
-    assert content(tmp_path / "data") == whole
+    assert content(tmp_path / "data") == uninterrupted
 
 
-def test_an_unfinished_preparation_of_something_else_is_refused_by_name(texts, tokenizer_folder, tmp_path, monkeypatch):
+def test_an_unfinished_preparation_with_other_settings_names_the_difference(
+    texts, tokenizer_folder, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         interrupt_after(1, patch, Interruption())
         with pytest.raises(Interruption):
             prepare(texts, tokenizer_folder, tmp_path / "data", workers=1, unit_bytes=SMALL)
     before = content(tmp_path / "data")
-    with pytest.raises(UserError, match="holds an unfinished preparation with another deduplicate: choose another"):
+    with pytest.raises(UserError, match="holds an unfinished preparation with a different deduplicate: choose another"):
         prepare(texts, tokenizer_folder, tmp_path / "data", workers=1, unit_bytes=SMALL, deduplicate=True)
     other = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_folder, other)
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
-    with pytest.raises(UserError, match="with another tokenizer"):
+    with pytest.raises(UserError, match="with a different tokenizer"):
         prepare(texts, other, tmp_path / "data", workers=1, unit_bytes=SMALL)
     assert content(tmp_path / "data") == before
 
@@ -200,7 +206,7 @@ def start(corpus, tokenizer_folder, output, workers, unit_bytes):
 
 
 def kill(process, when):
-    """Kill ``process`` after ``when`` seconds of writing, unless it finishes before."""
+    """Kill ``process`` ``when`` seconds after it finished its first unit, unless it ends before."""
     output = Path(process.args[1]).with_suffix("")
     while not list(output.glob(".prepare/units/*.json")) and process.poll() is None:
         time.sleep(0.01)
@@ -209,8 +215,8 @@ def kill(process, when):
     process.wait()
 
 
-def test_kill_9_changes_nothing(corpus, tokenizer_folder, tmp_path):
-    for output, processes in (("whole", 1), ("killed", 2)):
+def test_shards_are_identical_after_kill_9(corpus, tokenizer_folder, tmp_path):
+    for output, processes in (("uninterrupted", 1), ("killed", 2)):
         process = start(corpus, tokenizer_folder, tmp_path / output, processes, SMALL // 4)
         if output == "killed":
             kill(process, 0.05)
@@ -218,22 +224,22 @@ def test_kill_9_changes_nothing(corpus, tokenizer_folder, tmp_path):
             assert not (tmp_path / "killed" / "manifest.json").exists()
             process = start(corpus, tokenizer_folder, tmp_path / output, 1, SMALL // 4)
         assert "training tokens" in process.communicate()[0]
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert content(tmp_path / "killed") == content(tmp_path / "uninterrupted")
 
 
 @pytest.mark.slow
-def test_kill_9_at_random_moments_until_it_finishes_changes_nothing(tokenizer_folder, tmp_path):
+def test_shards_are_identical_after_kill_9_at_many_random_moments(tokenizer_folder, tmp_path):
     text = bundled_corpus("train").read_text(encoding="utf-8")
     slices = [text[start : start + 3000].strip() for start in range(0, len(text), 2971)]
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n<|endoftext|>\n".join(f"{copy} {file_slice}" for copy in range(30) for file_slice in slices))
-    process = start(corpus, tokenizer_folder, tmp_path / "whole", 1, 500_000)
+    process = start(corpus, tokenizer_folder, tmp_path / "uninterrupted", 1, 500_000)
     assert "training tokens" in process.communicate()[0]
     chance = random.Random(0)
     killed = 0
     while not (tmp_path / "killed" / "manifest.json").exists():
         process = start(corpus, tokenizer_folder, tmp_path / "killed", 2, 500_000)
-        if killed % 3 == 2:  # anywhere, from its first import on
+        if killed % 3 == 2:  # at any moment, imports included
             time.sleep(chance.uniform(0, 6))
             process.kill()
             process.wait()
@@ -243,17 +249,17 @@ def test_kill_9_at_random_moments_until_it_finishes_changes_nothing(tokenizer_fo
     process = start(corpus, tokenizer_folder, tmp_path / "killed", 2, 500_000)
     assert "training tokens" in process.communicate()[0]
     assert killed >= 4
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert content(tmp_path / "killed") == content(tmp_path / "uninterrupted")
 
 
-def test_ctrl_c_ends_the_processes_too_and_the_same_command_goes_on(corpus, tokenizer_folder, tmp_path):
+def test_ctrl_c_ends_all_processes_and_says_how_to_resume(corpus, tokenizer_folder, tmp_path):
     many = tmp_path / "many.txt"  # long enough for the signal to come in time
     many.write_text("\n<|endoftext|>\n".join(f"{copy} {corpus.read_text()}" for copy in range(100)))
     process = start(many, tokenizer_folder, tmp_path / "data", 2, SMALL)
     while not list((tmp_path / "data").glob(".prepare/units/*.json")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
-    process.send_signal(signal.SIGSTOP)  # or it might be ready before it is told
+    process.send_signal(signal.SIGSTOP)  # so that it cannot finish before the signal
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
@@ -268,7 +274,7 @@ def test_ctrl_c_ends_the_processes_too_and_the_same_command_goes_on(corpus, toke
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_one_message(corpus, tokenizer_folder, tmp_path):
+def test_a_killed_worker_is_reported_in_one_message(corpus, tokenizer_folder, tmp_path):
     many = tmp_path / "many.txt"  # long enough for the signal to come in time
     many.write_text("\n<|endoftext|>\n".join(f"{copy} {corpus.read_text()}" for copy in range(100)))
     process = start(many, tokenizer_folder, tmp_path / "data", 2, SMALL)
@@ -282,7 +288,7 @@ def test_a_worker_that_is_killed_is_one_message(corpus, tokenizer_folder, tmp_pa
     assert "a worker process was killed" in printed
 
 
-def test_two_runs_at_once_are_refused(corpus, tokenizer_folder, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(corpus, tokenizer_folder, tmp_path):
     (tmp_path / "data").mkdir()
     with (tmp_path / "data" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -291,8 +297,8 @@ def test_two_runs_at_once_are_refused(corpus, tokenizer_folder, tmp_path):
     assert prepare(TextSettings(corpus=str(corpus)), tokenizer_folder, tmp_path / "data")
 
 
-def test_a_disk_that_is_full_is_one_message_and_what_is_finished_is_kept(corpus, tokenizer_folder, tmp_path):
-    """The kernel refuses to write more than some bytes into any file, as a quota does."""
+def test_a_full_disk_is_reported_in_one_message_and_finished_units_are_kept(corpus, tokenizer_folder, tmp_path):
+    """A limit on the size of files stands in for a full disk."""
     slices = list(read_documents([corpus]))
     text = tmp_path / "text.txt"
     text.write_text("\n<|endoftext|>\n".join([*slices[:25], "\n".join(slices) * 4, "the end"]))
@@ -315,14 +321,14 @@ def test_a_disk_that_is_full_is_one_message_and_what_is_finished_is_kept(corpus,
     assert done.returncode == 0, done.stderr
 
 
-def test_a_broken_record_stops_or_is_counted_and_finished_units_stay(corpus, tokenizer_folder, tmp_path):
+def test_a_broken_record_stops_the_run_or_is_skipped_and_finished_units_are_kept(corpus, tokenizer_folder, tmp_path):
     lines = [json.dumps({"text": document}) for document in read_documents([corpus])]
     lines[25] = '{"text": "cut off'
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, json.dumps({"text": " "})]))
     settings = TextSettings(corpus=str(tmp_path / "a.jsonl"), validation_fraction=0.2, on_bad_record="stop")
     with pytest.raises(UserError, match=r"a.jsonl, line 26: not JSON: Unterminated string.* --on-bad-record skip"):
         prepare(settings, tokenizer_folder, tmp_path / "data", workers=2, unit_bytes=SMALL)
-    # finished is what has a record (not one that its worker was writing when it was ended); what has none is done again
+    # a unit is finished if it has a record; others are redone
     records = [json.loads(file.read_text()) for file in (tmp_path / "data" / ".prepare" / "units").glob("*.json")]
     files = [tmp_path / "data" / f"{shard['name']}.bin" for record in records for shard in record["shards"]]
     finished = {file: file.stat().st_mtime_ns for file in files}
@@ -334,7 +340,7 @@ def test_a_broken_record_stops_or_is_counted_and_finished_units_stay(corpus, tok
     assert sum(totals(manifest, split)["documents"] for split in ("train", "validation")) == len(lines) - 1
 
 
-def test_a_preparation_that_cannot_begin_leaves_nothing(tokenizer_folder, tmp_path):
+def test_a_preparation_that_fails_before_its_first_unit_leaves_no_files(tokenizer_folder, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' * 30 + "{\n")
     settings = TextSettings(corpus=str(tmp_path / "a.jsonl"), on_bad_record="stop")
     with pytest.raises(UserError, match="line 31"):
@@ -345,7 +351,7 @@ def test_a_preparation_that_cannot_begin_leaves_nothing(tokenizer_folder, tmp_pa
     assert not (tmp_path / "data").exists()
 
 
-def test_duplicates_over_all_sources_are_removed_and_the_first_one_stays(corpus, tokenizer_folder, tmp_path):
+def test_duplicates_across_sources_are_removed_and_the_first_occurrence_is_kept(corpus, tokenizer_folder, tmp_path):
     documents = list(read_documents([corpus]))
     for name, own in (("a", documents[:22]), ("b", documents[10:] + documents[:3])):
         (tmp_path / f"{name}.txt").write_text("\n<|endoftext|>\n".join(own))
@@ -364,7 +370,7 @@ def test_duplicates_over_all_sources_are_removed_and_the_first_one_stays(corpus,
     assert manifest["sources"]["b"]["removed"]["duplicates"] == 12 + 1 + 3
 
 
-def test_documents_with_evaluation_text_are_removed(corpus, tokenizer_folder, tmp_path):
+def test_documents_that_contain_evaluation_text_are_removed(corpus, tokenizer_folder, tmp_path):
     documents = list(read_documents([corpus]))
     question = " ".join(documents[5].split()[30:50])
     (tmp_path / "eval.jsonl").write_text(json.dumps({"question": question.upper()}) + "\n")
@@ -389,11 +395,11 @@ def test_the_validation_split_is_stable_when_text_is_added(corpus, tokenizer_fol
         settings = TextSettings(corpus=str(tmp_path / f"{count}.txt"), validation_fraction=0.3)
         manifest = prepare(settings, tokenizer_folder, tmp_path / str(count))
         stream = TokenStream.open(tmp_path / str(count), "validation", manifest)
-        held_out.append({tuple(row) for row in np.split(stream.read(0, len(stream)), stream.document_starts()[1:])})
+        held_out.append({tuple(ids) for ids in np.split(stream.read(0, len(stream)), stream.document_starts()[1:])})
     assert held_out[0] <= held_out[1]
 
 
-def test_text_that_looks_like_a_special_token_stays_text(tokenizer_folder, tmp_path):
+def test_special_tokens_in_a_text_are_encoded_as_text(tokenizer_folder, tmp_path):
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(f"{i} <|endoftext|> <|pad|> b" for i in range(60)))
     manifest = prepare(TextSettings(corpus=str(tmp_path / "a.txt")), tokenizer_folder, tmp_path / "data")
     stream = TokenStream.open(tmp_path / "data", "train", manifest)
@@ -425,7 +431,7 @@ def test_a_document_of_100_megabytes_on_one_line_takes_bounded_time_and_memory(t
     assert np.array_equal(stream.read(0, len(same) - 5), same.read(0, len(same) - 5))
 
 
-def test_a_mixture_is_described_in_yaml(corpus, texts, tokenizer_folder, tmp_path, capsys):
+def test_several_sources_can_be_configured_in_yaml(corpus, texts, tokenizer_folder, tmp_path, capsys):
     sources = {name: {"path": one.path, "template": one.template} for name, one in texts.sources.items()}
     settings = {"sources": sources, "validation_fraction": 0.2, "output": str(tmp_path / "data")}
     (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(settings | {"tokenizer_path": str(tokenizer_folder)}))
@@ -442,21 +448,21 @@ def test_a_mixture_is_described_in_yaml(corpus, texts, tokenizer_folder, tmp_pat
     [
         ({"a": {}}, "the source a needs a path or a dataset"),
         ({"a": {"path": "x", "dataset": "y"}}, "the source a needs a path or a dataset, not both"),
-        ({"a/b": {"path": "x"}}, "a source cannot be called 'a/b'"),
+        ({"a/b": {"path": "x"}}, "invalid source name 'a/b'"),
         ({"a": {"path": "x", "template": "{"}}, "the template '{' is malformed"),
         ({"a": {"path": "x", "template": "text"}}, "must name columns"),
         ({"a": {"path": "absent"}}, "there is no text file absent"),
         ({"a": {"pth": "absent"}}, "unknown setting 'pth'|pth"),
     ],
 )
-def test_a_source_that_makes_no_sense_is_refused(sources, message, tmp_path, capsys):
+def test_an_invalid_source_is_refused(sources, message, tmp_path, capsys):
     (tmp_path / "mixture.yaml").write_text(yaml.safe_dump({"sources": sources, "output": str(tmp_path / "data")}))
     assert main(["data", "prepare", "--config", str(tmp_path / "mixture.yaml")]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
 
 
-def test_a_corpus_and_sources_together_are_refused(corpus):
+def test_corpus_and_sources_together_are_refused(corpus):
     settings = DataPrepareSettings(corpus=str(corpus), sources={"a": SourceSettings(path=str(corpus))})
     with pytest.raises(UserError, match="give --corpus or --sources, not both"):
         split_documents(settings)

@@ -1,4 +1,4 @@
-"""Every kind of file and dataset gives the same documents, whole or in slices, and says what is wrong with a broken one."""
+"""Every kind of file and dataset gives the same documents, at once or in slices; broken records are named."""
 
 import gzip
 import json
@@ -40,7 +40,9 @@ def write(path: Path) -> Path:
     if path.suffix in (".txt", ".jsonl"):
         path.write_bytes(plain)
     elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(plain[:999]) + gzip.compress(plain[999:]))  # of two members, as `cat a b` makes
+        path.write_bytes(
+            gzip.compress(plain[:999]) + gzip.compress(plain[999:])
+        )  # two gzip members, as `cat a.gz b.gz` writes
     elif path.suffix == ".xz":
         path.write_bytes(lzma.compress(plain))
     elif path.suffix == ".zst":
@@ -60,7 +62,7 @@ FILES += ["a.parquet", "file.arrow", "stream.arrow"]
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("size", [10**9, 1500])
-def test_every_format_gives_every_document_once_and_in_order(name, size, tmp_path):
+def test_every_format_gives_every_document_once_in_order(name, size, tmp_path):
     path = write(tmp_path / name)
     slices = [file_slice for file_slice, _ in cut(path, size)]
     if size == 1500 and name in ("a.txt", "a.jsonl", "a.parquet"):
@@ -70,7 +72,7 @@ def test_every_format_gives_every_document_once_and_in_order(name, size, tmp_pat
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["saved", "saved splits", "files"])
-def test_datasets_give_every_document_once_and_in_order(kind, streaming, tmp_path, monkeypatch):
+def test_datasets_give_every_document_once_in_order(kind, streaming, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "data"
     dataset = datasets.Dataset(table())
@@ -90,7 +92,7 @@ def test_datasets_give_every_document_once_and_in_order(kind, streaming, tmp_pat
         list(read_locations([location], ReadOptions(column="body")))
 
 
-def test_a_dataset_that_is_not_there_is_one_message(tmp_path):
+def test_a_missing_dataset_or_split_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="the dataset nobody/nothing cannot be loaded"):
         list(read_locations([Dataset("nobody/nothing")], ReadOptions()))
     datasets.DatasetDict(test=datasets.Dataset(table())).save_to_disk(tmp_path / "data")
@@ -104,16 +106,16 @@ def test_a_dataset_that_is_not_there_is_one_message(tmp_path):
     size=st.integers(1, 60),
     ending=st.sampled_from(["", "\n"]),
 )
-def test_pieces_of_a_text_file_hold_what_the_whole_holds(documents, size, ending, tmp_path_factory):
+def test_slices_of_a_text_file_hold_the_same_documents_as_the_file(documents, size, ending, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "slices.txt"
     path.write_text("\n<|endoftext|>\n".join(documents) + ending, encoding="utf-8")
-    whole = list(read_slice(FileSlice(path), ReadOptions(), Counter()))
+    expected = list(read_slice(FileSlice(path), ReadOptions(), Counter()))
     slices = [file_slice for file_slice, _ in cut(path, size)]
-    assert [text for file_slice in slices for text in read_slice(file_slice, ReadOptions(), Counter())] == whole
+    assert [text for file_slice in slices for text in read_slice(file_slice, ReadOptions(), Counter())] == expected
     assert [file_slice.start for file_slice in slices[1:]] == [file_slice.end for file_slice in slices[:-1]]
 
 
-def test_a_template_makes_the_text_from_several_columns(tmp_path):
+def test_a_template_composes_the_text_from_several_columns(tmp_path):
     rows = [{"title": "T", "text": "x", "meta": {"year": 1813}}, {"title": None, "text": "y", "meta": {"year": 1}}]
     read_options = ReadOptions(template="{title} ({meta[year]}): {text}")
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -124,7 +126,7 @@ def test_a_template_makes_the_text_from_several_columns(tmp_path):
 
 BROKEN = [
     (b'{"text": "good"}\n{"text": \n', r"a.jsonl, line 2: not JSON: Expecting value"),
-    (b'{"text": "good"}\n\n[1, 2]\n', r"a.jsonl, line 3: a JSON object is needed, not '\[1, 2\]'"),
+    (b'{"text": "good"}\n\n[1, 2]\n', r"a.jsonl, line 3: expected a JSON object, not '\[1, 2\]'"),
     (b'{"text": "good"}\n{"body": "b", "id": 1}\n', r"line 2: there is no column 'text'; the columns are body, id"),
     (b'{"text": "good"}\n{"text": 7}\n', r"line 2: the column 'text' holds int, not text"),
     (b'{"text": "good"}\n{"text": "caf\xe9"}\n', r"line 2: not UTF-8 at byte 13 of the line \(0xe9\)"),
@@ -135,7 +137,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("content", "message"), BROKEN, ids=[message[:30] for _, message in BROKEN])
-def test_a_broken_line_is_named_or_left_out_and_counted(content, message, tmp_path):
+def test_a_broken_line_is_named_or_skipped_and_counted(content, message, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message + r"[\s\S]*--on-bad-record skip"):
@@ -145,7 +147,7 @@ def test_a_broken_line_is_named_or_left_out_and_counted(content, message, tmp_pa
     assert removed == {"broken": 1}
 
 
-def test_the_line_number_counts_from_the_files_beginning_in_any_piece(tmp_path):
+def test_line_numbers_count_from_the_beginning_of_the_file_in_every_slice(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(JSONL + b"{]\n")
     *_, (last, _) = cut(path, 1000)
@@ -154,7 +156,7 @@ def test_the_line_number_counts_from_the_files_beginning_in_any_piece(tmp_path):
         list(read_slice(last, ReadOptions(), Counter()))
 
 
-def test_bytes_that_are_not_text_can_be_replaced(tmp_path):
+def test_bytes_that_are_not_utf8_can_be_replaced(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"caf\xe9 a\0b\n<|endoftext|>\ngood")
     assert list(read_locations([path], ReadOptions(errors="replace"))) == ["caf\ufffd a\ufffdb", "good"]
@@ -168,14 +170,14 @@ def test_bytes_that_are_not_text_can_be_replaced(tmp_path):
     assert removed["broken"] == 1
 
 
-def test_empty_documents_are_left_out_and_counted(tmp_path):
+def test_empty_documents_are_skipped_and_counted(tmp_path):
     pq.write_table(pa.table({"text": ["a", "", None, " \n", "b"]}), tmp_path / "a.parquet")
     removed = Counter()
     assert list(read_slice(FileSlice(tmp_path / "a.parquet"), ReadOptions(), removed)) == ["a", "b"]
     assert removed == {"empty": 3}
 
 
-def test_a_parquet_string_that_is_not_utf8_is_named_by_its_row(tmp_path):
+def test_a_parquet_string_that_is_not_utf8_is_named_with_its_row(tmp_path):
     strings = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0\10\0\0\0"), pa.py_buffer(b"goodcaf\xe9")]
     )
@@ -186,7 +188,7 @@ def test_a_parquet_string_that_is_not_utf8_is_named_by_its_row(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.endswith((".txt", ".jsonl"))])
-def test_a_file_that_is_cut_off_is_named(name, tmp_path):
+def test_a_truncated_or_foreign_file_is_named(name, tmp_path):
     path = write(tmp_path / name)
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=f"{name}: damaged"):

@@ -1,3 +1,5 @@
+"""Token shards on disk: content, damage, and the commands that write and show them."""
+
 import json
 
 import numpy as np
@@ -25,7 +27,7 @@ def shards(tmp_path):
     return folder
 
 
-def test_shards_hold_every_document_once_with_its_end_of_text(shards):
+def test_shards_hold_every_document_once_with_one_end_of_text_token(shards):
     manifest = read_manifest(shards)
     stream = TokenStream.open(shards, "train", manifest)
     expected = [token for i in range(6) for token in [i + 1] * (i + 1) + [0]]
@@ -46,33 +48,33 @@ def test_shards_hold_every_document_once_with_its_end_of_text(shards):
     start=st.integers(-50, 100),
     length=st.integers(1, 60),
 )
-def test_stream_is_a_ring_over_its_shards(sizes, start, length):
+def test_the_token_stream_wraps_around_its_shards(sizes, start, length):
     tokens = np.arange(sum(sizes))
     stream = TokenStream(np.split(tokens, np.cumsum(sizes)[:-1]), num_bytes=1)
     assert stream.read(start, length).tolist() == [(start + i) % len(tokens) for i in range(length)]
 
 
-def test_ids_take_two_bytes_where_they_fit():
+def test_token_ids_take_two_bytes_if_the_vocabulary_allows():
     assert (token_dtype(2**16), token_dtype(2**16 + 1)) == ("<u2", "<u4")
 
 
-def test_truncated_shard_is_named(shards):
+def test_a_truncated_shard_is_named(shards):
     file = shards / "test" / "train-00000-1.bin"
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"train-00000-1.bin has \d+ bytes, the manifest says"):
+    with pytest.raises(UserError, match=r"train-00000-1.bin has \d+ bytes, but the manifest records"):
         read_manifest(shards)
 
 
-def test_damaged_shard_is_named(shards):
+def test_a_damaged_shard_is_named(shards):
     file = shards / "test" / "train-00000.bin"
     content = bytearray(file.read_bytes())
     content[3] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"train-00000.bin: its checksum is not the manifest's"):
+    with pytest.raises(UserError, match=r"train-00000.bin is damaged: its checksum differs"):
         verify_checksums(shards, read_manifest(shards))
 
 
-def test_interrupted_writing_leaves_nothing(tmp_path):
+def test_interrupted_writing_leaves_no_files(tmp_path):
     def documents():
         yield [1, 2, 3], 3
         raise KeyboardInterrupt
@@ -82,13 +84,13 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_empty_split_is_refused_and_leaves_nothing(tmp_path):
+def test_an_empty_split_is_refused_and_leaves_no_files(tmp_path):
     with pytest.raises(UserError, match="no text is left for the validation split"):
         write_shards(tmp_path / "out", {"train": [([1], 1)], "validation": []}, **FORMAT)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prepare_decodes_back_to_the_text_and_is_kept_when_run_again(corpus, tokenizer_folder, tmp_path):
+def test_prepared_shards_decode_to_the_text_and_are_kept_when_run_again(corpus, tokenizer_folder, tmp_path):
     settings = DataPrepareSettings(corpus=str(corpus), output=str(tmp_path / "data"))
     manifest = prepare(settings, tokenizer_folder, tmp_path / "data")
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -108,15 +110,15 @@ def test_shards_of_other_text_are_not_overwritten(corpus, tokenizer_folder, tmp_
     other = tmp_path / "text.txt"
     other.write_text("Another text.\n" * 50)
     prepare(DataPrepareSettings(corpus=str(corpus)), tokenizer_folder, tmp_path / "data")
-    with pytest.raises(UserError, match="holds shards with another source and text"):
+    with pytest.raises(UserError, match="holds shards with a different source and text"):
         prepare(DataPrepareSettings(corpus=str(other)), tokenizer_folder, tmp_path / "data")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.doc").touch()
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match="holds files that are not token shards"):
         prepare(DataPrepareSettings(corpus=str(corpus)), tokenizer_folder, tmp_path / "foreign")
 
 
-def test_inspect_prints_verifies_and_decodes(corpus, tokenizer_folder, tmp_path, capsys):
+def test_inspect_prints_the_manifest_verifies_checksums_and_decodes_samples(corpus, tokenizer_folder, tmp_path, capsys):
     data = tmp_path / "data"
     arguments = ["--corpus", str(corpus), "--tokenizer-path", str(tokenizer_folder), "--output", str(data)]
     assert main(["data", "prepare", *arguments]) == 0

@@ -1,3 +1,5 @@
+"""Training, saving, completing and comparing tokenizers."""
+
 import json
 import shutil
 
@@ -20,7 +22,7 @@ def tokenizer(tokenizer_folder):
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=200))
-def test_any_text_comes_back_exactly(tokenizer, text):
+def test_encoding_and_decoding_any_text_is_lossless(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
@@ -37,18 +39,18 @@ def test_any_text_comes_back_exactly(tokenizer, text):
         "<|endoftext|>",
     ],
 )
-def test_awkward_text_comes_back_exactly(tokenizer, text):
+def test_encoding_and_decoding_difficult_text_is_lossless(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_special_tokens_are_single_reserved_ids(tokenizer):
+def test_special_tokens_have_the_first_ids(tokenizer):
     assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3]
     assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer.pad_token == "<|pad|>"
     assert len(tokenizer) == 400
 
 
-def test_special_tokens_typed_in_a_document_stay_text(tokenizer_folder):
+def test_special_tokens_in_a_document_are_encoded_as_text(tokenizer_folder):
     backend = load_tokenizer(tokenizer_folder).backend_tokenizer
     [(ids, num_bytes)] = encode(["a<|endoftext|>b"], backend)
     assert not set(ids) & {0, 1, 2, 3}
@@ -67,56 +69,56 @@ def test_chat_template_marks_exactly_the_assistants_tokens(tokenizer):
     marked = [token for token, mark in zip(out["input_ids"], out["assistant_masks"], strict=True) if mark]
     assert tokenizer.decode(marked) == "Miss Bennet.<|im_end|>Mr. Darcy.<|im_end|>"
     prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template(messages[:2], tokenize=False)
+    conversation = tokenizer.apply_chat_template(messages[:2], tokenize=False)
     assert prompt == "<|im_start|>user\nWho is she?<|im_end|>\n<|im_start|>assistant\n"
-    assert whole.startswith(prompt)
+    assert conversation.startswith(prompt)
 
 
-def test_vocabulary_larger_than_the_text_supports_is_refused():
+def test_a_vocabulary_larger_than_the_text_supports_is_refused():
     with pytest.raises(UserError, match=r"vocab_size is 5000, but the corpus supports only \d+ tokens"):
         train_tokenizer(["too little text for so many tokens"], TokenizerSettings(vocab_size=5000))
 
 
-def test_vocabulary_smaller_than_the_bytes_is_refused():
+def test_a_vocabulary_smaller_than_bytes_and_special_tokens_is_refused():
     with pytest.raises(UserError, match="bytes and special tokens alone need 260"):
         train_tokenizer(["text"], TokenizerSettings(vocab_size=259))
 
 
-def test_training_text_is_capped():
+def test_max_characters_limits_the_training_text():
     capped = train_tokenizer(["aaaa bbbb\n"] * 10 + ["zyzy zyzy\n"] * 50, TokenizerSettings(262, max_characters=90))
     assert not any("zy" in token for token in capped.get_vocab())
 
 
-def test_fingerprint_differs_between_tokenizers(tokenizer_folder, tmp_path):
+def test_the_fingerprint_differs_between_tokenizers(tokenizer_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text((tokenizer_folder / "tokenizer.json").read_text() + " ")
     assert fingerprint(tmp_path) != fingerprint(tokenizer_folder)
 
 
-def test_missing_tokenizer_names_the_command_that_makes_one(tmp_path):
+def test_the_message_about_a_missing_tokenizer_names_the_command_that_trains_one(tmp_path):
     with pytest.raises(UserError, match="scratch-gpt tokenizer train"):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("words", ["gpt2", "gpt4"])
 @pytest.mark.parametrize("digits", [1, 2, 3])
-def test_words_and_digits_are_cut_as_asked(words, digits):
+def test_split_pattern_and_max_digits_are_in_effect(words, digits):
     text = "1234567 people!\n\nIt's 2024, (they say) 99 of 1000.\n" * 30
     settings = TokenizerSettings(265, split_pattern=words, max_digits=digits)
-    cut = train_tokenizer([text], settings).pre_tokenizer.pre_tokenize_str
-    runs = [piece for piece, _ in cut("1234567")]
+    split = train_tokenizer([text], settings).pre_tokenizer.pre_tokenize_str
+    runs = [word for word, _ in split("1234567")]
     assert "".join(runs) == "1234567"
     assert {len(run) for run in runs[:-1]} == {digits}
-    signs = [piece for piece, _ in cut("a(they")]
-    assert signs == (["a", "(they"] if words == "gpt4" else ["a", "(", "they"])
+    words_found = [word for word, _ in split("a(they")]
+    assert words_found == (["a", "(they"] if words == "gpt4" else ["a", "(", "they"])
 
 
-def test_long_documents_are_learnt_from_up_to_their_cap():
+def test_max_document_characters_limits_each_document():
     settings = TokenizerSettings(261, max_document_characters=50)
     tokenizer = train_tokenizer(["ab " * 20 + "zy" * 500], settings)
     assert not any("zy" in token for token in tokenizer.get_vocab())
 
 
-def test_an_existing_tokenizer_is_taken_and_completed(tokenizer_folder, tmp_path, capsys):
+def test_an_existing_tokenizer_is_saved_with_missing_tokens_added(tokenizer_folder, tmp_path, capsys):
     assert main(["tokenizer", "train", "--from", str(tokenizer_folder), "--output", str(tmp_path / "same")]) == 0
     assert "added" not in capsys.readouterr().out
     assert fingerprint(tmp_path / "same") == fingerprint(tokenizer_folder)
@@ -140,7 +142,7 @@ def test_an_existing_tokenizer_is_taken_and_completed(tokenizer_folder, tmp_path
     )
 
 
-def test_gpt2s_two_files_make_gpt2s_tokenizer(shared_data, tmp_path):
+def test_vocab_and_merges_files_load_as_the_gpt2_tokenizer(shared_data, tmp_path):
     folder = shared_data / "tokenizers" / "gpt2"
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent")
@@ -163,7 +165,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused_by_prepare(tokenizer_fold
     assert "neither <|endoftext|> nor an eos_token" in capsys.readouterr().err
 
 
-def test_report_puts_tokenizers_side_by_side(tokenizer_folder, corpus, tmp_path, capsys):
+def test_report_compares_tokenizers_on_each_text(tokenizer_folder, corpus, tmp_path, capsys):
     (tmp_path / "all.txt").write_text("e" * 10 + "\n<|endoftext|>\n" + "e" * 10)
     lower = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     lower["normalizer"] = {"type": "Lowercase"}

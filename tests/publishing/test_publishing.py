@@ -1,4 +1,4 @@
-"""A saved model elsewhere, and its card."""
+"""A saved model reloads in an environment without this package, and its model card holds the measured numbers."""
 
 import pytest
 import torch
@@ -31,18 +31,18 @@ def saved(request, tokenizer_folder, tmp_path):
 
 
 @pytest.mark.parametrize("saved", STYLES, indirect=True)
-def test_reloaded_without_the_package_the_logits_are_equal(saved):
+def test_a_model_reloaded_without_the_package_gives_equal_logits(saved):
     assert reload_elsewhere(*saved, "It was a fine day.") == 0.0
 
 
-def test_the_check_sees_other_weights(saved):
+def test_the_check_detects_changed_weights(saved):
     folder, model, tokenizer = saved
     with torch.no_grad():
         model.transformer.ln_f.weight += 0.1
     assert reload_elsewhere(folder, model, tokenizer, "It was a fine day.") > 1e-4
 
 
-def test_the_check_fails_where_the_code_needs_the_package(saved):
+def test_the_check_fails_if_the_saved_code_imports_the_package(saved):
     folder, model, tokenizer = saved
     code = folder / "modeling_scratch_gpt.py"
     code.write_text("import scratch_gpt.files\n" + code.read_text())
@@ -50,7 +50,7 @@ def test_the_check_fails_where_the_code_needs_the_package(saved):
         reload_elsewhere(folder, model, tokenizer, "It was a fine day.")
 
 
-def test_card_holds_the_measured_numbers_and_parses(saved):
+def test_the_model_card_holds_the_measured_numbers_and_parses(saved):
     folder, model, _ = saved
     scores = [Score("next_sentence", "acc_norm", 0.4321, 0.05, 0.25, 77)]
     write_model_card(

@@ -160,9 +160,12 @@ def test_another_mixture_is_another_run(arguments, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--training.mixture", '{"story": 1}'], "the mixture of pretrain names story; the shards hold stories, tales"),
+        (
+            ["--training.mixture", '{"story": 1}'],
+            "the mixture of pretrain names story, but the shards hold stories, tales",
+        ),
         (["--training.mixture", '{"stories": 1}', "--training.phases", json.dumps(PHASES)], "not both"),
-        (["--training.phases", json.dumps(PHASES[:1])], "the shares are 0.75; .* together they must be 1"),
+        (["--training.phases", json.dumps(PHASES[:1])], "the shares are 0.75; .* they must sum to 1"),
         (["--training.packing", "worst_fit"], "worst_fit"),
     ],
 )

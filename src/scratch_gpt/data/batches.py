@@ -16,7 +16,8 @@ IGNORE_INDEX = -100
 class Batch:
     """Input ids and next-token targets, both (batch, seq) int64; ignored targets are :data:`IGNORE_INDEX`.
 
-    ``position_ids`` (batch, seq) int64 restart at each document, which masks documents from each other. None: 0 to seq - 1.
+    ``position_ids``, (batch, seq) int64, restart at each document, which masks documents from each other. None stands
+    for 0 to seq - 1.
     """
 
     input_ids: torch.Tensor
@@ -38,7 +39,7 @@ class Batch:
 def read_sequences(
     sequences: Sequence[tuple[TokenStream, PackedSequence]], context_length: int, document_mask: bool
 ) -> Batch:
-    """Read the targets of each sequence, and as inputs the token just before each. Padding is token 0 with no target.
+    """Read the targets of each sequence and, as inputs, the token before each. Padding is token 0 without a target.
 
     With ``document_mask`` position ids restart at each segment and at the padding.
     """
@@ -66,7 +67,7 @@ def read_sequences(
 def evaluation_batches(
     stream: TokenStream, context_length: int, batch_size: int, document_mask: bool = False
 ) -> Iterator[Batch]:
-    """Yield the stream in order; every token is a target exactly once, and the last batch may be smaller."""
+    """Yield the stream in order. Every token is a target exactly once; the last batch may be smaller."""
     edges = DocumentEdges(stream) if document_mask else None
     windows = [(first, min(context_length, len(stream) - first)) for first in range(0, len(stream), context_length)]
     for start in range(0, len(windows), batch_size):

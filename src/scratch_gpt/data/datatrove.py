@@ -1,10 +1,10 @@
 """Import and export datatrove's token files: `scratch-gpt data import-datatrove` and `data export-datatrove`.
 
 Beyond one machine, huggingface/datatrove filters, deduplicates and tokenizes on Slurm or Ray, and the output of
-its ``DocumentTokenizer`` becomes shards for training here. Its format (datatrove's pipeline/tokens/tokenizer.py), a
+its ``DocumentTokenizer`` becomes shards for training here. Its format (datatrove's pipeline/tokens/tokenizer.py) is a
 set of files for each rank:
 
-    X.ds            token ids, little-endian, 2 or 4 bytes each; documents one after the other, each with its end of text
+    X.ds            token ids, little-endian, 2 or 4 bytes each; each document ends with end-of-text
     X.ds.index      uint64: where each document ends, in tokens
     X.ds.metadata   text, optional: tokenizer|bytes per token, number of tokens, human-readable
 """
@@ -31,7 +31,7 @@ def import_command(settings: DatatroveImportSettings) -> None:
     """`scratch-gpt data import-datatrove`."""
     output = Path(settings.output)
     if output.exists():
-        raise UserError(f"{output} exists already: choose another --output or delete it")
+        raise UserError(f"{output} already exists: choose another --output or delete it")
     tokenizer = load_tokenizer(settings.tokenizer_path)
     backend: Tokenizer = tokenizer.backend_tokenizer
     vocab_size, end = max(backend.get_vocab().values()) + 1, end_of_text(tokenizer)
@@ -70,7 +70,7 @@ def import_command(settings: DatatroveImportSettings) -> None:
 
 
 def find_token_files(path: str) -> list[Path]:
-    """Find the ``.ds`` files of a folder, sorted.
+    """Return the ``.ds`` files of a folder, sorted; ``path`` may also be a single file.
 
     Raises:
         UserError: there are none, or one has no index file.
@@ -78,11 +78,11 @@ def find_token_files(path: str) -> list[Path]:
     folder = Path(path)
     found = [folder] if folder.is_file() else sorted(folder.glob("**/*.ds"))
     if not found:
-        raise UserError(f"{path} holds no .ds file; datatrove's DocumentTokenizer writes them")
+        raise UserError(f"{path} holds no .ds file: set --path to the output folder of datatrove's DocumentTokenizer")
     for file in found:
         if not _index(file).is_file():
             raise UserError(
-                f"{_index(file)} is missing: it stores where documents end; run datatrove with save_index=True"
+                f"{_index(file)}, which stores where documents end, is missing: run datatrove with save_index=True"
             )
     return found
 
@@ -99,14 +99,17 @@ def read_token_file(file: Path, end_of_text: int, vocab_size: int) -> Iterator[n
     if total == 0 and size == 0:
         return
     if total == 0 or size not in (2 * total, 4 * total) or (np.diff(ends) < 0).any():
-        raise UserError(f"{file} has {size:,} bytes, its index says {total:,} tokens: one of the two is damaged")
+        raise UserError(
+            f"{file} has {size:,} bytes, which does not match its index ({total:,} tokens): one of the two is damaged; "
+            "run datatrove again"
+        )
     tokens = np.memmap(file, dtype="<u2" if size == 2 * total else "<u4", mode="r")
     for start, end in itertools.pairwise([0, *ends.tolist()]):
         ids = np.asarray(tokens[start:end])
         if len(ids) and int(ids.max()) >= vocab_size:
             raise UserError(
-                f"{file}: the token {int(ids.max())} at {start + int(ids.argmax())} is not in the tokenizer, which has "
-                f"{vocab_size:,}: give the one that datatrove used"
+                f"{file}: token id {int(ids.max())} at position {start + int(ids.argmax())} is not in the tokenizer's "
+                f"vocabulary of {vocab_size:,}: set --tokenizer-path to the tokenizer that datatrove used"
             )
         if len(ids) and ids[-1] == end_of_text:
             ids = ids[:-1]
@@ -118,12 +121,14 @@ def export_command(settings: DatatroveExportSettings) -> None:
     """`scratch-gpt data export-datatrove`."""
     folder, output = Path(settings.path), Path(settings.output)
     if output.exists():
-        raise UserError(f"{output} exists already: choose another --output or delete it")
+        raise UserError(f"{output} already exists: choose another --output or delete it")
     manifest = read_manifest(folder)
     itemsize = np.dtype(manifest["dtype"]).itemsize
     made_with = settings.tokenizer_path or f"scratch_gpt-{manifest['tokenizer'][:12]}"
     if settings.tokenizer_path is not None and fingerprint(settings.tokenizer_path) != manifest["tokenizer"]:
-        raise UserError(f"{folder} was made with another tokenizer than {settings.tokenizer_path}")
+        raise UserError(
+            f"{folder} was prepared with a different tokenizer than --tokenizer-path {settings.tokenizer_path}"
+        )
     with disk_errors(f"token files in {output}"), new_folder(output) as temporary:
         for source, entry in manifest["sources"].items():
             for split, one in entry["splits"].items():

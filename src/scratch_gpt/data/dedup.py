@@ -17,10 +17,10 @@ _WORD = re.compile(r"\w+")
 
 
 def first_occurrences(digests: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each array of document digests (uint64), return a bool array: True where a value occurs for the first time."""
-    together = np.concatenate([*digests, np.empty(0, dtype=np.uint64)])
-    keep = np.zeros(len(together), dtype=bool)
-    keep[np.unique(together, return_index=True)[1]] = True
+    """Return, for each array of document digests (uint64), a bool array: True at the first occurrence of a value."""
+    joined = np.concatenate([*digests, np.empty(0, dtype=np.uint64)])
+    keep = np.zeros(len(joined), dtype=bool)
+    keep[np.unique(joined, return_index=True)[1]] = True
     return np.split(keep, np.cumsum([len(one) for one in digests])[:-1])
 
 
@@ -39,6 +39,7 @@ class Contamination:
         self.hashes = np.unique((rows * self.weights).sum(axis=1, dtype=np.uint64))
 
     def found_in(self, document: str) -> bool:
+        """Return whether ``document`` shares an n-gram with the evaluation text."""
         numbers = np.array([self.numbers.get(word, 0) for word in _words(document)], dtype=np.uint64)
         if len(numbers) < NGRAM or not len(self.hashes):
             return False
@@ -55,7 +56,7 @@ def evaluation_texts(files: Sequence[str]) -> Iterator[str]:
     """Yield the texts of evaluation files: documents of a text file; every string in a JSON Lines record.
 
     Raises:
-        UserError: a file that is not there or is broken.
+        UserError: a file is missing or broken.
     """
     for name in files:
         for path in find_files(name):

@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 BATCH_CHARACTERS = 4_000_000
 CACHED_WORDS, CACHED_LENGTH = 2**18, 64
-"""Limits of the word cache: number of words (the first ones met, so mostly frequent ones), and characters per word."""
+"""Limits of the word cache: number of words (the first ones found, so mostly frequent ones) and characters per word."""
 WINDOW = 2**20
 """Characters of a long document that are split into words at a time."""
 LONGEST_WORD = 2**22
@@ -36,7 +36,7 @@ GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 
 
 def word_pattern(split_pattern: str, max_digits: int) -> str:
-    """Regex of a `tokenizers` ``Split`` for ``split_pattern`` ("gpt4" or "gpt2"), with up to ``max_digits`` per number."""
+    """Return the regex of a `tokenizers` ``Split``: "gpt4" or "gpt2" words, numbers in runs of up to ``max_digits``."""
     run = rf"\p{{N}}{{1,{max_digits}}}" if max_digits > 1 else r"\p{N}"
     if split_pattern == "gpt4":
         return GPT4_WORDS.replace(r"\p{N}{1,3}", run)
@@ -54,7 +54,7 @@ class Encoder(Protocol):
 
 
 def special_tokens_as_text(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy of ``tokenizer`` that encodes special tokens in a text as ordinary text; the original is unchanged."""
+    """Return a copy of ``tokenizer`` that encodes special tokens in a text as ordinary text."""
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.encode_special_tokens = True
     return copy
@@ -105,9 +105,9 @@ class WordEncoder:
     def _words(self, text: str) -> list[str]:
         if not _ASTRAL.search(text):
             return self.cut(text)
-        # Python's re is slow with character sets beyond 16 bits: substitute 16-bit characters of the same class, then split.
-        alike = self.cut(_ASTRAL.sub(lambda found: _representative(found.group()), text))
-        ends = list(itertools.accumulate(map(len, alike), initial=0))
+        # Python's re is slow with character sets beyond 16 bits: substitute 16-bit characters of the same class first.
+        similar = self.cut(_ASTRAL.sub(lambda found: _representative(found.group()), text))
+        ends = list(itertools.accumulate(map(len, similar), initial=0))
         return [text[start:end] for start, end in itertools.pairwise(ends)]
 
 
@@ -142,8 +142,8 @@ def known_pattern(tokenizer: Tokenizer) -> str | None:
         return None
     if not all(token["special"] for token in rules["added_tokens"]):
         return None  # a non-special added token is matched before the split
-    cutter = rules["pre_tokenizer"] or {}
-    steps = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
+    pre_tokenizer = rules["pre_tokenizer"] or {}
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1]["add_prefix_space"]:
         return None
     if len(steps) == 1 and steps[0]["use_regex"]:
@@ -156,7 +156,7 @@ def known_pattern(tokenizer: Tokenizer) -> str | None:
 
 
 def encode(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
-    """Yield (token ids, UTF-8 bytes) of each document, by `tokenizers` itself, several documents at a time on all cores.
+    """Yield (token ids, UTF-8 bytes) of each document, encoded by `tokenizers` in batches on all cores.
 
     Special tokens in a document are encoded as ordinary text.
     """
@@ -189,11 +189,11 @@ _ASTRAL = re.compile("[\U00010000-\U0010ffff]")
 def _characters(regex: str) -> str:
     """Return the 16-bit characters that match ``regex`` in `tokenizers`, as ranges for Python's ``re``.
 
-    Its own regex engine is asked, because each library has its own version of Unicode.
+    Computed with the regex engine of `tokenizers`, because each library has its own version of Unicode.
     """
     plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
-    cutter = pre_tokenizers.Split(Regex(regex + "+"), "removed", invert=True)
-    codes = [ord(character) for run, _ in cutter.pre_tokenize_str(plane) for character in run]
+    split = pre_tokenizers.Split(Regex(regex + "+"), "removed", invert=True)
+    codes = [ord(character) for run, _ in split.pre_tokenize_str(plane) for character in run]
     starts = [code for before, code in zip([-2, *codes], codes, strict=False) if code != before + 1]
     ends = [code for code, after in zip(codes, [*codes[1:], -2], strict=True) if after != code + 1]
     return "".join(rf"\u{start:04x}-\u{end:04x}" for start, end in zip(starts, ends, strict=True))
@@ -224,7 +224,7 @@ def _as_re(pattern: str, letters: str, numbers: str, spaces: str) -> str:
 
 
 def _byte_alphabet() -> dict[int, int]:
-    """Map each byte to its character in byte-level BPE: itself if visible, otherwise the next free one from U+0100 on."""
+    """Map each byte to its character in byte-level BPE: itself if visible, otherwise the next one from U+0100."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return dict(zip(visible, visible, strict=True)) | {byte: 0x100 + index for index, byte in enumerate(hidden)}

@@ -1,8 +1,7 @@
-"""Inputs: files of several kinds, compressed or not, and datasets; opening them and cutting them into slices.
+"""Input files of several kinds, compressed or not, and datasets: open them and cut them into slices.
 
-A file is read in slices, which several processes can work on: byte ranges of text and JSON Lines that begin and end with a
-record, row groups of Parquet, rows of a dataset; a compressed or Arrow file is one slice. Slices
-depend on the files alone.
+Several processes can each read a slice: a byte range of text or JSON Lines that begins and ends with a record, row
+groups of Parquet, or rows of a dataset; a compressed or Arrow file is one slice. Slices depend on the files alone.
 """
 
 import contextlib
@@ -48,7 +47,7 @@ class FileSlice:
 
 
 def kind_of(path: Path) -> str:
-    """text, jsonl, parquet or arrow, by the file's name; text if unknown."""
+    """Return "text", "jsonl", "parquet" or "arrow", by the file's name; "text" if unknown."""
     suffixes = path.suffixes
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -91,7 +90,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Unseekable(io.BufferedReader):
-    """Arrow's decompressed streams cannot seek, and need not: they are read from the beginning."""
+    """Ignores seeks to the beginning: Arrow's decompressed streams cannot seek and are read from there anyway."""
 
     def seek(self, offset: int, whence: int = 0) -> int:
         assert (offset, whence) == (0, 0)
@@ -100,6 +99,7 @@ class _Unseekable(io.BufferedReader):
 
 @contextlib.contextmanager
 def damaged_arrow(path: Path) -> Iterator[None]:
+    """Turn an Arrow error into a :class:`UserError` that names the file."""
     import pyarrow as pa
 
     try:
@@ -107,7 +107,7 @@ def damaged_arrow(path: Path) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{path}: damaged, or not the format that its name says: {error}") from error
+        raise UserError(f"{path}: damaged, or not of the format that its name indicates: {error}") from error
 
 
 @lru_cache(maxsize=4)
@@ -115,7 +115,7 @@ def load_dataset(location: Dataset) -> Any:
     """Load ``location`` once per process.
 
     Raises:
-        UserError: there is no such dataset, subset or split.
+        UserError: the dataset, subset or split does not exist.
     """
     import datasets
 
@@ -153,7 +153,7 @@ def cut(location: Location, size: int) -> Iterator[tuple[FileSlice, int]]:
         yield from _cut_parquet(location, size)
     elif kind == "arrow" or is_compressed(location):
         if kind in ("parquet", "arrow") and is_compressed(location):
-            raise UserError(f"{location}: decompress it first, {kind} files compress their columns themselves")
+            raise UserError(f"{location}: {kind} files cannot be read compressed: decompress it first")
         yield FileSlice(location), total
     else:
         starts = [0, *_record_starts(location, kind, size), total]
@@ -169,7 +169,7 @@ def _record_starts(path: Path, kind: str, size: int) -> Iterator[int]:
     with path.open("rb") as file:
         while position + size < total:
             file.seek(position + size)
-            file.readline()  # the rest of a line
+            file.readline()  # to the end of the line
             if kind == "text":
                 while (line := file.readline()) and line.strip() != separator:
                     pass

@@ -35,7 +35,9 @@ def inspect_command(settings: DataInspectSettings) -> None:
     if settings.tokenizer_path is None:
         return
     if fingerprint(settings.tokenizer_path) != manifest["tokenizer"]:
-        raise UserError(f"{folder} was made with another tokenizer than {settings.tokenizer_path}")
+        raise UserError(
+            f"{folder} was prepared with a different tokenizer than --tokenizer-path {settings.tokenizer_path}"
+        )
     tokenizer = load_tokenizer(settings.tokenizer_path)
     for name in manifest["sources"]:
         stream = TokenStream.open(folder, "train", manifest, source=name)
@@ -46,6 +48,6 @@ def inspect_command(settings: DataInspectSettings) -> None:
 
 
 def decode_tokens(tokenizer: Any, tokens: np.ndarray, end_of_text: int) -> str:
-    """Decode ``tokens`` (tokens,) int64, with a line at each end of a document."""
+    """Decode ``tokens``, (tokens,) int64, marking document boundaries with a line."""
     documents = np.split(tokens, np.flatnonzero(tokens == end_of_text) + 1)
     return BOUNDARY.join(tokenizer.decode(document[document != end_of_text]) for document in documents)

@@ -48,9 +48,10 @@ class TrainingData:
         """Read every ``world_size``-th of the next ``sequences_per_step`` sequences, starting at ``rank``.
 
         Raises:
-            UserError: a token id that the model's vocabulary does not have.
+            UserError: a token id is outside the model's vocabulary.
         """
-        located = [self.order.locate(position, row) for row in range(position.row, position.row + sequences_per_step)]
+        indices = range(position.row, position.row + sequences_per_step)
+        located = [self.order.locate(position, index) for index in indices]
         sequences = [(source, self.order.packings[source].sequence(index)) for source, index in located]
         own = sequences[rank::world_size]
         size = len(own) // micro_batches
@@ -68,13 +69,13 @@ class TrainingData:
         return StepData(batches, num_targets, dataclasses.replace(position, row=position.row + sequences_per_step))
 
     def _check_vocabulary(self, batch: Batch, sources: list[str]) -> None:
-        # in numpy: torch would start a second set of OpenMP threads for this one
+        # numpy, because torch would start another pool of OpenMP threads in the prefetch thread
         highest_ids = np.maximum(batch.input_ids.numpy().max(1), batch.targets.numpy().max(1))
         for source, highest in zip(sources, highest_ids.tolist(), strict=True):
             if highest >= self.vocab_size:
                 raise UserError(
                     f"the shards of {source} hold the token id {highest}, but the model's vocabulary ends at "
-                    f"{self.vocab_size - 1}: they belong to another tokenizer; prepare the data again"
+                    f"{self.vocab_size - 1}: they were made with a different tokenizer; prepare the data again"
                 )
 
 

@@ -2,8 +2,8 @@
 
 Weights are proportions of the *tokens*. After any number of sequences each source is within one sequence of its
 proportion (with up to four sources; within one and a half with up to eight), and exact where the proportion is a whole
-number of sequences. The assignment is deterministic and its state is a few integers, so any sequence of a run is located
-directly, and it is the same for any world size and any batch size.
+number of sequences. The assignment is deterministic and its state is a few integers, so any sequence of a run is
+located directly, and it is the same for any world size and any batch size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from scratch_gpt.errors import UserError
 
 @dataclass(frozen=True)
 class DataPosition:
-    """Position of a run in its data; saved in checkpoints."""
+    """Position of a run in its data. The field names are keys in checkpoints."""
 
     row: int = 0
     """Sequences consumed by all ranks since the start of the run."""
@@ -52,27 +52,27 @@ class Mixture:
         self._root = _halve(sorted(leaves, key=lambda leaf: (-leaf.weight, leaf.source)))
         self.proportions = {leaf.source: Fraction(leaf.weight, self._root.weight) for leaf in leaves}
 
-    def locate(self, row: int) -> tuple[str, int]:
-        """Return (source of sequence ``row``, number of earlier sequences of that source)."""
+    def locate(self, index: int) -> tuple[str, int]:
+        """Return (source of sequence ``index``, number of earlier sequences of that source)."""
         node = self._root
         while node.children is not None:
             left, right = node.children
-            before, after = (_rounded_proportion(n, left.weight, node.weight) for n in (row, row + 1))
-            node, row = (left, before) if after > before else (right, row - before)
-        return node.source, row
+            before, after = (_rounded_proportion(n, left.weight, node.weight) for n in (index, index + 1))
+            node, index = (left, before) if after > before else (right, index - before)
+        return node.source, index
 
     def counts(self, num_sequences: int) -> dict[str, int]:
         """Return how many of the first ``num_sequences`` sequences come from each source."""
         counts: dict[str, int] = {}
 
-        def assign(node: _Node, rows: int) -> None:
+        def assign(node: _Node, count: int) -> None:
             if node.children is None:
-                counts[node.source] = rows
+                counts[node.source] = count
                 return
             left, right = node.children
-            share = _rounded_proportion(rows, left.weight, node.weight)
-            assign(left, share)
-            assign(right, rows - share)
+            left_count = _rounded_proportion(count, left.weight, node.weight)
+            assign(left, left_count)
+            assign(right, count - left_count)
 
         assign(self._root, num_sequences)
         return counts
@@ -120,10 +120,10 @@ class DataOrder:
             else DataPosition(position.row, phase, position.row, self.taken(position))
         )
 
-    def locate(self, position: DataPosition, row: int) -> tuple[str, int]:
-        """Return (source, sequence of that source) of the run's sequence ``row``, which lies in the position's phase."""
-        source, index = self.mixtures[position.phase].locate(row - position.phase_row)
-        return source, position.taken.get(source, 0) + index
+    def locate(self, position: DataPosition, index: int) -> tuple[str, int]:
+        """Return (source, index in the source) of the run's sequence ``index``, in the phase of ``position``."""
+        source, index_in_phase = self.mixtures[position.phase].locate(index - position.phase_row)
+        return source, position.taken.get(source, 0) + index_in_phase
 
     def taken(self, position: DataPosition) -> dict[str, int]:
         """Return the number of sequences of each source consumed so far."""
@@ -153,13 +153,13 @@ def _check_phases(phases: Sequence[PhaseSettings], sources: Sequence[str]) -> No
     if abs(sum(phase.share for phase in phases) - 1) > 1e-6 or min(phase.share for phase in phases) <= 0:
         problems.append(
             f"--training.phases: the shares are {', '.join(f'{phase.share:g}' for phase in phases)}; each must be more "
-            "than 0, and together they must be 1"
+            "than 0, and they must sum to 1"
         )
     for phase in phases:
         unknown = sorted(set(phase.mixture) - set(sources))
         if unknown:
             problems.append(
-                f"the mixture of {phase.name} names {', '.join(unknown)}; the shards hold {', '.join(sources)}"
+                f"the mixture of {phase.name} names {', '.join(unknown)}, but the shards hold {', '.join(sources)}"
             )
         weights = phase.mixture.values()
         if weights and not (all(0 <= weight < float("inf") for weight in weights) and sum(weights) > 0):

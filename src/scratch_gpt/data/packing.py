@@ -26,10 +26,10 @@ from scratch_gpt.data.shards import TokenStream
 
 PackingName = Literal["concat", "best_fit"]
 PackedSequence = list[tuple[int, int]]
-"""Segments (position of the first target in the ring, number of targets), at most ``context_length`` targets in all."""
+"""Segments (position of the first target in the stream, number of targets); ``context_length`` targets at most."""
 
 DOCUMENTS_PER_WINDOW = 2**18
-"""Documents packed together: limits the memory of packing, and is far more than a good fit needs."""
+"""Documents packed together. Limits the memory of packing; a good fit needs far fewer."""
 
 
 class Packing(Protocol):
@@ -39,7 +39,7 @@ class Packing(Protocol):
     sequences_per_epoch: int
 
     def sequence(self, index: int) -> PackedSequence:
-        """Return sequence ``index``, counted over all epochs: a pure function of the index and the key."""
+        """Return sequence ``index``, counted over all epochs. A pure function of the index and the key."""
 
 
 def pack(
@@ -104,22 +104,23 @@ class DocumentEdges:
         self.starts, self.num_tokens = stream.document_starts(), len(stream)
 
     def split(self, first: int, count: int) -> PackedSequence:
-        """Return the ``count`` targets from ``first`` on as one segment per document; the range may wrap around."""
+        """Return ``count`` targets starting at ``first`` as one segment per document; the range may wrap around."""
         segments: PackedSequence = []
         while count > 0:
-            stretch = min(count, self.num_tokens - first)
-            inside = slice(*np.searchsorted(self.starts, [first + 1, first + stretch]))
-            edges = [first, *self.starts[inside].tolist(), first + stretch]
+            length = min(count, self.num_tokens - first)  # up to the end of the circular stream
+            inside = slice(*np.searchsorted(self.starts, [first + 1, first + length]))
+            edges = [first, *self.starts[inside].tolist(), first + length]
             segments += [(edge, following - edge) for edge, following in pairwise(edges)]
-            first, count = 0, count - stretch
+            first, count = 0, count - length
         return segments
 
 
 def best_fit_sequences(
     starts: np.ndarray, num_tokens: int, context_length: int, window: int = DOCUMENTS_PER_WINDOW
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(firsts (segments,) int64, counts (segments,) int32, sequence_starts (sequences + 1,) int64) of documents beginning at ``starts``.
+    """Pack the documents that begin at ``starts`` by best fit.
 
+    Returns ``firsts`` (segments,) int64, ``counts`` (segments,) int32 and ``sequence_starts`` (sequences + 1,) int64.
     Sequence s holds segments ``sequence_starts[s]`` to ``sequence_starts[s + 1]``, in the order of the stream.
     """
     firsts, counts, segments_per_sequence = [], [], []
@@ -143,16 +144,16 @@ def best_fit_sequences(
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Assign each segment to a sequence by best-fit decreasing: (segments,) int64.
 
-    Longest first, each segment goes into the sequence that it leaves the least space in, else into a new one. Segments
-    of one length are placed together: all sequences with the same space take as many of them as they can, so the work
+    Longest first, each segment goes into the sequence with the least space that suffices, or into a new one. Segments
+    of one length are assigned together: all sequences with the same space take as many of them as fit, so the work
     grows with the number of different lengths, not with the number of segments.
     """
     sequences = np.empty(len(lengths), dtype=np.int64)
     num_sequences = 0
-    with_space: dict[int, list[np.ndarray]] = {}  # sequences by their remaining space
-    occupied = np.zeros(capacity + 1, dtype=bool)  # its keys
+    with_space: dict[int, list[np.ndarray]] = {}  # remaining space -> sequences
+    occupied = np.zeros(capacity + 1, dtype=bool)  # keys of with_space
 
-    def leave(space: int, group: np.ndarray) -> None:
+    def keep_open(space: int, group: np.ndarray) -> None:
         if len(group) and space:
             with_space.setdefault(space, []).append(group)
             occupied[space] = True
@@ -176,9 +177,9 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
             placed = full * each + rest
             sequences[segments[:placed]] = np.repeat(candidates[: full + 1], each)[:placed]
             segments = segments[placed:]
-            leave(space - each * length, candidates[:full])
+            keep_open(space - each * length, candidates[:full])
             if rest:
-                leave(space - rest * length, candidates[full : full + 1])
+                keep_open(space - rest * length, candidates[full : full + 1])
                 full += 1
-            leave(space, candidates[full:])
+            keep_open(space, candidates[full:])
     return sequences

@@ -1,9 +1,10 @@
-"""A shuffle of ``range(size)`` that is computed, not stored: one index costs microseconds and no memory at any size.
+"""A shuffle of ``range(size)`` that is computed instead of stored: microseconds per index, no memory at any size.
 
 A keyed Feistel network over the digits of a mixed-radix number (Black and Rogaway, 2002, "Ciphers with Arbitrary Finite
-Domains"): an index is ``left * columns + right``, and each round adds a hash of one digit to the other. Every round can
-be undone, so the composition is a bijection of ``range(rows * columns)``; results beyond ``size`` are walked on from, which
-leaves a bijection of ``range(size)``. ``rows * columns`` exceeds ``size`` by less than one row, so walks are rare.
+Domains"): an index is ``left * columns + right``, and each round adds a hash of one digit to the other. Every round is
+invertible, so the composition is a bijection of ``range(rows * columns)``. Results beyond ``size`` are enciphered again
+(cycle walking), which leaves a bijection of ``range(size)``. ``rows * columns`` exceeds ``size`` by less than one row,
+so this is rare.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ _MASK = 2**64 - 1
 
 
 class Permutation:
-    """``permutation(index)`` for each index of ``range(size)``: each value once, as ``key`` decides."""
+    """Maps each index of ``range(size)`` to a different value of it, in an order determined by ``key``."""
 
     def __init__(self, size: int, *key: int | str):
         self.size = size
@@ -40,12 +41,12 @@ class Permutation:
 
 
 def random_integer(*key: int | str) -> int:
-    """64 bits that look random and depend on ``key`` alone: the same in every process and on every machine."""
+    """Return a 64-bit hash of ``key``, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def _mix(value: int) -> int:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): each bit of the result depends on all bits."""
+    """Mix the bits of a 64-bit integer with the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)

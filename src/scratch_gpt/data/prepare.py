@@ -58,11 +58,11 @@ def prepare(
     unit_bytes: int | None = None,
     tokens_per_shard: int = TOKENS_PER_SHARD,
 ) -> dict[str, Any]:
-    """Tokenize the texts into ``output`` and return the manifest; shards of the same text and tokenizer are kept.
+    """Tokenize the texts into ``output`` and return the manifest. Shards of the same text and tokenizer are kept.
 
     Raises:
-        UserError: unreadable text, no held-out text, a folder with other content or in use by another process, a full
-            disk. Finished units are kept, and the same call resumes.
+        UserError: unreadable text, no held-out text, a folder that holds something else or is in use, a full disk.
+            Finished units are kept, and the same call resumes.
     """
     sources = {source.name: source for source in build_sources(settings)}
     tokenizer = load_tokenizer(tokenizer_path)
@@ -79,7 +79,7 @@ def prepare(
     if (output / MANIFEST).is_file() and not (output / WORK).exists():
         return same_as(read_manifest(output), plan, output)
     if output.exists() and not (output / WORK).exists() and any(file.name != LOCK for file in output.iterdir()):
-        raise UserError(f"{output} holds other files: choose another folder")
+        raise UserError(f"{output} holds files that are not token shards: choose another folder")
 
     job = Job(
         sources=sources,
@@ -92,7 +92,7 @@ def prepare(
         decontaminate=tuple(decontaminate),
         tokens_per_shard=tokens_per_shard,
     )
-    with disk_errors(f"token shards in {output} (finished units are kept, the same command resumes)"):
+    with disk_errors(f"token shards in {output} (finished units are kept; run the same command again to resume)"):
         output.mkdir(parents=True, exist_ok=True)
         with locked(output / LOCK, str(output)):
             return _prepare(job, plan, workers or available_cores(), unit_bytes or UNIT_BYTES)
@@ -172,7 +172,7 @@ def _split_of(shard: dict[str, Any]) -> str:
 
 
 def _discard(job: Job) -> None:
-    """Remove everything of a preparation that cannot be finished."""
+    """Delete all files of a preparation that cannot be finished."""
     for folder in (job.work, *(job.output / name for name in job.sources)):
         shutil.rmtree(folder, ignore_errors=True)
     (job.output / LOCK).unlink(missing_ok=True)
@@ -190,9 +190,7 @@ def _fast_encoder_agrees(backend: Tokenizer, dtype: str, sources: Iterable[Sourc
         lenient = replace(source.read_options, on_bad_record="skip")
         for text in islice(read_locations(source.locations, lenient), 20):
             if encoder.encode(text[:50_000]) != reference.encode(text[:50_000]):
-                print0(
-                    "the fast encoder does not agree with the tokenizer: using the tokenizer itself, which is slower"
-                )
+                print0("the fast encoder disagrees with this tokenizer: encoding with `tokenizers`, which is slower")
                 return False
     return True
 

@@ -29,7 +29,7 @@ ROWS_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to turn a record into text, and what to do with a broken one."""
+    """How to turn a record into text, and how to handle a broken one."""
 
     column: str = "text"
     template: str | None = None
@@ -39,7 +39,7 @@ class ReadOptions:
 
     @property
     def columns(self) -> list[str]:
-        """Columns that the text is made of."""
+        """Columns that the text is composed of."""
         if self.template is None:
             return [self.column]
         return list(dict.fromkeys(_template_fields(self.template)))
@@ -49,14 +49,15 @@ class BrokenRecord(str):
     """Description of a broken record: what is wrong, and where."""
 
 
-# ------------------------------------------------------------------------------------------------ read_options
+# ------------------------------------------------------------------------------------------------ reading
 
 
 def read_slice(file_slice: FileSlice, read_options: ReadOptions, removed: Counter[str]) -> Iterator[str]:
     """Yield the documents of ``file_slice`` in order; count "empty" and "broken" records in ``removed`` and skip them.
 
     Raises:
-        UserError: a broken record when ``on_bad_record`` is not "skip", a missing column, a file that is not what its name says.
+        UserError: a broken record when ``on_bad_record`` is not "skip", a missing column, a file of another format than
+            its name indicates.
     """
     for record in _records(file_slice, read_options):
         if isinstance(record, BrokenRecord):
@@ -141,7 +142,7 @@ def _parse_json(raw: bytes, read_options: ReadOptions, where: Callable[[], str])
     except (ValueError, RecursionError) as error:
         return BrokenRecord(f"{where()}: not JSON: {error}.")
     if not isinstance(record, dict):
-        return BrokenRecord(f"{where()}: a JSON object is needed, not {text.strip()[:40]!r}.")
+        return BrokenRecord(f"{where()}: expected a JSON object, not {text.strip()[:40]!r}.")
     return record
 
 
@@ -154,7 +155,8 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with open_bytes(path) as file:
         for number, raw in enumerate(file, 1):
             if raw.strip():
-                record = _parse_json(raw, ReadOptions(), lambda number=number: f"{path}, line {number}")  # type: ignore[misc]
+                where = f"{path}, line {number}"
+                record = _parse_json(raw, ReadOptions(), lambda where=where: where)  # type: ignore[misc]
                 if isinstance(record, BrokenRecord):
                     raise UserError(record)
                 yield record
@@ -178,12 +180,13 @@ def _read_arrow(path: Path, file_slice: FileSlice, read_options: ReadOptions) ->
     def batches(source: Any) -> Iterator[Any]:
         try:
             reader = pa.ipc.open_stream(source)
-            schema, whole = reader.schema, iter(reader)
+            schema, record_batches = reader.schema, iter(reader)
         except pa.ArrowInvalid:  # not the stream format: the file format
             reader = pa.ipc.open_file(source)
-            schema, whole = reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+            schema = reader.schema
+            record_batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         _require_columns(str(path), schema.names, read_options)
-        for batch in whole:
+        for batch in record_batches:
             table = pa.Table.from_batches([batch]).select(read_options.columns)
             yield from (table.slice(first, ROWS_PER_BATCH) for first in range(0, len(table), ROWS_PER_BATCH))
 
@@ -210,7 +213,7 @@ def _read_batches(tables: Iterable[Any], location: str, before: int, read_option
         _require_columns(location, table.column_names, read_options)
         try:
             records = table.to_pylist()
-        except UnicodeDecodeError:  # Arrow takes any bytes for a string: find the row
+        except UnicodeDecodeError:  # Arrow strings may hold any bytes: find the row
             records = [
                 _row_or_broken(table, index, f"{location}, row {row + index + 1}") for index in range(len(table))
             ]
@@ -243,7 +246,7 @@ def _text_of(record: dict[str, Any], read_options: ReadOptions, where: Callable[
         if not isinstance(text, str):
             kind = type(text).__name__
             return BrokenRecord(
-                f"{where()}: the column {read_options.column!r} holds {kind}, not text; a template makes it text."
+                f"{where()}: the column {read_options.column!r} holds {kind}, not text; use a template to convert it."
             )
     else:
         known = {column: "" if record[column] is None else record[column] for column in read_options.columns}
@@ -261,7 +264,7 @@ def _checked(text: str, read_options: ReadOptions, where: Callable[[], str]) -> 
             found = text.index("\0")
             return BrokenRecord(
                 f"{where()}: a NUL byte after {text[max(0, found - 20) : found]!r}; is it text, and UTF-8? "
-                "--encoding-errors replace puts U+FFFD in its location."
+                "Use --encoding-errors replace to replace it with U+FFFD."
             )
         text = text.replace("\0", "\ufffd")
     if not text.isascii():
@@ -271,7 +274,8 @@ def _checked(text: str, read_options: ReadOptions, where: Callable[[], str]) -> 
             if read_options.errors == "strict":
                 code = f"U+{ord(text[error.start]):04X}"
                 return BrokenRecord(
-                    f"{where()}: {code} is an unpaired surrogate; --encoding-errors replace puts U+FFFD in its location."
+                    f"{where()}: {code} is an unpaired surrogate. "
+                    "Use --encoding-errors replace to replace it with U+FFFD."
                 )
             text = "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
     return text

@@ -5,7 +5,7 @@ token ids, uint16 or uint32) with ``{source}/{split}-00000.docs`` (uint64: where
 ``manifest.json``, written last. Each document is its tokens and one end-of-text token. The manifest::
 
     {"format": "scratch_gpt.tokens/2", "tokenizer": fingerprint, "vocab_size": 50257, "dtype": "<u2", "end_of_text": 0,
-     "sources": {NAME: {"source": its origin, "text": fingerprint of the text and of its options, "held_out": a sentence,
+     "sources": {NAME: {"source": its origin, "text": fingerprint of the text and its options, "held_out": a sentence,
                         "removed": {"duplicates": 0, "contaminated": 0, "broken": 0, "empty": 0},
                         "splits": {"train": {"tokens": 0, "documents": 0, "bytes": 0, "shards": [
                                        {"name": "NAME/train-00000", "tokens": 0, "documents": 0, "bytes": 0,
@@ -37,11 +37,12 @@ TOKENS_PER_SHARD = 500_000_000
 
 
 def token_dtype(vocab_size: int) -> str:
+    """Return the smallest dtype for the token ids: "<u2" (uint16) or "<u4" (uint32), little-endian."""
     return "<u2" if vocab_size <= 2**16 else "<u4"
 
 
 def totals(manifest: dict[str, Any], split: str) -> dict[str, int]:
-    """Tokens, documents and bytes of a split over all sources."""
+    """Return the number of tokens, documents and bytes of a split, summed over all sources."""
     splits = [entry["splits"][split] for entry in manifest["sources"].values()]
     return {key: sum(one[key] for one in splits) for key in COUNTS}
 
@@ -100,6 +101,8 @@ class ShardWriter:
 
 
 class _HashedFile:
+    """A file that computes the SHA-256 of what is written to it."""
+
     def __init__(self, path: Path):
         self.file = path.open("wb", buffering=2**20)
         self.hash = hashlib.sha256()
@@ -129,7 +132,7 @@ def write_shards(
 ) -> dict[str, Any]:
     """Write tokenized documents, given as (token ids, UTF-8 bytes), and return the manifest.
 
-    The complete folder appears under its name at once, so an interrupted call leaves nothing.
+    The folder gets its name when it is complete, so an interrupted call leaves nothing behind.
     """
     dtype = token_dtype(vocab_size)
     entry: dict[str, Any] = {**description, "removed": dict.fromkeys(REMOVED, 0), "splits": {}}
@@ -160,7 +163,7 @@ def split_entry(shards: list[dict[str, Any]], split: str, source: str) -> dict[s
         UserError: the split is empty.
     """
     if not shards:
-        raise UserError(f"{source}: no text is left for the {split} split: give more text, or other text to hold out")
+        raise UserError(f"{source}: no text is left for the {split} split: provide more text or a validation text")
     return {key: sum(shard[key] for shard in shards) for key in COUNTS} | {"shards": shards}
 
 
@@ -172,20 +175,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file() and (folder / WORK).is_dir():
-        raise UserError(f"{folder} is not finished: the same `scratch-gpt data prepare` command resumes it")
+        raise UserError(f"{folder} is not finished: resume it with the same `scratch-gpt data prepare` command")
     if not path.is_file():
         raise UserError(
-            f"{folder} holds no {MANIFEST}; `scratch-gpt data prepare --output {folder}` makes token shards"
+            f"{folder} holds no {MANIFEST}: make token shards with `scratch-gpt data prepare --output {folder}`"
         )
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has the format {manifest.get('format')!r}, not {FORMAT!r}: prepare the data again")
+        raise UserError(f"{path}: format {manifest.get('format')!r}, expected {FORMAT!r}: prepare the data again")
     itemsize = np.dtype(manifest["dtype"]).itemsize
     for file, shard in _shard_files(folder, manifest):
         expected = shard["tokens"] * itemsize if file.suffix == ".bin" else shard["documents"] * 8
         actual = file.stat().st_size if file.is_file() else 0
         if actual != expected:
-            raise UserError(f"{file} has {actual:,} bytes, the manifest says {expected:,}: prepare the data again")
+            raise UserError(
+                f"{file} has {actual:,} bytes, but the manifest records {expected:,}: prepare the data again"
+            )
     return manifest
 
 
@@ -208,7 +213,9 @@ def verify_checksums(folder: Path, manifest: dict[str, Any]) -> None:
     """
     for file, shard in _shard_files(folder, manifest):
         if sha256(file) != shard["sha256"][file.suffix[1:]]:
-            raise UserError(f"{file}: its checksum is not the manifest's, the file is damaged: prepare the data again")
+            raise UserError(
+                f"{file} is damaged: its checksum differs from the one in the manifest; prepare the data again"
+            )
 
 
 def _shard_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -226,7 +233,7 @@ class TokenStream:
     """
 
     def __init__(self, arrays: Sequence[np.ndarray], num_bytes: int, documents: Sequence[np.ndarray] | None = None):
-        """``documents``: for each array, offsets at which documents begin. Default: one document per array."""
+        """``documents``: for each array, the offsets at which documents begin. Default: one document per array."""
         self.arrays, self.num_bytes = arrays, num_bytes
         self.starts = np.cumsum([0] + [len(array) for array in arrays])
         self._documents = [np.zeros(1, dtype=np.int64) for _ in arrays] if documents is None else documents
@@ -262,7 +269,7 @@ class TokenStream:
         return int(self.starts[-1])
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Return ``length`` tokens from position ``start`` (any integer, taken modulo the length) on: (length,) int64."""
+        """Return ``length`` tokens from position ``start``, (length,) int64, wrapping around in both directions."""
         chunks = []
         position = start % len(self)
         while length > 0:

@@ -21,7 +21,7 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.files import sha256
 
 FEW_DOCUMENTS = 20
-"""With fewer documents a split by documents is too coarse: the end of each document is held out instead."""
+"""Below this number a split by documents is too coarse, and the end of each document is held out instead."""
 
 Split = Literal["train", "validation"]
 
@@ -30,8 +30,8 @@ Split = Literal["train", "validation"]
 class Source:
     """A named text and its split.
 
-    ``rule`` "files": ``validation_locations`` hold the validation split. "hash" or "ends": documents of ``locations`` are
-    split by hash, or each is cut near its end.
+    ``rule``: "files" takes the validation split from ``validation_locations``; "hash" splits the documents of
+    ``locations`` by hash; "ends" cuts each document near its end.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Source:
     """Human-readable description of what is held out."""
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Yield the documents of ``split``, one in memory at a time. ``read_options`` decides about broken records."""
+        """Yield the documents of ``split``, one in memory at a time."""
         locations = self.validation_locations if self.rule == "files" and split == "validation" else self.locations
         for document in read_locations(locations, self.read_options):
             for its_split, text in self.portions(document, split):
@@ -54,9 +54,10 @@ class Source:
                     yield text
 
     def portions(self, document: str, split: Split, digest: bytes | None = None) -> Iterator[tuple[Split, str]]:
-        """Yield the (split, text) portions of a document; ``split`` is the split of its file and counts for rule "files".
+        """Yield the (split, text) portions of a document.
 
-        ``digest``: the document's digest. Default: computed by :func:`document_digest`.
+        ``split``: the split of its file, used by rule "files". ``digest``: the document's digest. Default: computed by
+        :func:`document_digest`.
         """
         if self.rule == "files":
             yield split, document
@@ -85,15 +86,15 @@ def find_files(corpus: str) -> list[Path]:
     path = Path(corpus).expanduser()
     if path.is_dir():
         found = sorted(file for file in path.glob("**/*") if _is_known(file))
-        missing = f"the folder {corpus} holds no .txt file, nor .jsonl, .parquet or .arrow"
+        missing = f"the folder {corpus} holds no .txt file, and no .jsonl, .parquet or .arrow file either"
     else:
         found = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        missing = f"there is no text file {corpus}; give a file, a folder of .txt files or a glob"
+        missing = f"there is no text file {corpus}: provide a file, a folder of text files or a glob"
     found = [file for file in found if file.is_file()]
     if not found:
         raise UserError(missing)
     if not any(file.stat().st_size for file in found):
-        raise UserError(f"{', '.join(map(str, found[:3]))}: empty, there is no text to learn from")
+        raise UserError(f"{', '.join(map(str, found[:3]))}: empty; provide a file that holds text")
     return found
 
 
@@ -142,7 +143,7 @@ def build_sources(settings: TextSettings) -> list[Source]:
         return [_source("corpus", one, settings)]
     for name in ("corpus", "validation_corpus"):
         if getattr(settings, name) is not None:
-            raise UserError(f"give --{name} or --sources, not both: a source has its own path and validation_path")
+            raise UserError(f"give --{name} or --sources, not both: each source has its own path and validation_path")
     return [_source(name, one, settings) for name, one in settings.sources.items()]
 
 
@@ -161,7 +162,7 @@ def _bundled(settings: TextSettings) -> Source:
 
 def _source(name: str, one: SourceSettings, settings: TextSettings) -> Source:
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"a source cannot be called {name!r}: letters, digits, '_', '-' and '.' make its folder's name")
+        raise UserError(f"invalid source name {name!r}: use letters, digits, '_', '-' and '.' (it names a folder)")
     if (one.path is None) == (one.dataset is None):
         raise UserError(f"the source {name} needs a path or a dataset" + (", not both" if one.path else ""))
     if one.template is not None:
@@ -183,7 +184,7 @@ def _source(name: str, one: SourceSettings, settings: TextSettings) -> Source:
         validation_locations = tuple(find_files(one.validation_path))
         rule, split_description = "files", f"{Path(one.validation_path).name}, held out"
     elif not 0 < fraction < 1:
-        raise UserError(f"--validation-fraction is {fraction}; it must lie between 0 and 1")
+        raise UserError(f"--validation-fraction is {fraction}; it must be between 0 and 1 (exclusive)")
     elif len(list(itertools.islice(read_locations(locations, read_options), FEW_DOCUMENTS))) < FEW_DOCUMENTS:
         rule, split_description = "ends", f"the last {fraction:.0%} of each document"
     else:
@@ -217,7 +218,7 @@ class _Documents:
 def text_digest(source: Source) -> str:
     """Return a SHA-256 of the source's files.
 
-    A dataset counts by its `datasets` fingerprint; a streamed one, whose content is not known yet, by its name alone.
+    A dataset is identified by its `datasets` fingerprint; a streamed one, whose content is not known yet, by its name.
     """
     digests = [location.path if isinstance(location, Dataset) else sha256(location) for location in source.locations]
     digests += [
@@ -243,7 +244,7 @@ def is_held_out(digest: bytes, fraction: float) -> bool:
 
 
 def cut_end(document: str, fraction: float) -> tuple[str, str]:
-    """Split off about the last ``fraction`` of a document at the end of a line, or else at a space."""
+    """Split off about the last ``fraction`` of a document, at the end of a line or otherwise at a space."""
     wanted = int(len(document) * (1 - fraction))
     cut = document.find("\n", wanted) + 1 or document.find(" ", wanted) + 1 or wanted
     return document[:cut], document[cut:]

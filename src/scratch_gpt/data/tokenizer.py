@@ -1,7 +1,7 @@
 """The byte-level BPE tokenizer: trained on a stream of text, saved so that ``AutoTokenizer`` loads it.
 
 Byte-level BPE (Sennrich et al., 2016, arXiv:1508.07909; bytes as in GPT-2, Radford et al., 2019) has a token for each
-of the 256 bytes, so any text is encoded and comes back exactly.
+of the 256 bytes, so decoding returns any text exactly.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ PADDING = "<|pad|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [END_OF_TEXT, PADDING, TURN_START, TURN_END]
 
-# ChatML. The generation marks tell trainers which tokens are the assistant's; the end of its turn is one of them, or
-# the model would never learn to stop.
+# ChatML. The {% generation %} block marks the assistant's tokens for trainers; it includes the end of the turn, without
+# which the model would never learn to stop.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -40,15 +40,15 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(documents: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
-    """Train the merges on ``documents``.
+    """Train a byte-level BPE tokenizer on ``documents``.
 
     Raises:
-        UserError: a vocabulary smaller than bytes + special tokens, or larger than the text supports.
+        UserError: the vocabulary is smaller than bytes and special tokens, or larger than the text supports.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if settings.vocab_size < smallest:
         raise UserError(
-            f"--tokenizer.vocab_size is {settings.vocab_size}; bytes and special tokens alone need {smallest}"
+            f"--tokenizer.vocab_size is {settings.vocab_size}, but bytes and special tokens alone need {smallest}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -69,13 +69,13 @@ def train_tokenizer(documents: Iterable[str], settings: TokenizerSettings) -> To
     if tokenizer.get_vocab_size() < settings.vocab_size:
         raise UserError(
             f"--tokenizer.vocab_size is {settings.vocab_size}, but the corpus supports only "
-            f"{tokenizer.get_vocab_size()} tokens: ask for fewer, or give more text"
+            f"{tokenizer.get_vocab_size()} tokens: lower it, or provide more text"
         )
     return tokenizer
 
 
 def _lines(documents: Iterable[str], max_characters: int) -> Iterator[str]:
-    """Yield lines, which keep the trainer's queue small, until ``max_characters`` characters."""
+    """Yield lines, which keep the trainer's queue small, up to about ``max_characters`` characters."""
     seen = 0
     for document in documents:
         for line in document.splitlines(keepends=True):
@@ -86,17 +86,17 @@ def _lines(documents: Iterable[str], max_characters: int) -> Iterator[str]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int | None = None) -> None:
-    """Write ``folder`` so that ``AutoTokenizer.from_pretrained(folder)`` gives this tokenizer and its chat template."""
+    """Save the tokenizer and its chat template in ``folder``, for ``AutoTokenizer.from_pretrained(folder)``."""
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,  # the document separator: what scoring an empty context starts from
+        bos_token=END_OF_TEXT,  # the document separator; lm_eval starts from it when the context is empty
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
         extra_special_tokens=[TURN_START, TURN_END],
         padding_side="left",
-        clean_up_tokenization_spaces=False,  # or decoding would move spaces before punctuation
+        clean_up_tokenization_spaces=False,  # otherwise decoding would remove spaces before punctuation
         **({"model_max_length": model_max_length} if model_max_length else {}),
     )
     wrapped.chat_template = CHAT_TEMPLATE
@@ -107,12 +107,14 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     """Load a saved tokenizer.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder holds no tokenizer.json.
     """
     from transformers import AutoTokenizer
 
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise UserError(f"{folder} holds no tokenizer.json; `scratch-gpt tokenizer train --output {folder}` makes one")
+        raise UserError(
+            f"{folder} holds no tokenizer.json: make one with `scratch-gpt tokenizer train --output {folder}`"
+        )
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -135,9 +137,11 @@ def any_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"there is no tokenizer {name_or_path}: {error}") from error
+        raise UserError(f"cannot load the tokenizer {name_or_path}: {error}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise UserError(f"{name_or_path} is not a tokenizer of the `tokenizers` library; it cannot make shards")
+        raise UserError(
+            f"{name_or_path} is not a tokenizer of the `tokenizers` library: choose one that has a tokenizer.json"
+        )
     return tokenizer
 
 
@@ -160,7 +164,7 @@ def take_tokenizer(name_or_path: str, folder: Path) -> list[str]:
         tokenizer.chat_template = CHAT_TEMPLATE
         added.append(f"chat template with {TURN_START} and {TURN_END}")
     if len(tokenizer) > before:
-        added.append(f"{len(tokenizer) - before} tokens more than it had: a model of its own needs larger embeddings")
+        added.append(f"{len(tokenizer) - before} new tokens: a model trained with the original needs larger embeddings")
     tokenizer.save_pretrained(folder)
     return added
 
@@ -175,13 +179,13 @@ def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int:
     if token is None:
         raise UserError(
             f"{tokenizer.name_or_path} has neither {END_OF_TEXT} nor an eos_token to end documents with; "
-            "`scratch-gpt tokenizer train --from` adds what is missing"
+            f"add them with `scratch-gpt tokenizer train --from {tokenizer.name_or_path}`"
         )
     return int(tokenizer.convert_tokens_to_ids(token))
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Return the SHA-256 of ``tokenizer.json``; shards record it, so that a different tokenizer is refused."""
+    """Return the SHA-256 of ``tokenizer.json``. Shards record it, and a different tokenizer is refused."""
     return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
 
 
@@ -189,7 +193,7 @@ def train_command(settings: TokenizerTrainSettings) -> None:
     """`scratch-gpt tokenizer train`."""
     output = Path(settings.output)
     if output.exists() and any(output.iterdir()) and not (output / "tokenizer.json").is_file():
-        raise UserError(f"{output} holds files that are not a tokenizer; choose another --output")
+        raise UserError(f"{output} holds files that are not a tokenizer: choose another --output")
     if settings.from_ is not None:
         for line in take_tokenizer(settings.from_, output):
             print(f"added: {line}")
@@ -199,7 +203,8 @@ def train_command(settings: TokenizerTrainSettings) -> None:
     tokenizer = train_tokenizer(train, settings.tokenizer)
     save_tokenizer(tokenizer, output)
     print(
-        f"{output}: {tokenizer.get_vocab_size():,} tokens, {bytes_per_token(tokenizer, valid):.2f} held-out bytes each"
+        f"{output}: {tokenizer.get_vocab_size():,} tokens, "
+        f"{bytes_per_token(tokenizer, valid):.2f} bytes per token on held-out text"
     )
 
 

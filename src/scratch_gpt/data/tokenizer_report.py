@@ -30,7 +30,7 @@ class Measurement:
 
 
 def measure(tokenizer: Any, documents: Iterable[str]) -> Measurement:
-    """Encode and decode ``documents``; special tokens in them are encoded as ordinary text. ``tokenizer`` is unchanged."""
+    """Encode and decode ``documents``. Special tokens in them are encoded as ordinary text."""
     backend = special_tokens_as_text(tokenizer.backend_tokenizer)
     result = Measurement(seen=np.zeros(max(backend.get_vocab().values()) + 1, dtype=bool))
     assert result.seen is not None

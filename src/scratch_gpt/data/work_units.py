@@ -1,4 +1,4 @@
-"""Plan of a preparation: the units of work, and everything that the result depends on."""
+"""The plan of a preparation: its work units, and everything that the result depends on."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.files import sha256
 
 UNITS_PER_SOURCE = 256
-"""Most units per source; a source with more text gets larger units."""
+"""Maximum number of units per source; a source with more text gets larger units."""
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """The slices that one process tokenizes at a time. ``split`` counts only where entire files are held out."""
+    """The slices that one process tokenizes at a time. ``split`` is used only if entire files are held out."""
 
     source: str
     number: int
@@ -93,7 +93,7 @@ def same_as(existing: dict[str, Any], wanted: dict[str, Any], output: Path, what
     """Return ``existing`` if it was made from what ``wanted`` describes.
 
     Raises:
-        UserError: it was not; names the differences.
+        UserError: it was made from something else; names the differences.
     """
     changed = [] if list(existing["sources"]) == list(wanted["sources"]) else ["list of sources"]
     for name in existing["sources"].keys() & wanted["sources"].keys():
@@ -108,7 +108,7 @@ def same_as(existing: dict[str, Any], wanted: dict[str, Any], output: Path, what
     ]
     if changed:
         raise UserError(
-            f"{output} holds {what} with another {' and '.join(dict.fromkeys(changed))}: choose another folder or "
+            f"{output} holds {what} with a different {' and '.join(dict.fromkeys(changed))}: choose another folder or "
             "delete it"
         )
     return existing

@@ -1,4 +1,4 @@
-"""Worker processes: each tokenizes one work unit at a time and writes its shards and a record of them."""
+"""Worker processes. Each tokenizes one work unit at a time and writes its shards and a JSON record of them."""
 
 import contextlib
 import multiprocessing
@@ -51,11 +51,12 @@ class Job:
 
 
 def available_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Worker:
-    """State of a process between units."""
+    """State that a process keeps from one unit to the next."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -76,14 +77,14 @@ _worker: _Worker | None = None
 def _start(job: Job, in_child: bool = True) -> None:
     global _worker
     if in_child:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which terminates this one
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         threading.Thread(target=_end_with_the_main_process, daemon=True).start()
     _worker = _Worker(job)
 
 
 def _end_with_the_main_process() -> None:
-    """Exit when the main process is killed: its lock is then free, and another run may write."""
+    """Exit when the main process ends: its lock is then free, and another run may write the same files."""
     main = multiprocessing.parent_process()
     assert main is not None
     main.join()
@@ -131,13 +132,13 @@ def _digests(unit: WorkUnit) -> None:
     assert _worker is not None
     target = _worker.job.work / "digests" / f"{unit.name}.npy"
     if not target.is_file():
-        # Other bytes than those that decide what is held out.
+        # Not the bytes that decide what is held out, so that the two are independent.
         digests = b"".join(digest[8:16] for _, digest in _worker.documents(unit, Counter()))
         _save_array(target, np.frombuffer(digests, dtype="<u8"))
 
 
 def find_duplicates(job: Job, units: list[WorkUnit], each: Callable[..., Iterator[None]]) -> None:
-    """Mark the first occurrence of every document to be kept: held-out files come first, then the given order."""
+    """Save for each unit which documents to keep: first occurrences, with held-out files before all others."""
     for _ in each(_digests, units):
         pass
     order = sorted(units, key=lambda unit: unit.split != "validation")
@@ -163,7 +164,7 @@ def worker_processes(job: Job, processes: int) -> Iterator[Callable[..., Iterato
         yield map
         return
     before = set(multiprocessing.active_children())
-    # Workers start through scratch_gpt_command, so that they do without torch and transformers.
+    # Workers start through scratch_gpt_command, which imports neither torch nor transformers.
     start = (f"{__name__}:{_start.__name__}", pickle.dumps((job,)))
     executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), start_worker, start)
 
@@ -172,8 +173,8 @@ def worker_processes(job: Job, processes: int) -> Iterator[Callable[..., Iterato
             yield from executor.map(function, units)
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was killed, perhaps because memory ran out. Finished units are kept: run the same "
-                "command again, with fewer --workers"
+                "a worker process was killed, possibly because memory ran out. Finished units are kept: run the same "
+                "command again with fewer --workers"
             ) from error
 
     try:

@@ -1,7 +1,7 @@
-"""Dashboards: what goes into metrics.jsonl, sent to Accelerate's trackers as well.
+"""Experiment trackers: send the records of metrics.jsonl to Accelerate's trackers as well.
 
-A tracker is a guest. One that fails is dropped with a word, for metrics.jsonl has everything and a run of a week is worth
-more than its curves. It gets numbers and the settings of model and training: no paths, no names of texts, no environment.
+A tracker never ends a run: one that fails is disabled with a message, and metrics.jsonl still has everything. Trackers
+receive numbers and the settings of model and training, but no paths, no names of texts and no environment variables.
 """
 
 import importlib.util
@@ -20,33 +20,33 @@ from scratch_gpt.errors import UserError
 from scratch_gpt.files import write_json
 
 NAMES = ("trackio", "tensorboard", "wandb")
-"""Each is the name of its package and of our extra, too."""
+"""Supported trackers. Each name is also that of the Python package and of the extra that installs it."""
 PROJECT = "scratch-gpt"
 RUN = "tracker_run.json"
 
 
-def resolve_trackers(asked: str | list[str]) -> list[str]:
-    """The trackers of ``--training.trackers``; "auto" is trackio where it is installed.
+def resolve_trackers(trackers: str | list[str]) -> list[str]:
+    """Return the trackers that ``--training.trackers`` names; "auto" is trackio if installed.
 
     Raises:
-        UserError: one that we do not know or that is not installed.
+        UserError: a tracker is unknown or not installed.
     """
-    if asked == "auto":
+    if trackers == "auto":
         return ["trackio"] if importlib.util.find_spec("trackio") else []
-    names = [asked] if isinstance(asked, str) else asked
+    names = [trackers] if isinstance(trackers, str) else trackers
     for name in names:
         if name not in NAMES:
-            raise UserError(f"--training.trackers: there is no tracker {name!r}, there are {', '.join(NAMES)}")
+            raise UserError(f"trackers: unknown tracker {name!r}; choose from {', '.join(NAMES)}")
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--training.trackers: {name} is not installed: pip install 'scratch-gpt[{name}]'")
+            raise UserError(f"trackers: {name} is not installed; install it with pip install 'scratch-gpt[{name}]'")
     return names
 
 
 class Trackers:
-    """On the main process only. A run that is resumed after ``step`` goes on in the trackers' run of before."""
+    """The active trackers, on the main process only. A run resumed after ``step`` continues its tracker run."""
 
     def __init__(self, accelerator: Accelerator, settings: PretrainSettings, run_dir: Path, step: int):
-        self.alive: list[GeneralTracker] = []
+        self.active: list[GeneralTracker] = []
         names = resolve_trackers(settings.training.trackers)
         if not names:
             return
@@ -54,7 +54,7 @@ class Trackers:
         options = {
             "trackio": {"name": run, "resume": "allow", "embed": False, "auto_log_cpu": False, "auto_log_gpu": False},
             "wandb": {"name": run, "id": run, "resume": "allow", "dir": str(run_dir), "settings": WANDB_SETTINGS},
-            "tensorboard": {"purge_step": step + 1},  # what a killed run wrote beyond its checkpoint
+            "tensorboard": {"purge_step": step + 1},  # discard what a killed run logged after its checkpoint
         }
         folder = str(run_dir / "tensorboard")
         accelerator.project_configuration.logging_dir = folder
@@ -62,39 +62,40 @@ class Trackers:
             accelerator.log_with, accelerator.trackers = filter_trackers([name], folder), []
             try:
                 accelerator.init_trackers(PROJECT, settings_to_track(settings), options)
-            except Exception as error:  # noqa: BLE001 (whatever ails a guest)
-                _report_dropped(name, error)
+            except Exception as error:  # noqa: BLE001 (no failure of a tracker may end the run)
+                _report_failure(name, error)
             else:
-                self.alive += accelerator.trackers
-        accelerator.trackers = []  # ours to finish: one that fails then must not end the run either
+                self.active += accelerator.trackers
+        accelerator.trackers = []  # finished below: a failure there must not end the run either
 
     def log(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl: the numbers of a step, or an event in words and the numbers it has."""
+        """Send a record of metrics.jsonl: the numbers of a step, or an event as text with its numbers."""
         values: dict[str, Any] = flatten_numbers(record)
         if "event" in record:
             values["event"] = f"{record['event']}: {record['reason']}" if "reason" in record else record["event"]
         self._each(lambda tracker: tracker.log(values, step=record["step"]))
 
     def finish(self) -> None:
+        """Close all trackers."""
         self._each(lambda tracker: tracker.finish())
-        self.alive = []
+        self.active = []
 
     def _each(self, action: Callable[[GeneralTracker], None]) -> None:
-        for tracker in list(self.alive):
+        for tracker in list(self.active):
             try:
                 action(tracker)
-            except Exception as error:  # noqa: BLE001 (whatever ails a guest)
-                self.alive.remove(tracker)
-                _report_dropped(tracker.name, error)
+            except Exception as error:  # noqa: BLE001 (no failure of a tracker may end the run)
+                self.active.remove(tracker)
+                _report_failure(tracker.name, error)
 
 
-# wandb would send the command line, the repository's address and what the terminal shows.
+# By default wandb sends the command line, the repository's URL and the terminal output.
 WANDB_SETTINGS = {"console": "off", "disable_code": True, "disable_git": True, "x_disable_meta": True}
 WANDB_SETTINGS |= {"x_disable_stats": True, "silent": True}
 
 
 def settings_to_track(settings: PretrainSettings) -> dict[str, str | int | float | bool | None]:
-    """The settings that are sent to trackers, each a plain value under its name on the command line."""
+    """Return the settings that trackers receive: command-line names to plain values (lists as JSON)."""
     sent = {}
     for name, value in flatten(settings).items():
         setting = find_setting(type(settings), name)
@@ -104,7 +105,7 @@ def settings_to_track(settings: PretrainSettings) -> dict[str, str | int | float
 
 
 def flatten_numbers(record: dict[str, Any], prefix: str = "") -> dict[str, int | float]:
-    """``{"validation": {"stories": {"loss": 2}}}`` to ``{"validation/stories/loss": 2}``; words and None left out."""
+    """Flatten ``{"validation": {"stories": {"loss": 2}}}`` to ``{"validation/stories/loss": 2}``, numbers only."""
     found: dict[str, int | float] = {}
     for name, value in record.items():
         if isinstance(value, dict):
@@ -115,12 +116,14 @@ def flatten_numbers(record: dict[str, Any], prefix: str = "") -> dict[str, int |
 
 
 def _run_name(run_dir: Path) -> str:
-    """Kept in the run directory: a resumed run has the name of before, a fresh one in the same place another."""
+    """Return the name saved in the run directory, so that a resumed run keeps it; a new run gets a new name."""
     file = run_dir / RUN
     if not file.is_file():
         write_json(file, {"run": f"{run_dir.resolve().name}-{secrets.token_hex(3)}"})
     return json.loads(file.read_text())["run"]
 
 
-def _report_dropped(name: str, error: Exception) -> None:
-    print0(f"tracker    {name} failed and gets nothing more ({type(error).__name__}: {error}); metrics.jsonl goes on")
+def _report_failure(name: str, error: Exception) -> None:
+    print0(
+        f"tracker    {name} failed and is disabled ({type(error).__name__}: {error}); metrics.jsonl is still written"
+    )
