@@ -218,7 +218,8 @@ class _Documents:
 def text_digest(source: Source) -> str:
     """Return a SHA-256 of the source's files.
 
-    A dataset is identified by its `datasets` fingerprint; a streamed one, whose content is not known yet, by its name.
+    A dataset is identified by its `datasets` fingerprint (private; tests/data/test_private_attributes.py checks it); a
+    streamed one, whose content is not known yet, by its name.
     """
     digests = [location.path if isinstance(location, Dataset) else sha256(location) for location in source.locations]
     digests += [
