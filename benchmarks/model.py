@@ -1,4 +1,4 @@
-"""ScratchGPT beside transformers' own classes: the same weights through the converter, the same dtype and attention.
+"""ScratchGPT compared with transformers' own classes: the same weights through the converter, the same dtype and attention.
 
     python benchmarks/model.py                      # everything, about 25 minutes on two cores
     python benchmarks/model.py memory               # peak memory of a training step over a vocabulary of 50,257

@@ -13,7 +13,7 @@ class RecipeSettings:
     model: str = setting("runs/sft/final", common=True)
     """Initial model: a folder, or a name on the Hub."""
     data: str = setting("bundled", common=True)
-    """File (.jsonl, .json, .parquet), folder saved by `datasets`, or dataset on the Hub; the README lists its columns.
+    """File (.jsonl, .json, .parquet), folder saved by `datasets`, or dataset on the Hub; docs/alignment.md lists its columns.
     bundled: examples made from the bundled corpus, to try things out."""
     validation_data: str | None = None
     """Held-out data, in the same formats. Default: held out of data, see validation_fraction."""
