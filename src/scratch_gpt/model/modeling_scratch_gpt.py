@@ -524,7 +524,7 @@ def _is_packed(position_ids: torch.Tensor | None, attention_mask) -> bool:
 class ScratchGPTTaskModel(ScratchGPTPreTrainedModel):
     """Base of the models with a head: the backbone, and the forward pass of the classification heads.
 
-    (The generic heads of transformers build the backbone by `AutoModel`, which fails under `trust_remote_code`.)
+    transformers' generic heads fail under `trust_remote_code`. Signatures are repeated, because transformers reads them.
     """
 
     def __init__(self, config: ScratchGPTConfig):
