@@ -1,4 +1,4 @@
-"""What the project shows runs: every configuration file of examples/ begins to train, or prepares its data."""
+"""Every configuration file of examples/ trains, or prepares its data."""
 
 import json
 from pathlib import Path

@@ -79,7 +79,7 @@ def test_the_benchmark_runs_from_the_command_line_of_the_harness(finished, tmp_p
     assert theirs == pytest.approx(ours)
 
 
-def test_the_same_command_again_tells_that_it_is_finished(finished, arguments, capsys):
+def test_the_same_command_again_reports_that_it_is_finished(finished, arguments, capsys):
     run_dir, _ = finished
     before = (run_dir / "final" / "model.safetensors").stat().st_mtime_ns
     assert main([*arguments, "--run-dir", str(run_dir)]) == 0

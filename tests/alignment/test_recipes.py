@@ -373,9 +373,9 @@ def test_mistakes_are_reported_in_one_message(pairs, capsys, command, more, mess
         (
             "kto",
             {**PARALLELISM, "PARALLELISM_CONFIG_TP_SIZE": "2"},
-            "asks for 2 processes (dp_replicate_size 1 x dp_shard_size 1 x tp_size 2 x cp_size 1), but the",
+            "requests 2 processes (dp_replicate_size 1 x dp_shard_size 1 x tp_size 2 x cp_size 1), but the",
         ),
-        ("sft", PARALLELISM, "asks for replicas, and does not shard the model"),
+        ("sft", PARALLELISM, "requests replicas, and does not shard the model"),
         ("grpo", {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is true"),
     ],
 )

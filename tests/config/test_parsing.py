@@ -1,4 +1,4 @@
-"""Settings from defaults, a file and the command line, and what is said about mistakes in them."""
+"""Settings from defaults, a file and the command line, and the messages for mistakes in them."""
 
 import re
 

@@ -106,7 +106,7 @@ def facts(run_dir):
 
 
 def assert_only_local_shards_were_read(run_dir):
-    """Of the checkpoint from which the run in ``run_dir`` resumed, each rank read its shards of weights and two moments."""
+    """Assert that each rank read its shards of weights and two moments from the checkpoint that the run resumed from."""
     for process in facts(run_dir):
         assert process["read"] == 3 * process["held"] and process["began_on_meta"]
 

@@ -106,7 +106,7 @@ def test_configurations_of_one_process(name, tmp_path):
 @pytest.mark.slow
 def test_a_mesh_that_does_not_fit_the_launch_is_refused(tmp_path):
     done = launch(configuration("hsdp", tmp_path, 2, dp_replicate_size=2, dp_shard_size=2), ["doctor"], check=False)
-    assert done.returncode != 0 and "asks for 4 processes, the launcher started 2" in done.stderr
+    assert done.returncode != 0 and "requests 4 processes, the launcher started 2" in done.stderr
 
 
 @pytest.mark.slow

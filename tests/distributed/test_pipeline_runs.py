@@ -158,7 +158,7 @@ def test_pipelines_with_sharded_stages_give_the_run_of_one_process(single, shard
 
 
 @pytest.mark.slow
-def test_checkpoints_of_shared_stages_go_on_bit_for_bit_and_in_any_layout(single, shards, tmp_path):
+def test_checkpoints_of_sharded_stages_resume_bit_for_bit_and_in_any_layout(single, shards, tmp_path):
     muon, bf16 = ["--training.optimizer", "muon"], ["--training.precision", "bf16"]
     alone(run(tmp_path / "one muon", shards, "modern", *muon), run(tmp_path / "one bf16", shards, "modern", *bf16))
     shutil.copytree(single / "modern", tmp_path / "resharded")

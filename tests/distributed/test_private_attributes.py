@@ -1,6 +1,6 @@
 """Contracts with other libraries: every private or undocumented attribute that `distributed` and `compute` touch.
 
-The dependencies are pinned. If an upgrade fails here, the file that is named beside the attribute needs a look; if nothing
+The dependencies are pinned. If an upgrade fails here, the file that is named next to the attribute needs a look; if nothing
 fails here, nothing else should fail for this reason.
 """
 

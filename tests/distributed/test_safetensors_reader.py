@@ -1,4 +1,4 @@
-"""What one rank reads of saved tensors; the other ranks do not exist."""
+"""A rank reads its shards of saved tensors; the other ranks are simulated."""
 
 import json
 import re

@@ -63,7 +63,7 @@ ROPE_TYPES = {
 }
 
 
-def test_no_rope_type_is_left_out():
+def test_every_rope_type_is_covered():
     assert set(ROPE_TYPES) == {"default", *ROPE_INIT_FUNCTIONS}
 
 
@@ -129,7 +129,7 @@ def test_logits_equal_gpt2(build, attn):
     )
     ours = build("gpt2", vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=80)
     ours.load_state_dict(gpt2_weights(stock.state_dict()))
-    # GPT-2 counts positions from the left edge, padding included, when it is not told: tell it.
+    # GPT-2 counts positions from the left edge, padding included, unless it gets position_ids.
     ids = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :7] = 0

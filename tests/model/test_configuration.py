@@ -59,7 +59,7 @@ def test_gpt2_names_are_accepted_and_derived_fields_follow_them():
         ({"dropout": 0.1}, ["'dropout'", "attention_dropout"]),
     ],
 )
-def test_contradictions_are_refused_with_field_value_and_mend(fields, words):
+def test_contradictions_are_refused_with_field_value_and_fix(fields, words):
     with pytest.raises(ValueError) as error:
         ScratchGPTConfig(**fields)
     assert all(word in str(error.value) for word in words), str(error.value)

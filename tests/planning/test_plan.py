@@ -122,7 +122,7 @@ def test_planned_flops_equal_those_that_torch_counts(name, workload):
     config, model = build(CONFIGS[name], workload)
     flops = flops_per_token(config, workload.context_length)
     planned = (flops.total + (flops.recomputed if workload.checkpointing else 0)) * workload.tokens
-    # What the counter does not see, as `flops_per_token` explains.
+    # FLOPs that the counter does not see, as `flops_per_token` explains.
     if workload.precision == "fp32":
         planned -= 2 * config.padded_vocab_size * config.hidden_size * workload.tokens
     if not materializes_attention_scores(config, workload):

@@ -24,7 +24,7 @@ KILLED = -signal.SIGKILL
 
 @dataclass
 class Faults(TrainerCallback):
-    """What goes wrong in a process, from its n-th file operation on or in its n-th training step."""
+    """Faults in a process, from its n-th file operation on or in its n-th training step."""
 
     kill_at: int = NEVER
     kill_in_step: int = NEVER

@@ -1,4 +1,4 @@
-"""What a run reads: packing, masks, mixtures and phases through `scratch-gpt pretrain`, and what it prints of them."""
+"""The data settings of `scratch-gpt pretrain`: packing, masks, mixtures and phases, and the lines printed about them."""
 
 import json
 import os

@@ -42,7 +42,7 @@ def assert_same_as_uninterrupted(run_dir, uninterrupted):
 
 
 def some_kill(rng, operations):
-    """In one of the first steps of a process, or at one of its first file operations, most of which belong to saves."""
+    """A fault in one of the first steps of a process, or at one of its first file operations, most of which belong to saves."""
     if rng.random() < 0.4:
         return Faults(kill_in_step=rng.randrange(1, 7))
     return Faults(kill_at=rng.randrange(operations // 5, operations // 2))
@@ -93,7 +93,7 @@ def written(file):
 
 
 @pytest.mark.parametrize(("async_save", "seed"), [("off", 1), ("on", 2)])
-def test_a_run_that_fills_the_disk_tells_and_resumes_when_there_is_space(
+def test_a_run_that_fills_the_disk_reports_it_and_resumes_when_there_is_space(
     async_save, seed, uninterrupted, corpus, tmp_path
 ):
     run, output = arguments(tmp_path / "run", corpus, "--training.async_save", async_save), tmp_path / "output"

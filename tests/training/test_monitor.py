@@ -1,4 +1,4 @@
-"""What watches a run: samples, benchmarks, the profiler. None of it changes a bit of the training."""
+"""Samples, benchmarks and the profiler do not change a bit of the training."""
 
 import gzip
 import json

@@ -38,8 +38,8 @@ def test_advice_lists_changes_from_mild_to_severe(error):
 
 
 def test_advice_quotes_the_requested_amount():
-    assert "asked for 2.50 GiB" in out_of_memory_advice(CUDA_ERROR, PretrainSettings())
-    assert re.search(r"asked for \d+ bytes", out_of_memory_advice(cpu_error(), PretrainSettings()))
+    assert "requested 2.50 GiB" in out_of_memory_advice(CUDA_ERROR, PretrainSettings())
+    assert re.search(r"requested \d+ bytes", out_of_memory_advice(cpu_error(), PretrainSettings()))
 
 
 @pytest.mark.parametrize(

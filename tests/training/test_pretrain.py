@@ -49,7 +49,7 @@ def test_every_checkpoint_is_a_hugging_face_model(finished, name):
     assert not [file for file in files if file.endswith((".bin", ".pt", ".pth", ".pkl"))]
 
 
-def test_the_same_command_again_tells_that_it_is_finished(finished, corpus, capsys):
+def test_the_same_command_again_reports_that_it_is_finished(finished, corpus, capsys):
     before = (finished / "final" / "model.safetensors").stat().st_mtime_ns
     assert main(arguments(finished, corpus)) == 0
     assert "is finished" in capsys.readouterr().out

@@ -145,7 +145,7 @@ def test_init_from_a_folder_without_a_model_is_refused(corpus, tmp_path, capsys,
     assert message in capsys.readouterr().err
 
 
-def test_running_out_of_memory_tells_what_to_change(callbacks, corpus, tmp_path, capsys):
+def test_running_out_of_memory_reports_what_to_change(callbacks, corpus, tmp_path, capsys):
     class OutOfMemory(TrainerCallback):
         def on_step_begin(self, trainer, data):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")

@@ -188,7 +188,7 @@ def describe(logs: dict[str, Any]) -> str:
 
 
 class GroupTrainerMixin(ResumableTrainerMixin):
-    """What GRPOTrainer and RLOOTrainer need for exact resume, for parallelism, and for prompts encoded by this package.
+    """Exact resume, parallelism and prompts encoded by this package, for GRPOTrainer and RLOOTrainer.
 
     TRL has no public hooks for these; the overridden private methods are those of TRL 1.16.
     """

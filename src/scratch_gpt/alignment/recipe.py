@@ -1,4 +1,4 @@
-"""What all alignment recipes share: the run directory, resume, stopping on request, metrics.jsonl, and `final/` with its card.
+"""Common base of the alignment recipes: the run directory, resume, stopping on request, metrics.jsonl, and `final/` with its card.
 
 A recipe is a function that builds a `transformers.Trainer` (TRL's, or ours for PPO) and returns it in a :class:`Recipe`;
 :func:`run_recipe` runs it with the same guarantees as `scratch-gpt pretrain`: the run directory is locked and remembers its
@@ -148,7 +148,7 @@ def _check_parallelism_config(sizes: ParallelismConfig, command: str, load_in_4b
         raise UserError("parallelism_config: DeepSpeed's sequence parallelism (sp_size) is not supported: use cp_size")
     if sizes.cp_size > 1 and not (uses_fsdp and sizes.tp_size == 1):
         raise UserError(
-            f"parallelism_config asks for context parallelism (cp_size {sizes.cp_size}), which `{command}` supports only "
+            f"parallelism_config requests context parallelism (cp_size {sizes.cp_size}), which `{command}` supports only "
             "under distributed_type: FSDP and without tp_size: use configs/accelerate/fsdp2_cp.yaml"
         )
     if max(sizes.tp_size, sizes.cp_size) > 1 and load_in_4bit:
@@ -157,14 +157,14 @@ def _check_parallelism_config(sizes: ParallelismConfig, command: str, load_in_4b
         )
     if sizes.total_size != world_size:
         raise UserError(
-            f"parallelism_config asks for {sizes.total_size} processes (dp_replicate_size {sizes.dp_replicate_size} x "
+            f"parallelism_config requests {sizes.total_size} processes (dp_replicate_size {sizes.dp_replicate_size} x "
             f"dp_shard_size {sizes.dp_shard_size} x tp_size {sizes.tp_size} x cp_size {sizes.cp_size}), but the launcher "
             f"started {world_size}"
         )
     num_weight_shards = sizes.dp_shard_size * sizes.cp_size if uses_fsdp else 1
     if num_weight_shards == 1 and (sizes.tp_size == 1 or sizes.tp_size < world_size):
         raise UserError(
-            "parallelism_config asks for replicas, and does not shard the model under distributed_type: FSDP: "
+            "parallelism_config requests replicas, and does not shard the model under distributed_type: FSDP: "
             f"{alternatives}"
         )
 

@@ -67,7 +67,7 @@ def build(settings: SFTSettings, run_dir: Path) -> Recipe:
 def encode(tokenizer: Any, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Return `input_ids` and `labels` of a row, and its length in tokens.
 
-    Of `messages`, all turns of the assistant are labels; of `prompt` and `completion`, only the completion.
+    In `messages`, all turns of the assistant are labels; in `prompt` and `completion`, only the completion.
 
     Raises:
         ValueError: the tokenizer has no chat template, or the template does not mark the assistant's tokens.

@@ -45,9 +45,9 @@ class ParallelTrainerMixin(Trainer):
     generates = False
     """Whether the trainer generates completions; ranks of one model-parallel group then generate the same ones."""
     deepspeed: DeepSpeedStrategy | None = None
-    """The ZeRO strategy, if the launch asks for DeepSpeed."""
+    """The ZeRO strategy, if the launch requests DeepSpeed."""
     strategy: Strategy | None = None
-    """The tensor- or context-parallel strategy, if the launch asks for one."""
+    """The tensor- or context-parallel strategy, if the launch requests one."""
 
     # ------------------------------------------------------------------------------------------------ models
 
@@ -159,7 +159,7 @@ class ParallelTrainerMixin(Trainer):
         """Build Accelerate's accelerator; under FSDP2 shard each block, also on CPUs, and reduce gradients in float32.
 
         Raises:
-            ValueError: FSDP2 was asked for, but is not in effect.
+            ValueError: FSDP2 was requested, but is not in effect.
         """
         fsdp_requested = parse_flag_from_env("ACCELERATE_USE_FSDP")
         if fsdp_requested:
@@ -167,7 +167,7 @@ class ParallelTrainerMixin(Trainer):
         super().create_accelerator_and_postprocess()
         if fsdp_requested:
             if not self.accelerator.is_fsdp2:
-                raise ValueError(f"FSDP2 was asked for, but Accelerate runs {self.accelerator.distributed_type.value}")
+                raise ValueError(f"FSDP2 was requested, but Accelerate runs {self.accelerator.distributed_type.value}")
             plugin = self.accelerator.state.fsdp_plugin
             plugin.auto_wrap_policy = transformer_auto_wrap_policy
             if self.args.bf16:  # Accelerate would reduce gradients in bf16, too

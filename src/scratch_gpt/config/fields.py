@@ -36,7 +36,7 @@ def setting(
 
 @dataclass(frozen=True)
 class SettingInfo:
-    """What is known of one setting, under the name that it has on the command line."""
+    """Description of one setting, under its name on the command line."""
 
     name: str
     type: Any

@@ -1,4 +1,4 @@
-"""What ``scratch-gpt COMMAND --help`` prints: common settings first, then one group per section."""
+"""The output of ``scratch-gpt COMMAND --help``: common settings first, then one group per section."""
 
 import ast
 import dataclasses

@@ -22,7 +22,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Family:
-    """What one architecture of transformers can express, in terms of `ScratchGPTConfig`."""
+    """Options of one architecture of transformers, in terms of `ScratchGPTConfig`."""
 
     model_type: str
     class_names: dict[str, str]

@@ -32,7 +32,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class ContextShard:
-    """What attention of one layer type needs to know of this rank's two chunks of each sequence."""
+    """Group, ends and masks of this rank's two chunks of each sequence, for the layers of one type."""
 
     group: dist.ProcessGroup
     ends: tuple[int, int]

@@ -136,7 +136,7 @@ class DeepSpeedStrategy(Strategy):
         total = sum(full_shape(parameter).numel() for parameter in optimizers.parameters.values())
         if optimizers.stage != self.stage or (self.world_size > 1 and optimizers.local_numel >= total):
             raise UserError(
-                f"{self.name} was asked for, but DeepSpeed runs stage {optimizers.stage}, and this process updates "
+                f"{self.name} was requested, but DeepSpeed runs stage {optimizers.stage}, and this process updates "
                 f"{optimizers.local_numel:,} of {total:,} weights"
             )
         if self.offload_requested["optimizer"] != optimizers.is_offloaded:
@@ -344,17 +344,17 @@ def build_deepspeed_strategy() -> DeepSpeedStrategy:
     """Build the strategy of a configuration file with distributed_type: DEEPSPEED.
 
     Raises:
-        UserError: It asks for what is not supported, or DeepSpeed is not installed.
+        UserError: It requests a feature that is not supported, or DeepSpeed is not installed.
     """
     config = requested_deepspeed_config()
     return DeepSpeedStrategy(build_accelerator(), config)
 
 
 def requested_deepspeed_config() -> dict[str, Any]:
-    """Return the configuration for `deepspeed.initialize` that the configuration file of `accelerate launch` asks for.
+    """Return the configuration for `deepspeed.initialize` that the configuration file of `accelerate launch` requests.
 
     Raises:
-        UserError: It asks for what is not supported, or DeepSpeed is not installed.
+        UserError: It requests a feature that is not supported, or DeepSpeed is not installed.
     """
     if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise UserError(

@@ -47,7 +47,7 @@ def data_parallel_size() -> int:
 
 
 def deepspeed_requested() -> bool:
-    """Whether the launch's configuration file says distributed_type: DEEPSPEED; Accelerate's own state does not tell."""
+    """Whether the launch's configuration file says distributed_type: DEEPSPEED; Accelerate's own state does not show it."""
     return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
 
 
@@ -88,7 +88,7 @@ def build_accelerator() -> Accelerator:
             parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")
             and (requested := ParallelismConfig().total_size) != world_size
         ):
-            raise ValueError(f"parallelism_config asks for {requested} processes, the launcher started {world_size}")
+            raise ValueError(f"parallelism_config requests {requested} processes, the launcher started {world_size}")
         with hide_deepspeed():
             return Accelerator()
     except (ValueError, ImportError) as error:

@@ -446,7 +446,7 @@ def micro_batch_size(parallel: ParallelSettings, num_sequences: int, requested: 
 def build_pipeline_strategy(
     strategy: Strategy, settings: PretrainSettings, config: ScratchGPTConfig, context_length: int
 ) -> PipelineStrategy:
-    """Build a pipeline over the ranks of ``strategy``, the one that the launch's configuration file asks for.
+    """Build a pipeline over the ranks of ``strategy``, the one that the launch's configuration file requests.
 
     Raises:
         UserError: The processes, the model or the settings do not allow the requested pipeline.

@@ -1,4 +1,4 @@
-"""Build the strategy that a launch asks for."""
+"""Build the strategy that a launch requests."""
 
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
@@ -12,7 +12,7 @@ def build_strategy() -> Strategy:
     """Build the strategy of the configuration file of `accelerate launch`. Default: a single process.
 
     Raises:
-        UserError: The file asks for what is not supported, or for what is not in effect.
+        UserError: The file requests what is not supported, or its request is not in effect.
     """
     if parse_flag_from_env("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM is not supported: take one of configs/accelerate/")
@@ -29,7 +29,7 @@ def build_strategy() -> Strategy:
     if sizes.sp_size > 1:
         raise UserError("parallelism_config: DeepSpeed's sequence parallelism (sp_size) is not supported: take cp_size")
     if not uses_fsdp and sizes.dp_shard_size > 1:
-        raise UserError("parallelism_config asks for dp_shard_size without distributed_type: FSDP")
+        raise UserError("parallelism_config requests dp_shard_size without distributed_type: FSDP")
     if uses_fsdp:
         _check_fsdp(accelerator)
     elif sizes.tp_size == 1:
@@ -58,7 +58,7 @@ def _name(sizes: ParallelismConfig, uses_fsdp: bool) -> str:
 def _check_fsdp(accelerator: Accelerator) -> None:
     if accelerator.distributed_type != DistributedType.FSDP:
         raise UserError(
-            f"FSDP was asked for, but Accelerate runs {accelerator.distributed_type.value} on "
+            f"FSDP was requested, but Accelerate runs {accelerator.distributed_type.value} on "
             f"{accelerator.num_processes} process(es)"
         )
     plugin = accelerator.state.fsdp_plugin

@@ -237,11 +237,11 @@ class Strategy:
             ]
             if wrong:
                 raise UserError(
-                    f"{self.name} was asked for, but {', '.join(wrong[:3])} ({len(wrong)} parameters) are not in "
+                    f"{self.name} was requested, but {', '.join(wrong[:3])} ({len(wrong)} parameters) are not in "
                     f"{fsdp_shards * self.tp_size} shards"
                 )
         elif (self.name == "ddp") != isinstance(model, DistributedDataParallel):
-            raise UserError(f"{self.name} was asked for, but the model is a {type(model).__name__}")
+            raise UserError(f"{self.name} was requested, but the model is a {type(model).__name__}")
 
     def wrap(self, model: nn.Module, optimizers: Optimizers) -> tuple[nn.Module, Optimizers]:
         """Wrap the sharded, initialized model and its optimizers."""

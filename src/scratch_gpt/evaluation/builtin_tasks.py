@@ -43,7 +43,7 @@ def make_questions(
 ) -> dict[str, list[Question]]:
     """Up to ``limit`` questions per task. A task with fewer than :data:`MIN_QUESTIONS` is omitted.
 
-    ``fits`` tells whether a choice is short enough for the model.
+    ``fits`` returns whether a choice is short enough for the model.
     """
     sentences = split_sentences(documents)
     rng = random.Random(seed)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Where the classes stand in the code of a saved model, so that `trust_remote_code=True` finds every head.
+# Locations of the classes in the code of a saved model, so that `trust_remote_code=True` finds every head.
 AUTO_MAP = {
     "AutoConfig": "configuration_scratch_gpt.ScratchGPTConfig",
     "AutoModel": "modeling_scratch_gpt.ScratchGPTModel",
@@ -256,7 +256,7 @@ class ScratchGPTConfig(PreTrainedConfig):
             refuse(not 0 <= value < 1, f"{name}={value} must lie in [0, 1)")
         refuse(
             self.hidden_act not in ACT2FN,
-            f"hidden_act={self.hidden_act!r} is no activation of transformers{_did_you_mean(self.hidden_act, ACT2FN)}",
+            f"hidden_act={self.hidden_act!r} is not an activation of transformers{_did_you_mean(self.hidden_act, ACT2FN)}",
         )
         refuse(
             self.norm_type == "rmsnorm" and bool(self.norm_bias),
@@ -398,7 +398,7 @@ class CheckpointMismatchError(ValueError, RuntimeError):
 def check_loaded_weights(
     model: Any, info: dict[str, Any], folder: Any, ignore_mismatched_sizes: bool, shapes_only: bool
 ) -> None:
-    """Refuse a model whose configuration asks for other weights than its checkpoint held.
+    """Refuse a model whose configuration requests other weights than its checkpoint held.
 
     Args:
         info: The loading info of `from_pretrained`: missing, unexpected and mismatched weights.

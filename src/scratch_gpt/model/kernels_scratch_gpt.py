@@ -1,4 +1,4 @@
-"""What makes ScratchGPT fast on CPUs: one faster way of computing for each operation where torch 2.13 has a slow one.
+"""CPU fast paths of ScratchGPT, for the operations that torch 2.13 runs slowly.
 
 Every `choose_…` function below states when a fast path is taken, and returns it, or `None` for the plain operation that
 stands in `modeling_scratch_gpt.py`. A fast path changes the time and at most the last bits of a result, never its

@@ -306,7 +306,7 @@ class ScratchGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Draw normal weights, smaller by `sqrt(2 * layers)` for projections into the residual stream (GPT-2)."""
+        """Sample normal weights, smaller by `sqrt(2 * layers)` for projections into the residual stream (GPT-2)."""
         super()._init_weights(module)
         # The projection itself carries the mark: for code outside transformers, modules without parameters of their own
         # (attention, MLP) are never passed to this method.
@@ -710,7 +710,7 @@ class ScratchGPTForSequenceClassification(ScratchGPTTaskModel):
             real_tokens = input_ids != self.config.pad_token_id
         elif batch != 1 and input_ids is not None:
             raise ValueError(
-                f"the batch has {batch} sequences, but neither attention_mask nor config.pad_token_id tells where they end"
+                f"the batch has {batch} sequences, but neither attention_mask nor config.pad_token_id shows where they end"
             )
         if real_tokens is None:
             pooled_logits = logits[:, -1]

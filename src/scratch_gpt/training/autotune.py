@@ -23,7 +23,7 @@ MAX_COMPILED_TIME_RATIO = 0.95
 
 @dataclass
 class PrecisionChoice:
-    """What a run computes in, and why."""
+    """The precision of a run, whether its blocks are compiled, and the reason."""
 
     precision: str
     """fp32, or under autocast bf16, fp16 (with loss scaling) or fp8 (in the blocks; the rest in bf16)."""

@@ -66,12 +66,12 @@ class Shards:
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What a run starts from: its newest checkpoint, the saved model of --init-from, or neither."""
+    """Starting point of a run: its newest checkpoint, the saved model of --init-from, or neither."""
 
     checkpoint: Path | None
     init_from: Path | None
     state: TrainingState | None
-    """Of the checkpoint."""
+    """State of the checkpoint."""
 
     @property
     def weights(self) -> Path | None:

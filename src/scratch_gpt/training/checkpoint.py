@@ -45,7 +45,7 @@ BEST = "best.json"
 
 @dataclass
 class TrainingState:
-    """What a resume needs besides weights, optimizer state and random number generators."""
+    """State that a resume needs besides weights, optimizer state and random number generators."""
 
     step: int
     """Optimizer steps done."""

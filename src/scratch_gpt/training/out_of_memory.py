@@ -28,12 +28,12 @@ def out_of_memory_advice(error: BaseException, settings: PretrainSettings) -> st
     context_length = training.context_length
     sequences_per_step = training.total_batch_size // context_length if context_length else None
     requested = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), flags=re.IGNORECASE)
-    what = f"out of memory (it asked for {requested.group(1)} more)" if requested else "out of memory"
+    what = f"out of memory (it requested {requested.group(1)} more)" if requested else "out of memory"
     return f"{what}: {memory_advice(training.device_batch_size, sequences_per_step, context_length)}"
 
 
 def memory_advice(device_batch_size: int | None, sequences_per_step: int | None, context_length: int | None) -> str:
-    """What to change to use less memory, mildest first.
+    """List changes that reduce memory, mildest first.
 
     Args:
         device_batch_size: sequences per forward pass; None: all ``sequences_per_step``.

@@ -29,7 +29,7 @@ MAX_STEPS_LISTED = 10
 class SpikeGuard:
     settings: GuardSettings
     losses: list[float] = field(default_factory=list)
-    """Of the last good steps, like ``grad_norms``."""
+    """Losses of the last good steps."""
     grad_norms: list[float] = field(default_factory=list)
     skipped: int = 0
     """Bad steps in a row."""

@@ -42,7 +42,7 @@ from scratch_gpt.training.validation import validate
 
 @dataclass
 class TrainUnit:
-    """What an optimizer step updates, and how it is distributed over the ranks."""
+    """Model and optimizer, and how they are distributed over the ranks."""
 
     strategy: Strategy
     model: Any
@@ -72,7 +72,7 @@ class BatchSizes:
 
 @dataclass
 class RunData:
-    """What a run reads."""
+    """Data of a run."""
 
     train: TrainingData
     validation: Mapping[str, TokenStream]
