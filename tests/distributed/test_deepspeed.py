@@ -108,7 +108,7 @@ def test_a_run_resumes_bit_for_bit_and_with_other_strategies_and_survives_bad_st
         program=PROGRAM,
     )
     assert "resumed    checkpoint-6: 6 of 12 steps are done" in done.stdout
-    assert ("but for its compiled blocks, which do not go with zero3" in done.stdout) == (name == "zero3")
+    assert ("except that zero3 cannot compile blocks" in done.stdout) == (name == "zero3")
     of_checkpoint = 3 if name == "zero3" else 2  # weights, if they are sharded, and AdamW's two moments
     processes = facts(tmp_path / "1 to 2")
     assert all((process["graphs"] > 0) == (name == "zero2") for process in processes)
