@@ -228,7 +228,7 @@ def test_a_corrected_command_may_use_the_same_directory(corpus, tmp_path, capsys
     [
         ("word " * 3, "no text is left for the validation split"),
         ("some words that differ. " * 20, "the training text has only .* tokens, one sequence takes 33"),
-        ("", "empty, there is no text"),
+        ("", "empty; provide a file that holds text"),
         ("   \n \n", "no text is left for the train split"),
     ],
 )
