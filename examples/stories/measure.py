@@ -30,7 +30,7 @@ class Answers:
     tokens: list[int]
     """The number of tokens, including the stop token."""
     ended: list[bool]
-    """Whether it ended by itself."""
+    """Whether the answer ended with a stop token."""
     divergence: list[float] | None = None
     """Log-probability of the text under the model minus that under the reference, in nats; the mean estimates the KL divergence."""
 

@@ -51,7 +51,7 @@ from scratch_gpt.training.stop import StopRequest
 from scratch_gpt.training.trackers import resolve_trackers
 
 NUM_PROGRESS_LINES = 10
-"""How many lines of progress a run prints, besides its evaluations."""
+"""Number of progress lines that a run prints, besides its evaluations."""
 GENERATING_COMMANDS = ("ppo", "grpo", "rloo")
 """Commands whose models generate completions during training."""
 

@@ -47,7 +47,7 @@ class CalibrationBin:
     confidence: float
     """Mean of sigmoid(|margin|), from 0.5 to 1."""
     accuracy: Proportion
-    """How often the side with the higher score was the chosen one."""
+    """Fraction of the pairs whose chosen side has the higher score."""
 
 
 @dataclass(frozen=True)

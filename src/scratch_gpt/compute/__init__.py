@@ -1,1 +1,1 @@
-"""How one device computes: precision, compilation, memory and its peak speed."""
+"""Computation on one device: precision, compilation, memory and peak speed."""

@@ -57,7 +57,7 @@ GPU_PEAKS: list[tuple[str, float, float | None, float]] = [
 MATRIX_SIZES = (1024, 2048)
 """Sizes of the square matrices whose products are timed; which is faster depends on the machine."""
 SECONDS_PER_SIZE = 0.15
-"""How long each size is timed; if one product takes longer, as emulated ones do, larger sizes are skipped."""
+"""Duration of the timing of each size, in seconds; if one product takes longer, as emulated ones do, larger sizes are skipped."""
 
 
 class MFUMeter:

@@ -22,7 +22,7 @@ class RecipeSettings:
     split: str = "train"
     """Split of the dataset."""
     plain_text: Literal["chat", "continue"] = "chat"
-    """How to read prompts and completions that are plain text: as user and assistant messages (chat), or as a text and its
+    """Reading of prompts and completions that are plain text: as user and assistant messages (chat), or as a text and its
     continuation (continue)."""
     run_dir: str = setting("runs/stage", may_change=True, common=True)
     """Folder for everything the run writes."""

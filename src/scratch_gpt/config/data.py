@@ -30,7 +30,7 @@ class SourceSettings:
 
 @dataclass
 class TextSettings:
-    """Which text to read, and how much of it to hold out for validation."""
+    """The text to read, and the part of it to hold out for validation."""
 
     HELP_TITLE: ClassVar[str] = "Text"
 

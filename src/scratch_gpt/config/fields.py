@@ -61,7 +61,7 @@ class SettingInfo:
         return None
 
     def problem_with(self, value: Any) -> str | None:
-        """Which limit a number exceeds, in words; None for a number within its limits and for any other value."""
+        """The limit that a number exceeds, in words; None for a number within its limits and for any other value."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         if self.more_than is not None and not value > self.more_than:

@@ -17,7 +17,7 @@ from scratch_gpt.model.configuration_scratch_gpt import ScratchGPTConfig
 
 @dataclass(frozen=True)
 class TensorConversion:
-    """How one tensor of the target model is computed from tensors of the source model."""
+    """Computation of one tensor of the target model from tensors of the source model."""
 
     target: str
     shape: tuple[int, ...]

@@ -29,7 +29,7 @@ ROWS_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to turn a record into text, and how to handle a broken one."""
+    """Options for turning records into text, and for handling broken ones."""
 
     column: str = "text"
     template: str | None = None

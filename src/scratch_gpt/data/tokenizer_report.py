@@ -18,7 +18,7 @@ BATCH_CHARACTERS = 500_000
 
 @dataclass
 class Measurement:
-    """How one tokenizer encodes one text."""
+    """Counts of one tokenizer on one text."""
 
     num_bytes: int = 0
     num_tokens: int = 0

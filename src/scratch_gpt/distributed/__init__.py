@@ -1,1 +1,1 @@
-"""How one model and its optimizer are placed on several processes."""
+"""Placement of one model and its optimizer on several processes."""

@@ -1,4 +1,4 @@
-"""How a model and its optimizer are placed on the ranks of a run.
+"""Placement of a model and its optimizer on the ranks of a run.
 
 Accelerate provides processes and devices and reads its configuration file. torch provides the means:
 DistributedDataParallel, and `fully_shard` for FSDP2 (Zhao et al., 2023, arXiv:2304.11277; per parameter since torch 2.6)

@@ -18,7 +18,7 @@ MAX_LOGITS_PER_BATCH = 2**26
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well a model predicts a text."""
+    """Loss of a model on a text."""
 
     loss: float
     """Mean cross-entropy per token, in nats."""

@@ -8,7 +8,7 @@ from scratch_gpt.model import ScratchGPTConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ways a layout shards each kind of memory."""
+    """Placement of a model on devices: the number of shards of each kind of memory."""
 
     name: str
     devices: int

@@ -54,7 +54,7 @@ class TrainingState:
     data: str
     """Fingerprint of the token shards."""
     data_position: DataPosition
-    """How much of the shards was consumed; ``cursor`` in state.json."""
+    """Position in the shards, up to which they were consumed; ``cursor`` in state.json."""
     precision: str
     """bf16, fp32, fp16 or fp8, as chosen at the start of the run."""
     compiled: bool

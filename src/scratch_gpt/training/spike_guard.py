@@ -81,7 +81,7 @@ class SpikeGuard:
         }
 
     def _deviation(self, value: float, window: list[float]) -> float:
-        """How many standard deviations ``value`` lies above the mean, on a logarithmic scale."""
+        """Return the distance of ``value`` above the mean in standard deviations, on a logarithmic scale."""
         if len(window) < self.settings.window:  # early in a run, the loss changes too fast to tell what is normal
             return 0.0
         logs = [_log(one) for one in window]
